@@ -1,0 +1,163 @@
+"""What the stages share: the partitions, names, progress, and how a result is shown."""
+
+import hashlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from colorfilter import provenance
+from colorfilter.errors import InputError
+from colorfilter.recipe import Recipe, Section
+from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
+
+SHARDS = dg.DynamicPartitionsDefinition(name="shards")
+ONE_RUN = dg.BackfillPolicy.single_run()
+OWNERS = ["team:pretraining-data"]
+Context = dg.AssetExecutionContext
+
+
+def probe_shard(domain: str) -> str:
+    """The reserved shard of a domain: scored like corpus, never selected."""
+    return f"_probe_{domain}"
+
+
+def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
+    """All shards, the reserved ones last. Raises InputError where none are planned."""
+    planned = [s.name for s in store.at.shards()]
+    if not planned:
+        raise InputError(
+            "no shards are planned yet; run `colorfilter run` or `colorfilter ui` once"
+        )
+    return planned + [probe_shard(d.name) for d in recipe.domains]
+
+
+def all_of(key: str | dg.AssetKey) -> dg.AssetDep:
+    """A dependency of an unsharded asset on every shard of a sharded one."""
+    return dg.AssetDep(key, partition_mapping=dg.AllPartitionMapping())
+
+
+def same_shard(key: str | dg.AssetKey) -> dg.AssetDep:
+    """A dependency of a sharded asset on the same shard of another."""
+    return dg.AssetDep(key, partition_mapping=dg.IdentityPartitionMapping())
+
+
+def code_version(code: int, *sections: Section | int | str) -> str:
+    """Dagster's code version: the hand-raised number and the part of the recipe that is read."""
+    facts = [s.facts() if isinstance(s, Section) else s for s in sections]
+    return f"{code}-{hashlib.sha256(provenance.canonical_json(facts).encode()).hexdigest()[:10]}"
+
+
+def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.MaterializeResult:
+    """What an asset returns: its data version is the hash of its artefacts' fingerprints."""
+    fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
+    version = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+    shown = dict(metadata)
+    if len(artifacts) == 1:
+        shown["fingerprint"] = artifacts[0].fingerprint
+        shown["folder"] = dg.MetadataValue.path(str(artifacts[0].path))
+    standing = sum(a.reused for a in artifacts)
+    shown["computed"] = len(artifacts) - standing
+    shown["found standing"] = standing
+    return dg.MaterializeResult(metadata=shown, data_version=dg.DataVersion(version))
+
+
+def describe_shards(context: Context, artifacts: Sequence[Artifact], facts: Sequence[str]) -> None:
+    """Enter each shard's own facts as metadata of its partition."""
+    for artifact in artifacts:
+        shown = {name: artifact.facts[name] for name in facts}
+        shown["fingerprint"] = artifact.fingerprint
+        shown["computed"] = 0 if artifact.reused else 1
+        context.add_asset_metadata(shown, partition_key=artifact.partition)
+
+
+def total(artifacts: Sequence[Artifact], fact: str) -> int:
+    return sum(a.facts[fact] for a in artifacts)
+
+
+class Progress:
+    """Counts work done; says rate and time left in the run's log and to who listens.
+
+    `listener` is set by the command line to draw a bar: called with (asset, done, total, unit).
+    """
+
+    listener: Callable[[str, int, int, str], None] | None = None
+    log_seconds = 10.0
+
+    def __init__(self, context: Context, size: int, unit: str) -> None:
+        self._context = context
+        self._name = context.asset_key.to_user_string()
+        self._size, self._unit = size, unit
+        self._done = 0
+        self._begun = self._logged = time.monotonic()
+        self(0)
+
+    def __call__(self, amount: int) -> None:
+        self._done += amount
+        if Progress.listener:
+            Progress.listener(self._name, self._done, self._size, self._unit)
+        now = time.monotonic()
+        if now - self._logged >= self.log_seconds:
+            self._logged = now
+            rate = self._done / (now - self._begun)
+            left = (self._size - self._done) / rate if rate else float("inf")
+            self._context.log.info(
+                f"{self._done:,} of {self._size:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left"
+            )
+
+    @property
+    def rate(self) -> float:
+        return self._done / max(1e-9, time.monotonic() - self._begun)
+
+
+def make_in_processes(
+    store: ArtifactStore,
+    works: Sequence[Work],
+    build: Callable[..., Mapping[str, Any]],
+    arguments: Callable[[Work], tuple[Any, ...]],
+    done: Callable[[Artifact], None],
+) -> list[Artifact]:
+    """Make artefacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
+
+    `done` is called as each stands. Raises what a build raises; after an InputError nothing of
+    that artefact is left.
+    """
+    made: dict[int, Artifact] = {}
+    missing: dict[int, Attempt] = {}
+    for i, work in enumerate(works):
+        attempt = store.attempt(work)
+        if attempt.standing:
+            made[i] = attempt.standing
+            done(attempt.standing)
+        else:
+            missing[i] = attempt
+    if missing:
+        workers = min(len(missing), os.cpu_count() or 1)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            futures: dict[Future[Mapping[str, Any]], int] = {
+                pool.submit(build, attempt.folder, *arguments(attempt.work)): i
+                for i, attempt in missing.items()
+            }
+            try:
+                for future in as_completed(futures):
+                    i = futures[future]
+                    try:
+                        made[i] = missing[i].commit(future.result())
+                    except InputError:
+                        missing[i].abandon()
+                        raise
+                    done(made[i])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [made[i] for i in range(len(works))]
+
+
+def folder_of(artifact: Artifact, *parts: str) -> Path:
+    return artifact.path.joinpath(*parts)

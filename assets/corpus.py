@@ -1,0 +1,373 @@
+"""Stage 1: raw text to packed tokens, and the domains' splits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.common import (
+    ONE_RUN,
+    OWNERS,
+    SHARDS,
+    Context,
+    Progress,
+    all_of,
+    code_version,
+    describe_shards,
+    make_in_processes,
+    probe_shard,
+    result,
+    same_shard,
+    shard_names,
+    total,
+)
+from colorfilter import documents, tokens
+from colorfilter.errors import InputError
+from colorfilter.recipe import Domain, Recipe, Source
+from resources.artifacts import Artifact, ArtifactStore, Work
+
+GROUP = "corpus"
+
+
+def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`raw_corpus`, `sample_plan`, `tokenizer`, `corpus_tokens`, and per domain text and tokens."""
+    texts = [dg.AssetKey([d.name, "domain_text"]) for d in recipe.domains]
+    sources = {s.name: s for s in recipe.corpus.sources}
+
+    @dg.asset(
+        partitions_def=SHARDS,
+        backfill_policy=ONE_RUN,
+        deps=texts,
+        group_name=GROUP,
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.corpus),
+    )
+    def raw_corpus(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """Documents of every shard, with their place, sha256 and other fields.
+
+        Exact duplicates within a shard and what could not be read stand in `rejects.parquet` with
+        the reason. A domain's reserved shard holds its probe documents.
+        """
+        planned = {s.name: s for s in artifacts.at.shards()}
+        works, made = [], []
+        for name in context.partition_keys:
+            if name in planned:
+                files = planned[name].files
+                source = sources[files[0].source]
+                facts = source.model_dump(include={"name", "format", "text_field"})
+                works.append(
+                    Work(
+                        "raw_corpus",
+                        name,
+                        recipe={**facts, "files": [[f.path, f.size, f.version] for f in files]},
+                    )
+                )
+            else:
+                domain = next(d.name for d in recipe.domains if probe_shard(d.name) == name)
+                text = artifacts.current(f"{domain}/domain_text")
+                made.append(_probe_documents(artifacts, name, text))
+        size = sum(f.size for w in works for f in planned[str(w.partition)].files)
+        progress = Progress(context, size, "bytes")
+        made += make_in_processes(
+            artifacts,
+            works,
+            read_shard,
+            lambda w: (planned[str(w.partition)].files, list(sources.values())),
+            lambda a: progress(sum(f.size for f in planned[str(a.partition)].files)),
+        )
+        facts = ("documents", "chars", "duplicates", "rejects")
+        describe_shards(context, made, facts)
+        return result(
+            made,
+            {
+                "shards": len(made),
+                **{name: total(made, name) for name in facts},
+                "rejected for": dg.MetadataValue.md(_reject_reasons(made)),
+                "dagster/row_count": total(made, "documents"),
+            },
+        )
+
+    @dg.asset(
+        deps=[all_of("raw_corpus")],
+        group_name=GROUP,
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.prior.sample_chars, recipe.seed),
+    )
+    def sample_plan(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """D_prior: a random sample of the corpus, drawn once and frozen.
+
+        It stays as shards arrive, so that a new shard costs its own scoring and nothing else.
+        """
+        raw = [artifacts.current("raw_corpus", s.name) for s in artifacts.at.shards()]
+        work = Work(
+            "sample_plan",
+            recipe={"sample_chars": recipe.prior.sample_chars},
+            seed=recipe.seed,
+            sources=raw,
+        )
+        plan = artifacts.make(
+            work,
+            lambda folder: documents.draw_sample(
+                {str(a.partition): a.path for a in raw},
+                recipe.seed,
+                recipe.prior.sample_chars,
+                folder,
+            ),
+        )
+        return result([plan], plan.facts)
+
+    @dg.asset(
+        deps=[sample_plan],
+        group_name=GROUP,
+        kinds={"huggingface"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.tokenizer),
+    )
+    def tokenizer(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """The tokenizer: trained on D_prior, or the one the recipe names."""
+        plan = artifacts.current("sample_plan")
+
+        def build(folder: Path) -> dict[str, Any]:
+            if recipe.tokenizer.path:
+                tokens.copy_tokenizer(recipe.tokenizer.path, folder)
+            else:
+                assert recipe.tokenizer.vocab_size is not None
+                rows = documents.read_documents(plan.path / "documents.parquet", ["text"])
+                texts = (row["text"] for row in rows)
+                tokens.train_tokenizer(texts, recipe.tokenizer.vocab_size, folder)
+            encoder = tokens.Encoder(folder)
+            return {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text}
+
+        inputs = [] if recipe.tokenizer.path else [plan]
+        made = artifacts.make(
+            Work("tokenizer", inputs=inputs, recipe=recipe.tokenizer.facts()), build
+        )
+        return result([made], made.facts)
+
+    @dg.asset(
+        partitions_def=SHARDS,
+        backfill_policy=ONE_RUN,
+        deps=[same_shard("raw_corpus"), sample_plan, tokenizer],
+        group_name=GROUP,
+        kinds={"numpy"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.sequence_length, int(recipe.prior.score_sample)),
+    )
+    def corpus_tokens(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """Sequences of T tokens per shard, memory-mapped, with spans back to documents.
+
+        The documents of D_prior are left out, unless the recipe has them scored too.
+        """
+        plan = artifacts.current("sample_plan")
+        encoder = artifacts.current("tokenizer")
+        raw = {name: artifacts.current("raw_corpus", name) for name in context.partition_keys}
+        left_out = [] if recipe.prior.score_sample else [plan]
+        works = [
+            Work(
+                "corpus_tokens",
+                name,
+                inputs=[raw[name], encoder, *([] if name.startswith("_") else left_out)],
+                recipe={"sequence_length": recipe.sequence_length},
+            )
+            for name in raw
+        ]
+        progress = Progress(context, total(list(raw.values()), "chars"), "characters")
+        made = make_in_processes(
+            artifacts,
+            works,
+            pack_shard,
+            lambda w: (
+                raw[str(w.partition)].path,
+                encoder.path,
+                [a.path for a in left_out if a in w.inputs],
+                recipe.sequence_length,
+            ),
+            lambda a: progress(raw[str(a.partition)].facts["chars"]),
+        )
+        facts = ("documents", "left_out", "tokens", "sequences")
+        describe_shards(context, made, facts)
+        return result(
+            made,
+            {
+                "shards": len(made),
+                **{name: total(made, name) for name in facts},
+                "characters per second": round(progress.rate),
+                "dagster/row_count": total(made, "sequences"),
+            },
+        )
+
+    per_domain = [asset for d in recipe.domains for asset in domain_assets(recipe, d)]
+    return [raw_corpus, sample_plan, tokenizer, corpus_tokens, *per_domain]
+
+
+def domain_assets(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
+    """`<domain>/domain_text` and `<domain>/domain_tokens`."""
+    splits = {"held_out": domain.held_out, "probe": domain.probe}
+
+    @dg.asset(
+        key_prefix=domain.name,
+        group_name=GROUP,
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=code_version(1, *domain.sources, recipe.seed, str(splits)),
+    )
+    def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """The domain's documents, split once into D_down, held-out and probe."""
+        files = documents.list_files(domain.sources)
+
+        def build(folder: Path) -> dict[str, int]:
+            progress = Progress(context, sum(f.size for f in files), "bytes")
+            counts = documents.write_documents(files, domain.sources, folder, progress)
+            whole = folder / "documents.parquet"
+            try:
+                parts = documents.split_domain(
+                    whole, recipe.seed, domain.held_out, domain.probe, folder
+                )
+            except InputError as error:
+                raise InputError(f"domain {domain.name}: {error}") from error
+            whole.unlink()
+            return {**counts, **parts}
+
+        made = artifacts.make(
+            Work(
+                f"{domain.name}/domain_text",
+                recipe={
+                    "sources": [
+                        s.model_dump(include={"name", "format", "text_field"})
+                        for s in domain.sources
+                    ],
+                    "files": [[f.source, f.path, f.size, f.version] for f in files],
+                    **splits,
+                },
+                seed=recipe.seed,
+            ),
+            build,
+        )
+        return result([made], made.facts)
+
+    @dg.asset(
+        key_prefix=domain.name,
+        deps=[domain_text, "tokenizer"],
+        group_name=GROUP,
+        kinds={"numpy"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.sequence_length),
+    )
+    def domain_tokens(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """Sequences of D_down and of held-out text. (The probe's are a shard of the corpus.)"""
+        text = artifacts.current(f"{domain.name}/domain_text")
+        encoder = artifacts.current("tokenizer")
+
+        def build(folder: Path) -> dict[str, int]:
+            facts = {}
+            for split in ("down", "held_out"):
+                counts = pack_shard(
+                    folder / split, text.path / split, encoder.path, [], recipe.sequence_length
+                )
+                if counts["tokens"] < recipe.sequence_length:
+                    raise InputError(
+                        f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
+                        f"fewer than one sequence of {recipe.sequence_length}; add documents"
+                    )
+                facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
+            return facts
+
+        work = Work(
+            f"{domain.name}/domain_tokens",
+            inputs=[text, encoder],
+            recipe={"sequence_length": recipe.sequence_length},
+        )
+        made = artifacts.make(work, build)
+        return result([made], made.facts)
+
+    return [domain_text, domain_tokens]
+
+
+def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
+    """What must hold of the corpus before anything is trained on it."""
+
+    @dg.asset_check(asset="raw_corpus", blocking=True)
+    def no_shared_documents(artifacts: ArtifactStore) -> dg.AssetCheckResult:
+        """Corpus, D_down, held-out and probe share no document, by sha256."""
+        corpus = {
+            s.name: artifacts.current("raw_corpus", s.name).path / "documents.parquet"
+            for s in artifacts.at.shards()
+        }
+        texts = {}
+        for domain in recipe.domains:
+            text = artifacts.current(f"{domain.name}/domain_text")
+            for split in documents.SPLITS:
+                texts[f"{domain.name}/{split}"] = text.path / split / "documents.parquet"
+        shared = documents.shared_documents(corpus, texts)
+        for name in texts:
+            others = {n: p for n, p in texts.items() if n != name}
+            shared += documents.shared_documents({name: texts[name]}, others)
+        description = "no document stands in two places"
+        if shared:
+            first = shared[0]
+            description = (
+                f"{len(shared)} documents stand both in {first['text']} and elsewhere, the first "
+                f"at {first['source_file']} line {first['source_line']}; take them out of one"
+            )
+        return dg.AssetCheckResult(
+            passed=not shared, metadata={"shared": len(shared)}, description=description
+        )
+
+    return [no_shared_documents]
+
+
+def plan(artifacts: ArtifactStore, recipe: Recipe) -> list[str]:
+    """Plan shards for what the sources match now, and return all shards' names."""
+    files = documents.list_files(recipe.corpus.sources)
+    home = artifacts.at
+    home.write_shards(documents.plan_shards(files, recipe.corpus.shard_bytes, home.shards()))
+    return shard_names(artifacts, recipe)
+
+
+def read_shard(
+    folder: Path, files: Sequence[documents.InputFile], sources: Sequence[Source]
+) -> dict[str, int]:
+    """Build one shard of `raw_corpus` (in a process of its own)."""
+    return documents.write_documents(files, sources, folder)
+
+
+def pack_shard(
+    folder: Path, raw: Path, tokenizer: Path, left_out: Sequence[Path], length: int
+) -> dict[str, int]:
+    """Build one shard of `corpus_tokens` (in a process of its own)."""
+    skipped = {
+        row["sha256"]
+        for plan in left_out
+        for row in documents.read_documents(plan / "documents.parquet", ["sha256"])
+    }
+    rows = documents.read_documents(raw / "documents.parquet")
+    return tokens.pack(rows, tokens.Encoder(tokenizer), length, folder, skipped)
+
+
+def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Artifact:
+    def build(folder: Path) -> dict[str, int]:
+        counts = {"documents": 0, "chars": 0, "bytes": 0, "duplicates": 0, "rejects": 0}
+        with documents.TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
+            path = text.path / "probe" / "documents.parquet"
+            for row in documents.read_documents(path, documents.DOCUMENTS.names):
+                writer.add(row, len(row["text"]))
+                counts["documents"] += 1
+                counts["chars"] += row["n_chars"]
+                counts["bytes"] += len(row["text"].encode("utf-8"))
+        return counts
+
+    return artifacts.make(Work("raw_corpus", name, inputs=[text]), build)
+
+
+def _reject_reasons(made: Sequence[Artifact]) -> str:
+    import polars as pl
+
+    files = [a.path / "rejects.parquet" for a in made if (a.path / "rejects.parquet").exists()]
+    if not files:
+        return "nothing"
+    counts = pl.scan_parquet(files).group_by("reason").len().sort("len", descending=True).collect()
+    lines = [f"| {row['reason']} | {row['len']} |" for row in counts.iter_rows(named=True)]
+    return "\n".join(["| reason | count |", "|---|---|", *lines]) if lines else "nothing"

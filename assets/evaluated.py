@@ -1,0 +1,279 @@
+"""Stage 5: target models trained on what each arm selected, evaluated and compared."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
+from assets.figures import curve_metadata, table
+from assets.filtered import endpoints
+from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.tables import fetch
+from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.gpu import Gpu
+from resources.score_store import ScoreStore
+
+GROUP = "evaluated"
+
+
+def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`target_model` and `evaluation` for every domain and arm, and `report` for every domain."""
+    arms = [
+        asset
+        for domain in recipe.domains
+        for arm in recipe.arms
+        for asset in _arm_assets(recipe, domain, arm)
+    ]
+    return [*arms, *(_report_asset(recipe, d) for d in recipe.domains)]
+
+
+def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
+    prefix = [domain.name, arm.name]
+    name = "/".join(prefix)
+    seeds = [f"seed_{seed}" for seed in recipe.evaluation.seeds]
+
+    @dg.asset(
+        key_prefix=prefix,
+        deps=[
+            dg.AssetKey([*prefix, "filtered_dataset"]),
+            dg.AssetKey([domain.name, "domain_tokens"]),
+            "tokenizer",
+        ],
+        group_name=GROUP,
+        kinds={"pytorch"},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1, recipe.target, recipe.evaluation),
+    )
+    def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
+        """A fresh model per seed, trained in a single pass over the arm's filtered dataset.
+
+        With random's several end points one trunk is branched with a full decay at each.
+        """
+        dataset = artifacts.current(f"{name}/filtered_dataset")
+        held_out = artifacts.current(f"{domain.name}/domain_tokens")
+        encoder = artifacts.current("tokenizer")
+        progress: Progress | None = None
+
+        def build(folder: Path, seed: int) -> dict[str, Any]:
+            nonlocal progress
+            from colorfilter import models, training
+
+            spec = training.TrainSpec(
+                start=recipe.target.model,
+                tokens=dataset.path / "tokens",
+                tokenizer=encoder.path,
+                training=recipe.target.training,
+                seed=seed,
+                endpoints=endpoints(recipe, arm),
+                out=folder,
+                held_out=held_out.path / "held_out",
+            )
+            if progress is None:
+                size = training.planned_tokens(spec) * len(recipe.evaluation.seeds)
+                progress = Progress(context, size, "tokens")
+            done = gpu.train(spec, progress)
+            return {
+                "seed": seed,
+                "checkpoints": {str(c.tokens): c.path.name for c in done},
+                **models.n_parameters(models.load(done[0].path)),
+            }
+
+        made = [
+            artifacts.make(
+                Work(
+                    f"{name}/target_model",
+                    f"seed_{seed}",
+                    inputs=[dataset, held_out, encoder],
+                    recipe={
+                        "model": recipe.target.model.facts(),
+                        "training": recipe.target.training.facts(),
+                        "endpoints": endpoints(recipe, arm),
+                    },
+                    seed=seed,
+                ),
+                lambda folder, seed=seed: build(folder, seed),
+            )
+            for seed in recipe.evaluation.seeds
+        ]
+        shown = curve_metadata(made[0].path)
+        if progress is not None:
+            shown["tokens per second"] = round(progress.rate)
+        return result(
+            made, {"seeds": len(made), "parameters": made[0].facts["parameters"], **shown}
+        )
+
+    @dg.asset(
+        key_prefix=prefix,
+        deps=[target_model, dg.AssetKey([domain.name, "domain_tokens"]), "score_tables"],
+        group_name=GROUP,
+        kinds={"pytorch"},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1),
+    )
+    def evaluation(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        """Held-out loss and bits per byte of every target model; the probe's rank, where scored."""
+        import polars as pl
+
+        from colorfilter import evaluation as method
+        from colorfilter.report import EVALUATIONS
+        from colorfilter.training import mean_loss
+
+        held_out = artifacts.current(f"{domain.name}/domain_tokens")
+        text = artifacts.current(f"{domain.name}/domain_text")
+        chosen = artifacts.current(f"{name}/selection")
+        targets = [artifacts.current(f"{name}/target_model", seed) for seed in seeds]
+
+        def build(folder: Path) -> dict[str, Any]:
+            rows: list[tuple[str, str, int | None, int | None, str, float]] = []
+            texts = pl.read_parquet(text.path / "held_out" / "documents.parquet", columns=["text"])
+            n_bytes = int(texts["text"].str.len_bytes().sum())
+            for target in targets:
+                for tokens, place in target.facts["checkpoints"].items():
+                    nll, n = gpu.evaluate(
+                        f"{target.fingerprint}/{place}",
+                        target.path / place,
+                        held_out.path / "held_out",
+                    )
+                    loss = mean_loss(nll, n)
+                    bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
+                    where = (domain.name, arm.name, target.facts["seed"], int(tokens))
+                    rows += [
+                        (*where, "held_out_loss", loss),
+                        (*where, "bits_per_byte", bits),
+                    ]
+            if arm.method != "random":
+                with score_store.read() as connection:
+                    probe = method.probe(
+                        connection, domain.name, probe_shard(domain.name), chosen.facts["cutoff"]
+                    )
+                where = (domain.name, arm.name, None, None)
+                rows += [(*where, "probe_auc", probe.auc), (*where, "probe_recall", probe.recall)]
+            frame = pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
+            frame.write_parquet(folder / "evaluations.parquet")
+            return {"rows": len(rows)}
+
+        scores = [artifacts.current("score_tables"), chosen]
+        made = artifacts.make(
+            Work(f"{name}/evaluation", inputs=[*targets, held_out, text, *scores]), build
+        )
+        rows = pl.read_parquet(made.path / "evaluations.parquet").to_dicts()
+        return result([made], {"evaluations": table(rows)})
+
+    return [target_model, evaluation]
+
+
+def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    names = [f"{domain.name}/{arm.name}" for arm in recipe.arms]
+
+    @dg.asset(
+        key_prefix=domain.name,
+        deps=[dg.AssetKey([domain.name, arm.name, "evaluation"]) for arm in recipe.arms],
+        group_name=GROUP,
+        kinds={"markdown", "duckdb"},
+        owners=OWNERS,
+        pool="results",
+        code_version=code_version(1),
+    )
+    def report(
+        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        """All arms compared, for people (`report.md`) and as tables (`results.duckdb`)."""
+        import polars as pl
+
+        from colorfilter import report as method
+
+        evaluated = [artifacts.current(f"{name}/evaluation") for name in names]
+        frames = [pl.read_parquet(a.path / "evaluations.parquet") for a in evaluated]
+        rows = pl.concat(frames)
+        matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
+
+        def build(folder: Path) -> dict[str, Any]:
+            method.write_report(
+                folder,
+                f"{recipe.name}: {domain.name}",
+                rows,
+                _documents(artifacts, score_store, recipe, domain),
+                {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
+                _colors(score_store, domain),
+            )
+            pl.concat([rows, matched]).write_parquet(folder / "evaluations.parquet")
+            return {"rows": len(rows) + len(matched)}
+
+        made = artifacts.make(Work(f"{domain.name}/report", inputs=evaluated), build)
+        _publish_results(artifacts, score_store, recipe)
+        lines = method.comparison_rows(method.arm_lines(rows))
+        return result(
+            [made],
+            {
+                "comparison": table(
+                    [dict(zip(method.COMPARISON_HEADER, line, strict=True)) for line in lines]
+                ),
+                "report": dg.MetadataValue.path(str(made.path / "report.md")),
+            },
+        )
+
+    return report
+
+
+def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> list[Any]:
+    import polars as pl
+
+    targets = [
+        artifacts.current(f"{domain.name}/{arm.name}/target_model", f"seed_{seed}")
+        for seed in recipe.evaluation.seeds
+    ]
+    return [pl.read_parquet(t.path / "curve.parquet") for t in targets]
+
+
+def _documents(
+    artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain
+) -> Any:
+    from colorfilter.report import excerpts, extremes
+
+    arm = next((a for a in recipe.arms if a.method == "color"), recipe.arms[0])
+    cutoff = artifacts.current(f"{domain.name}/{arm.name}/selection").facts["cutoff"]
+    with score_store.read() as connection:
+        found = extremes(connection, domain.name, recipe.sequence_length, cutoff)
+    raw: dict[str, Artifact] = {
+        shard: artifacts.current("raw_corpus", shard) for shard in found["shard"].unique()
+    }
+    return excerpts(found, {s: a.path / "documents.parquet" for s, a in raw.items()})
+
+
+def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:
+    """Color of a sample of the corpus and of the probe, for the histogram."""
+    query = (
+        "SELECT color FROM color WHERE domain = $domain AND {} "
+        "USING SAMPLE reservoir(20000 ROWS) REPEATABLE (0)"
+    )
+    with score_store.read() as connection:
+        corpus = fetch(
+            connection, query.format("NOT starts_with(shard, '_')"), {"domain": domain.name}
+        )
+        probe = fetch(
+            connection,
+            query.format("shard = $probe"),
+            {"domain": domain.name, "probe": probe_shard(domain.name)},
+        )
+    return {"corpus": [r[0] for r in corpus], "probe": [r[0] for r in probe]}
+
+
+def _publish_results(artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe) -> None:
+    import json
+
+    import polars as pl
+
+    entries = artifacts.entries()
+    reports = [entries.get((f"{d.name}/report", None)) for d in recipe.domains]
+    paths = [artifacts.at.root / e["path"] / "evaluations.parquet" for e in reports if e]
+    evaluations = pl.concat([pl.read_parquet(p) for p in paths]).to_dicts()
+    runs = artifacts.at.kernel_runs
+    lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
+    score_store.publish_results(
+        evaluations, [json.loads(line) for line in lines], list(artifacts.ledger())
+    )

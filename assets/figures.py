@@ -1,0 +1,75 @@
+"""Pictures for the web UI, small enough to be drawn inline (under 1,000 characters of Markdown)."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+WIDTH, HEIGHT = 200, 60
+
+
+def curve_metadata(folder: Path) -> dict[str, Any]:
+    """The learning curve of a training run: pictures of its losses and the table of its points."""
+    import polars as pl
+
+    path = folder / "curve.parquet"
+    if not path.exists():
+        return {}
+    curve = pl.read_parquet(path)
+    shown = {"learning curve": picture(_thin(list(curve["loss"]), 40), "training loss")}
+    held_out = curve.drop_nulls("held_out_loss")
+    if len(held_out):
+        shown["held-out curve"] = picture(list(held_out["held_out_loss"]), "held-out loss")
+        shown["curve"] = table(held_out.drop("endpoint").to_dicts())
+    return shown
+
+
+def picture(values: Sequence[float], label: str) -> dg.MarkdownMetadataValue:
+    """A polyline of values with its first and last in words."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    step = WIDTH / max(1, len(values) - 1)
+    points = " ".join(
+        f"{round(i * step)},{round(2 + (HEIGHT - 4) * (high - v) / span)}"
+        for i, v in enumerate(values)
+    )
+    drawn = f'<polyline fill="none" stroke="#36c" points="{points}"/>'
+    return _inline(drawn, f"{label}: {values[0]:.3f} to {values[-1]:.3f}")
+
+
+def histogram(counts: Sequence[int], low: float, high: float) -> dg.MarkdownMetadataValue:
+    """Bars of counts over equal bins from low to high."""
+    top = max(counts) or 1
+    width = WIDTH / len(counts)
+    path = "".join(
+        f"M{round(i * width)} {HEIGHT}V{round(HEIGHT - (HEIGHT - 2) * c / top)}h{width:.0f}V{HEIGHT}"
+        for i, c in enumerate(counts)
+    )
+    return _inline(f'<path fill="#36c" d="{path}"/>', f"{low:.2f} to {high:.2f} nats per token")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """Rows as a table; floats to four places."""
+    return dg.MetadataValue.table(
+        [
+            dg.TableRecord({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+            for row in rows
+        ]
+    )
+
+
+def _inline(drawing: str, label: str) -> dg.MarkdownMetadataValue:
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}">{drawing}</svg>'
+    )
+    encoded = base64.b64encode(svg.encode()).decode()
+    return dg.MetadataValue.md(f"![{label}](data:image/svg+xml;base64,{encoded})\n\n{label}")
+
+
+def _thin(values: list[float], most: int) -> list[float]:
+    """At most `most` values, each the mean of its neighbours."""
+    size = max(1, -(-len(values) // most))
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    return [sum(g) / len(g) for g in groups]

@@ -1,0 +1,164 @@
+"""Stage 4: what each arm selects, and the dataset made of it."""
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.common import OWNERS, Context, all_of, code_version, result
+from assets.figures import table
+from colorfilter.recipe import Arm, Domain, Recipe
+from resources.artifacts import ArtifactStore, Work
+from resources.score_store import ScoreStore
+
+GROUP = "filtered"
+
+
+def endpoints(recipe: Recipe, arm: Arm) -> tuple[int, ...]:
+    """End points of an arm's target models, in sequences: random's are several."""
+    multiples = recipe.evaluation.random_multiples if arm.method == "random" else [1.0]
+    sequences = recipe.target.training_tokens / recipe.sequence_length
+    return tuple(max(1, math.floor(m * sequences)) for m in multiples)
+
+
+def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`selection` and `filtered_dataset` for every domain and arm."""
+    return [
+        asset
+        for domain in recipe.domains
+        for arm in recipe.arms
+        for asset in _arm_assets(recipe, domain, arm)
+    ]
+
+
+def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
+    prefix = [domain.name, arm.name]
+    name = "/".join(prefix)
+
+    @dg.asset(
+        key_prefix=prefix,
+        deps=["score_tables"],
+        group_name=GROUP,
+        kinds={"duckdb"},
+        owners=OWNERS,
+        pool="scores",
+        code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
+    )
+    def selection(
+        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        """The selected sequences with rank and score; lower is better. No model is loaded."""
+        from colorfilter import selection as method
+
+        scores = artifacts.current("score_tables")
+        needed = endpoints(recipe, arm)[-1]
+
+        def build(folder: Path) -> dict[str, Any]:
+            with score_store.read() as connection:
+                candidates = method.count_candidates(connection, recipe.sequence_length)
+                fits = method.n_to_keep(candidates, arm.tau or 1, needed)
+                keep = needed if arm.method == "random" else fits
+                chosen = method.select(
+                    connection, arm.method, domain.name, recipe.sequence_length, keep, recipe.seed
+                )
+            chosen.write_parquet(folder / "selection.parquet", compression="zstd")
+            return {
+                "candidates": candidates,
+                "selected": len(chosen),
+                "cutoff": chosen["score"][-1],
+                "mean_color": chosen["color"].mean(),
+            }
+
+        made = artifacts.make(
+            Work(
+                f"{name}/selection",
+                inputs=[scores],
+                recipe={
+                    **arm.facts(),
+                    "needed": needed,
+                    "sequence_length": recipe.sequence_length,
+                },
+                seed=recipe.seed if arm.method == "random" else None,
+            ),
+            build,
+        )
+        models = (
+            artifacts.current("prior_model").fingerprint,
+            artifacts.current(f"{domain.name}/conditional_model").fingerprint,
+        )
+        score_store.publish_selection(
+            made.fingerprint,
+            made.path / "selection.parquet",
+            domain.name,
+            arm.name,
+            models,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return result([made], made.facts)
+
+    @dg.asset(
+        key_prefix=prefix,
+        deps=[selection, all_of("corpus_tokens"), all_of("raw_corpus")],
+        group_name=GROUP,
+        kinds={"parquet", "numpy"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.filtered, recipe.seed),
+    )
+    def filtered_dataset(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """What the target model trains on (`tokens/`), and the same as text (`documents/`)."""
+        import polars as pl
+
+        from colorfilter import selection as method
+
+        chosen = artifacts.current(f"{name}/selection")
+        rows = pl.read_parquet(chosen.path / "selection.parquet")
+        shards = sorted(rows["shard"].unique())
+        packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
+        raw = {s: artifacts.current("raw_corpus", s) for s in shards}
+
+        def build(folder: Path) -> dict[str, Any]:
+            tokens = {s: a.path for s, a in packed.items()}
+            texts = {s: a.path / "documents.parquet" for s, a in raw.items()}
+            counts = method.write_tokens(rows, tokens, recipe.seed, folder / "tokens")
+            counts |= method.write_selected_text(
+                rows, tokens, texts, recipe.filtered.whole_documents_from, folder / "documents"
+            )
+            method.write_card(
+                folder,
+                f"{recipe.name}: {domain.name}, {arm.name}",
+                f"Selected for the domain '{domain.name}' by the method '{arm.name}' from "
+                f"{chosen.facts['candidates']:,} sequences.",
+                counts["sequences"],
+                recipe.sequence_length,
+            )
+            return counts
+
+        made = artifacts.make(
+            Work(
+                f"{name}/filtered_dataset",
+                inputs=[chosen, *packed.values(), *raw.values()],
+                recipe=recipe.filtered.facts(),
+                seed=recipe.seed,
+            ),
+            build,
+        )
+        return result([made], {**made.facts, "sample": _sample(made.path)})
+
+    return [selection, filtered_dataset]
+
+
+def _sample(folder: Path) -> dg.TableMetadataValue:
+    """The texts of lowest color of a filtered dataset, cut short."""
+    import polars as pl
+
+    files = sorted((folder / "documents").glob("*.parquet"))
+    best = (
+        pl.scan_parquet(files)
+        .filter(pl.col("n_tokens") > 32)
+        .bottom_k(5, by="color")
+        .select(pl.col("text").str.slice(0, 200), "color", "fraction", "source", "doc_id")
+        .collect()
+    )
+    return table(best.to_dicts())

@@ -1,0 +1,264 @@
+"""Stage 3: losses of every sequence by both models, and the score tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.auxiliary import checkpoint
+from assets.common import (
+    ONE_RUN,
+    OWNERS,
+    SHARDS,
+    Context,
+    Progress,
+    all_of,
+    code_version,
+    describe_shards,
+    probe_shard,
+    result,
+    same_shard,
+    shard_names,
+    total,
+)
+from assets.figures import histogram
+from colorfilter.recipe import Domain, Recipe
+from colorfilter.tables import fetch, fetch_row
+from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.gpu import Gpu
+from resources.score_store import Part, PublishedModel, ScoreStore
+
+GROUP = "scores"
+
+
+def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`prior_scores`, `<domain>/conditional_scores` and `score_tables`."""
+
+    def scores(key: list[str], model: str, description: str) -> dg.AssetsDefinition:
+        @dg.asset(
+            key=key,
+            description=description,
+            partitions_def=SHARDS,
+            backfill_policy=ONE_RUN,
+            deps=[same_shard("corpus_tokens"), dg.AssetKey(model.split("/"))],
+            group_name=GROUP,
+            kinds={"pytorch", "parquet"},
+            owners=OWNERS,
+            pool="gpu",
+            code_version=code_version(1, recipe.precision),
+        )
+        def losses(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
+            return _score(context, artifacts, gpu, "/".join(key), model)
+
+        return losses
+
+    prior = scores(
+        ["prior_scores"],
+        "prior_model",
+        "Loss of every sequence by the prior, nats per token; shared by all domains.",
+    )
+    conditional = [
+        scores(
+            [d.name, "conditional_scores"],
+            f"{d.name}/conditional_model",
+            f"Loss of every sequence by the conditional of {d.name}, nats per token.",
+        )
+        for d in recipe.domains
+    ]
+
+    @dg.asset(
+        deps=[
+            all_of("raw_corpus"),
+            all_of("corpus_tokens"),
+            all_of("prior_scores"),
+            *(all_of(dg.AssetKey([d.name, "conditional_scores"])) for d in recipe.domains),
+            "prior_model",
+            *(dg.AssetKey([d.name, "conditional_model"]) for d in recipe.domains),
+        ],
+        group_name=GROUP,
+        kinds={"duckdb"},
+        owners=OWNERS,
+        pool="scores",
+        code_version=code_version(1),
+    )
+    def score_tables(
+        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        """The losses joined to sequences, spans and documents, published as `scores.duckdb`.
+
+        Parquet is the record; this file can be made again from it at any time.
+        """
+        parts, models, inputs = _parts(artifacts, recipe)
+        rows = score_store.publish(parts, models)
+        made = artifacts.make(
+            Work("score_tables", inputs=inputs),
+            lambda folder: _publication(folder, inputs, rows),
+        )
+        shown: dict[str, Any] = dict(rows)
+        for domain in recipe.domains:
+            shown |= _picture(score_store, domain.name)
+        shown["file"] = dg.MetadataValue.path(str(artifacts.at.scores))
+        return result([made], shown)
+
+    return [prior, *conditional, score_tables]
+
+
+def _score(
+    context: Context, artifacts: ArtifactStore, gpu: Gpu, asset: str, model_asset: str
+) -> dg.MaterializeResult:
+    model = artifacts.current(model_asset)
+    packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
+    progress = Progress(context, total(list(packed.values()), "tokens"), "tokens")
+
+    def build(folder: Path, shard: str) -> dict[str, int]:
+        receipts = gpu.score(
+            {model.fingerprint: checkpoint(model)}, packed[shard].path, shard, folder, progress
+        )
+        return {
+            "chunks": len(receipts),
+            "sequences": sum(r.sequences for r in receipts),
+            "tokens": sum(r.tokens for r in receipts),
+        }
+
+    made = []
+    for shard, source in packed.items():
+        work = Work(asset, shard, inputs=[model, source], precision=gpu.precision)
+        artifact = artifacts.make(work, lambda folder, shard=shard: build(folder, shard))
+        if artifact.reused:
+            progress(source.facts["tokens"])
+        made.append(artifact)
+    facts = ("sequences", "tokens", "chunks")
+    describe_shards(context, made, facts)
+    return result(
+        made,
+        {
+            "shards": len(made),
+            **{name: total(made, name) for name in facts},
+            "tokens per second": round(progress.rate),
+            "precision": gpu.precision,
+            "device": str(gpu.device()),
+            "dagster/row_count": total(made, "sequences"),
+        },
+    )
+
+
+def _parts(
+    artifacts: ArtifactStore, recipe: Recipe
+) -> tuple[list[Part], list[PublishedModel], list[Artifact]]:
+    """Everything to publish, each checked to have been made from what is current."""
+    prior = artifacts.current("prior_model")
+    models = [PublishedModel(prior.fingerprint, "prior", None, str(checkpoint(prior)))]
+    scored_by = {"prior_scores": prior}
+    for domain in recipe.domains:
+        model = artifacts.current(f"{domain.name}/conditional_model")
+        place = str(checkpoint(model))
+        models.append(PublishedModel(model.fingerprint, "conditional", domain.name, place))
+        scored_by[f"{domain.name}/conditional_scores"] = model
+    parts, inputs = [], list(scored_by.values())
+    for shard in shard_names(artifacts, recipe):
+        raw = artifacts.current("raw_corpus", shard)
+        packed = artifacts.current_from("corpus_tokens", shard, [raw])
+        inputs += [raw, packed]
+        parts.append(
+            Part(
+                shard,
+                fingerprint=f"{raw.fingerprint[:32]}{packed.fingerprint[:32]}",
+                documents=raw.path,
+                tokens=packed.path,
+            )
+        )
+        for asset, model in scored_by.items():
+            losses = artifacts.current_from(asset, shard, [model, packed])
+            inputs.append(losses)
+            parts.append(
+                Part(shard, losses.fingerprint, model=model.fingerprint, losses=losses.path)
+            )
+    return parts, models, inputs
+
+
+def _publication(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:
+    import json
+
+    content = {a.name: a.fingerprint for a in inputs}
+    (folder / "published.json").write_text(json.dumps(content, indent=1))
+    return rows
+
+
+def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
+    """A histogram of color over the corpus, and the text at its quantiles."""
+    with score_store.read() as connection:
+        low, high = fetch_row(
+            connection,
+            "SELECT quantile_cont(color, 0.001), quantile_cont(color, 0.999) FROM color "
+            "WHERE domain = ? AND NOT starts_with(shard, '_')",
+            [domain],
+        )
+        bins = 40
+        width = (high - low) / bins or 1.0
+        found = fetch(
+            connection,
+            "SELECT least(greatest(floor((color - ?) / ?), 0), ?)::INTEGER AS bin, count(*) "
+            "FROM color WHERE domain = ? AND NOT starts_with(shard, '_') GROUP BY bin",
+            [low, width, bins - 1, domain],
+        )
+    counts = dict(found)
+    return {f"{domain} color": histogram([counts.get(i, 0) for i in range(bins)], low, high)}
+
+
+def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
+    """What must hold of the score tables before anything is selected by them."""
+
+    @dg.asset_check(asset="score_tables", blocking=True)
+    def scores_complete(score_store: ScoreStore) -> dg.AssetCheckResult:
+        """Every sequence of two tokens or more has one finite loss by every current model."""
+        with score_store.read() as connection:
+            expected, scored, not_finite, stored = fetch_row(
+                connection,
+                """
+                WITH expected AS (
+                    SELECT m.model, s.shard, s.position
+                    FROM models AS m, sequences AS s WHERE m.current AND s.n_tokens > 1
+                )
+                SELECT
+                    count(*), count(l.loss), count(*) FILTER (NOT isfinite(l.loss)),
+                    (SELECT count(*) FROM losses)
+                FROM expected LEFT JOIN losses AS l USING (model, shard, position)
+                """,
+            )
+        passed = expected == scored == stored and not not_finite
+        return dg.AssetCheckResult(
+            passed=passed,
+            description=f"{scored:,} of {expected:,} losses stand, {not_finite} not finite, "
+            f"{stored - scored} without a sequence",
+            metadata={"expected": expected, "scored": scored, "not finite": not_finite},
+        )
+
+    return [scores_complete, *(_domain_below_corpus(d) for d in recipe.domains)]
+
+
+def _domain_below_corpus(domain: Domain) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset="score_tables", name=f"{domain.name}_below_corpus", blocking=True)
+    def domain_below_corpus(
+        artifacts: ArtifactStore, score_store: ScoreStore
+    ) -> dg.AssetCheckResult:
+        """Held-out and probe text of the domain have lower color than the corpus, in the mean."""
+        held_out = artifacts.current(f"{domain.name}/conditional_model").facts["held_out_color"]
+        with score_store.read() as connection:
+            probe, corpus = fetch_row(
+                connection,
+                "SELECT avg(color) FILTER (shard = $probe), "
+                "avg(color) FILTER (NOT starts_with(shard, '_')) FROM color WHERE domain = $domain",
+                {"probe": probe_shard(domain.name), "domain": domain.name},
+            )
+        known = probe is not None and corpus is not None
+        passed = bool(known and probe < corpus and held_out < corpus)
+        shown = {"held-out": held_out, "probe": probe, "corpus": corpus}
+        return dg.AssetCheckResult(
+            passed=passed,
+            description="mean color: "
+            + ", ".join(f"{k} {v:.3f}" for k, v in shown.items() if v is not None),
+            metadata={k: v for k, v in shown.items() if v is not None},
+        )
+
+    return domain_below_corpus

@@ -1,0 +1,494 @@
+"""Raw files to documents: planned into shards, read as a stream, every loss accounted for.
+
+A shard is a list of whole input files, planned from their names and sizes alone, so that shards
+are known before anything is read. Files are read line by line (JSON Lines), row group by row
+group (Parquet) or one at a time (text), so memory does not grow with a file. What cannot be used
+is kept in a rejects table with the reason; exact duplicates within a shard go there too.
+"""
+
+import ast
+import contextlib
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from colorfilter.errors import InputError
+from colorfilter.recipe import Source
+
+MAX_DOCUMENT_BYTES = 16 * 2**20
+BATCH_BYTES = 8 * 2**20
+
+DOCUMENTS = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("source_file", pa.string()),
+        ("source_line", pa.int64()),
+        ("source", pa.string()),
+        ("n_chars", pa.int64()),
+        ("sha256", pa.string()),
+        ("extra", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+SAMPLE = DOCUMENTS.append(pa.field("shard", pa.string()))
+REJECTS = pa.schema(
+    [
+        ("source_file", pa.string()),
+        ("source_line", pa.int64()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("excerpt", pa.string()),
+    ]
+)
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One raw file.
+
+    `path` is relative to the fixed part of the source's glob, so that names derived from it are
+    the same wherever the data lies; `version` is the cheap sign of change: modification time,
+    ETag or the like.
+    """
+
+    source: str
+    path: str
+    uri: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A list of whole input files of one source."""
+
+    name: str
+    files: tuple[InputFile, ...]
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Shard":
+        return cls(facts["name"], tuple(InputFile(**f) for f in facts["files"]))
+
+
+def list_files(sources: Iterable[Source]) -> list[InputFile]:
+    """Every file that the sources match, in order of source and path.
+
+    Raises InputError for a source that matches nothing or whose place cannot be reached.
+    """
+    files = []
+    for source in sources:
+        found = sorted(_matches(source), key=lambda f: f.path)
+        if not found:
+            raise InputError(
+                f"source {source.name}: nothing matches {source.files}; correct `files`"
+            )
+        files += found
+    return files
+
+
+def _matches(source: Source) -> Iterator[InputFile]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source.files)
+        root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        if any(c in path for c in "*?["):
+            infos = list(filesystem.glob(path, detail=True).values())
+        else:
+            infos = [filesystem.info(path)] if filesystem.exists(path) else []
+    except ImportError as error:
+        raise InputError(f"source {source.name}: {source.files}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"source {source.name}: cannot list {source.files} ({error})") from error
+    for info in infos:
+        uri = filesystem.unstrip_protocol(info["name"]).removeprefix("file://")
+        excluded = any(fnmatch.fnmatch(uri, pattern) for pattern in source.exclude)
+        if info["type"] == "file" and not excluded:
+            signs = ("ETag", "mtime", "LastModified", "blob_id")
+            yield InputFile(
+                source=source.name,
+                path=info["name"].removeprefix(root).lstrip("/"),
+                uri=uri,
+                size=info["size"] or 0,
+                version=str(next((info[sign] for sign in signs if info.get(sign)), "")),
+            )
+
+
+def plan_shards(
+    files: Sequence[InputFile], shard_bytes: int, standing: Sequence[Shard] = ()
+) -> list[Shard]:
+    """Group files into shards of about `shard_bytes`, from names and sizes alone.
+
+    A standing shard stays as long as all its files are there with their sizes; only what it does
+    not cover is planned anew. So a new file brings a new shard, a changed one retires its shard,
+    and nothing else moves. Small files of a source share a shard, in order of path; a big file is
+    a shard by itself.
+    """
+    there = {(f.source, f.path, f.size): f for f in files}
+    shards = []
+    for shard in standing:
+        keys = [(f.source, f.path, f.size) for f in shard.files]
+        if all(k in there for k in keys):
+            shards.append(Shard(shard.name, tuple(there.pop(k) for k in keys)))
+    group: list[InputFile] = []
+    for file in [*there.values(), None]:
+        full = sum(f.size for f in group) + (file.size if file else 0) > shard_bytes
+        if group and (file is None or full or file.source != group[0].source):
+            shards.append(Shard(_shard_name(group), tuple(group)))
+            group = []
+        if file:
+            group.append(file)
+    return sorted(shards, key=lambda s: s.name)
+
+
+def _shard_name(files: Sequence[InputFile]) -> str:
+    digest = hashlib.sha256(json.dumps([(f.path, f.size) for f in files]).encode()).hexdigest()
+    return f"{files[0].source}-{digest[:10]}"
+
+
+class Document(NamedTuple):
+    """A text with the place it came from and its other fields."""
+
+    file: str
+    line: int
+    text: str
+    extra: dict[str, Any]
+
+
+class Reject(NamedTuple):
+    """What could not be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+    excerpt: str
+
+
+def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
+    """Stream one file's documents and rejects, in order.
+
+    Raises InputError where the file as a whole cannot be read.
+    """
+    path, compression = file.uri, None
+    for suffix, name in COMPRESSIONS.items():
+        if path.endswith(suffix):
+            path, compression = path.removesuffix(suffix), name
+    kind = source.format or SUFFIXES.get(Path(path).suffix)
+    if kind is None:
+        raise InputError(
+            f"source {source.name}: {file.uri}: unknown suffix; name one of jsonl, parquet, text "
+            "as the source's `format`"
+        )
+    read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "python_dict": _python_dict}[kind]
+    try:
+        with fsspec.open(file.uri, "rb", compression=compression) as stream:
+            yield from read(stream, file.uri, source.text_field)
+    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+        raise InputError(
+            f"source {source.name}: {file.uri} cannot be read ({_one_line(error)}); mend or exclude it"
+        ) from error
+
+
+def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+    number = 0
+    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+        number += 1
+        if len(line) > MAX_DOCUMENT_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_DOCUMENT_BYTES)
+            yield Reject(uri, number, "longer than 16 MiB", "")
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            yield Reject(uri, number, "not UTF-8", _excerpt(line))
+        except ValueError:
+            blank = not line.strip()
+            yield Reject(uri, number, "blank line" if blank else "not JSON", _excerpt(line))
+        else:
+            yield _document(uri, number, row, field)
+
+
+def _parquet(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+    number = 0
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield _document(uri, number, row, field)
+
+
+def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        yield Reject(uri, 1, "longer than 16 MiB", _excerpt(data[:200]))
+        return
+    try:
+        yield _document(uri, 1, {field: data.decode("utf-8")}, field)
+    except UnicodeDecodeError:
+        yield Reject(uri, 1, "not UTF-8", _excerpt(data[:200]))
+
+
+def _python_dict(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+    """The string values of a module's dict literals, parsed and never run."""
+    for statement in ast.parse(stream.read()).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            for key, value in zip(statement.value.keys, statement.value.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
+                    yield _document(
+                        uri, value.lineno, {"key": key.value, field: value.value}, field
+                    )
+
+
+def _document(uri: str, line: int, row: object, field: str) -> Document | Reject:
+    if not isinstance(row, dict) or row.get(field) is None:
+        return Reject(uri, line, f"no field '{field}'", _excerpt(str(row)))
+    text = row[field]
+    if not isinstance(text, str):
+        return Reject(uri, line, f"field '{field}' is not a string", _excerpt(str(row)))
+    if not text.strip():
+        return Reject(uri, line, "empty", _excerpt(str(row)))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Reject(uri, line, "lone surrogate in the text", _excerpt(ascii(text)))
+    return Document(uri, line, text, {k: v for k, v in row.items() if k != field})
+
+
+def _excerpt(value: str | bytes) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return text[:200].encode("utf-8", "replace").decode("utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def document_id(source: str, path: str, line: int, sha256: str) -> str:
+    """Stable: the same document at the same place of its source has the same id everywhere."""
+    return hashlib.sha256(f"{source}\n{path}\n{line}\n{sha256}".encode()).hexdigest()[:20]
+
+
+def write_documents(
+    files: Sequence[InputFile],
+    sources: Sequence[Source],
+    folder: Path,
+    progress: Callable[[int], None] = lambda size: None,
+) -> dict[str, int]:
+    """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
+
+    `progress` is called with the size of each finished file. Returns counts: documents, chars,
+    bytes, duplicates, rejects. Raises InputError for a file that cannot be read.
+    """
+    by_name = {s.name: s for s in sources}
+    counts = dict.fromkeys(("documents", "chars", "bytes", "duplicates", "rejects"), 0)
+    seen: set[bytes] = set()
+    with (
+        TableWriter(folder / "documents.parquet", DOCUMENTS) as documents,
+        TableWriter(folder / "rejects.parquet", REJECTS) as rejects,
+    ):
+        for file in files:
+            for item in read_file(file, by_name[file.source]):
+                if isinstance(item, Document):
+                    size = len(item.text.encode("utf-8"))
+                    sha256 = text_sha256(item.text)
+                    if bytes.fromhex(sha256) not in seen:
+                        seen.add(bytes.fromhex(sha256))
+                        counts["documents"] += 1
+                        counts["chars"] += len(item.text)
+                        counts["bytes"] += size
+                        documents.add(
+                            {
+                                "doc_id": document_id(file.source, file.path, item.line, sha256),
+                                "source_file": item.file,
+                                "source_line": item.line,
+                                "source": file.source,
+                                "n_chars": len(item.text),
+                                "sha256": sha256,
+                                "extra": json.dumps(item.extra, default=str, ensure_ascii=False),
+                                "text": item.text,
+                            },
+                            size,
+                        )
+                        continue
+                    counts["duplicates"] += 1
+                    item = Reject(item.file, item.line, "duplicate", _excerpt(item.text))
+                else:
+                    counts["rejects"] += 1
+                rejects.add(
+                    {
+                        "source_file": item.file,
+                        "source_line": item.line,
+                        "source": file.source,
+                        "reason": item.reason,
+                        "excerpt": item.excerpt,
+                    },
+                    len(item.excerpt),
+                )
+            progress(file.size)
+    return counts
+
+
+class TableWriter:
+    """Rows to a Parquet file in batches of bounded size, so that memory stays flat."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, row: dict[str, Any], size: int = 100) -> None:
+        """Append a row; `size` is its rough size in bytes."""
+        self._rows.append(row)
+        self._bytes += size
+        if self._bytes >= BATCH_BYTES or len(self._rows) >= 50_000:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows, self._bytes = [], 0
+
+
+def read_documents(
+    path: Path, columns: Sequence[str] = ("doc_id", "sha256", "text")
+) -> Iterator[dict[str, Any]]:
+    """Stream rows of a documents table."""
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns)):
+        yield from batch.to_pylist()
+
+
+def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path) -> dict[str, int]:
+    """Draw documents at random from shards (name -> folder) until they hold `chars` characters.
+
+    The draw depends on the texts and the seed alone, not on how they lie in shards. Writes
+    `documents.parquet`, the documents with their shard, and returns counts. Raises InputError
+    where the corpus holds no more than that.
+    """
+    table = pl.concat(
+        pl.scan_parquet(path / "documents.parquet")
+        .select("sha256", "n_chars", shard=pl.lit(name))
+        .unique("sha256", maintain_order=True)
+        for name, path in sorted(shards.items())
+    ).unique("sha256", keep="first", maintain_order=True)
+    documents = table.collect()
+    if documents["n_chars"].sum() <= chars:
+        raise InputError(
+            f"prior.sample_chars: {chars} characters are wanted for D_prior, but the whole corpus "
+            f"holds {documents['n_chars'].sum()}; add to the corpus or lower it"
+        )
+    lots = [draw_lot(seed, sha256) for sha256 in documents["sha256"]]
+    drawn = (
+        documents.with_columns(lot=pl.Series(lots))
+        .sort("lot")
+        .filter(pl.col("n_chars").cum_sum().shift(1, fill_value=0) < chars)
+    )
+    by_shard = {
+        str(k[0]): set(v["sha256"]) for k, v in drawn.partition_by("shard", as_dict=True).items()
+    }
+    with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
+        for name, wanted in sorted(by_shard.items()):
+            for row in read_documents(shards[name] / "documents.parquet", DOCUMENTS.names):
+                if row["sha256"] in wanted:
+                    writer.add({**row, "shard": name}, len(row["text"]))
+    return {"documents": len(drawn), "chars": int(drawn["n_chars"].sum())}
+
+
+def draw_lot(seed: int, sha256: str) -> bytes:
+    """A document's place in a random order that the seed fixes."""
+    return hashlib.sha256(f"{seed}|{sha256}".encode()).digest()[:8]
+
+
+SPLITS = ("held_out", "probe", "down")
+
+
+def split_domain(
+    documents: Path, seed: int, held_out: float, probe: float, folder: Path
+) -> dict[str, int]:
+    """Split a domain's documents at random into held-out, probe and D_down, by characters.
+
+    Writes `<split>/documents.parquet` for each, whole documents only, and returns their numbers
+    of documents and characters. Raises InputError where a split would be empty.
+    """
+    table = pl.read_parquet(documents, columns=["sha256", "n_chars"])
+    table = table.with_columns(
+        lot=pl.Series([draw_lot(seed, s) for s in table["sha256"]], dtype=pl.Binary)
+    ).sort("lot")
+    before = table["n_chars"].cum_sum().shift(1, fill_value=0) / max(1, table["n_chars"].sum())
+    split_of = {
+        sha256: "held_out" if share < held_out else "probe" if share < held_out + probe else "down"
+        for sha256, share in zip(table["sha256"], before, strict=True)
+    }
+    counts = dict.fromkeys([f"{s}_{unit}" for s in SPLITS for unit in ("documents", "chars")], 0)
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            (folder / split).mkdir(exist_ok=True)
+            path = folder / split / "documents.parquet"
+            writers[split] = stack.enter_context(TableWriter(path, DOCUMENTS))
+        for row in read_documents(documents, DOCUMENTS.names):
+            split = split_of[row["sha256"]]
+            writers[split].add(row, len(row["text"]))
+            counts[f"{split}_documents"] += 1
+            counts[f"{split}_chars"] += row["n_chars"]
+    empty = [s for s in SPLITS if counts[f"{s}_documents"] == 0]
+    if empty:
+        raise InputError(
+            f"{len(table)} documents are too few to split into D_down, held-out and probe "
+            f"({' and '.join(empty)} would be empty); add documents or cut them smaller"
+        )
+    return counts
+
+
+def shared_documents(corpus: Mapping[str, Path], texts: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Documents of the corpus that also stand in one of `texts` (name -> documents table).
+
+    Compared by the sha256 of the text. Returns source_file, source_line, text (which one).
+    """
+    known: dict[str, str] = {}
+    for name, path in texts.items():
+        known |= dict.fromkeys(pl.read_parquet(path, columns=["sha256"])["sha256"], name)
+    wanted = pl.LazyFrame({"sha256": list(known), "text": list(known.values())})
+    return [
+        row
+        for path in corpus.values()
+        for row in pl.scan_parquet(path)
+        .select("sha256", "source_file", "source_line")
+        .join(wanted, on="sha256")
+        .collect()
+        .to_dicts()
+    ]

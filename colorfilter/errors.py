@@ -1,0 +1,8 @@
+"""The one exception that means 'the input is wrong', as opposed to 'the program is wrong'."""
+
+
+class InputError(Exception):
+    """Bad input: one line that says what is wrong, where, and how to mend it.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

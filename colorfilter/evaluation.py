@@ -1,0 +1,122 @@
+"""Does the selected data train a better model? Held-out loss, tokens-to-match, and the probe."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+
+from colorfilter.tables import fetch_row
+
+
+def bits_per_byte(loss: float, n_labels: int, n_bytes: int) -> float:
+    """Mean loss in nats per token over `n_labels` tokens -> bits per byte of their text."""
+    return loss * n_labels / (math.log(2) * n_bytes)
+
+
+@dataclass(frozen=True)
+class TokensToMatch:
+    """How many times the tokens another arm needs for the same loss.
+
+    `bound` is '=' where `ratio` was interpolated, '>' or '<' where it lies beyond the last or
+    before the first end point.
+    """
+
+    ratio: float
+    bound: str
+
+    def __str__(self) -> str:
+        words = {"=": "", ">": "more than ", "<": "less than "}
+        return f"{words[self.bound]}{self.ratio:.2f}"
+
+
+def tokens_to_match(
+    loss: float, tokens: int, endpoints: Sequence[tuple[int, float]]
+) -> TokensToMatch:
+    """Tokens of another arm that reach `loss`, over the `tokens` that the arm itself took.
+
+    `endpoints` are (tokens, loss) of the other arm, from annealed end points only, tokens rising.
+    Interpolated linearly in the logarithm of tokens at the first crossing; nothing is
+    extrapolated.
+    """
+    first_tokens, first_loss = endpoints[0]
+    if loss > first_loss:
+        return TokensToMatch(first_tokens / tokens, "<")
+    for (n0, loss0), (n1, loss1) in zip(endpoints, endpoints[1:], strict=False):
+        if loss0 >= loss >= loss1 and loss0 > loss1:
+            share = (loss0 - loss) / (loss0 - loss1)
+            return TokensToMatch(n0 * (n1 / n0) ** share / tokens, "=")
+    if loss == first_loss:
+        return TokensToMatch(first_tokens / tokens, "=")
+    return TokensToMatch(endpoints[-1][0] / tokens, ">")
+
+
+PROBE = """
+    WITH scored AS (
+        SELECT color, shard = $probe AS is_probe
+        FROM color
+        WHERE domain = $domain AND (shard = $probe OR NOT starts_with(shard, '_'))
+    ),
+    ranked AS (
+        SELECT color, is_probe,
+            rank() OVER (ORDER BY color) + (count(*) OVER (PARTITION BY color) - 1) / 2.0 AS rank
+        FROM scored
+    )
+    SELECT
+        count(*) FILTER (is_probe),
+        count(*) FILTER (NOT is_probe),
+        sum(rank) FILTER (is_probe),
+        count(*) FILTER (is_probe AND color <= $cutoff)
+    FROM ranked
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where text of the domain, scored like corpus, ranks against the corpus.
+
+    `auc` is the chance that a sequence of the probe has a lower color than one of the corpus;
+    `recall` the share of the probe's sequences that lie at or below the cutoff.
+    """
+
+    auc: float
+    recall: float
+    sequences: int
+
+
+def probe(
+    connection: duckdb.DuckDBPyConnection, domain: str, probe_shard: str, cutoff: float
+) -> Probe:
+    """Rank the probe shard in the `color` view; the answer is known, so this tests the pipeline."""
+    parameters = {"domain": domain, "probe": probe_shard, "cutoff": cutoff}
+    n_probe, n_corpus, rank_sum, recalled = fetch_row(connection, PROBE, parameters)
+    below = float(rank_sum) - n_probe * (n_probe + 1) / 2
+    return Probe(1 - below / (n_probe * n_corpus), recalled / n_probe, n_probe)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and the half-width of its 95 % interval over seeds (Student's t); nan for one seed."""
+
+    mean: float
+    half_width: float
+    n: int
+
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean over seeds with its 95 % interval."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return Summary(mean, math.nan, n)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    t = T95[n - 2] if n - 2 < len(T95) else 1.96
+    return Summary(mean, t * deviation / math.sqrt(n), n)

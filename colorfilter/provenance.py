@@ -1,0 +1,102 @@
+"""Identity of what is made: the key (known before the work), the fingerprint (of the content).
+
+The environment is recorded beside the two and is in neither, so that neither a refactoring nor an
+upgrade makes anything be computed again by itself.
+"""
+
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from colorfilter.files import file_sha256, write_text_atomically
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "duckdb", "pyarrow", "dagster")
+
+
+def artifact_key(
+    asset: str,
+    partition: str | None,
+    inputs: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    code: int,
+    seed: int | None = None,
+    precision: str | None = None,
+) -> str:
+    """What identifies a piece of work before it is done.
+
+    `inputs` are fingerprints by name, `recipe` the part of it that the work reads, `code` a number
+    raised by hand when the result of the code changes.
+    """
+    facts = {
+        "asset": asset,
+        "partition": partition,
+        "inputs": dict(inputs),
+        "recipe": dict(recipe),
+        "code": code,
+        "seed": seed,
+        "precision": precision,
+    }
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Hash every file of a folder into its `manifest.json`, written last; return the fingerprint.
+
+    The fingerprint is a hash of the names and contents of the files alone.
+    """
+    files = [
+        {"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    ]
+    content = canonical_json([[f["path"], f["sha256"]] for f in files])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    manifest = {"fingerprint": fingerprint, "facts": dict(facts), "files": files}
+    write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    return fingerprint
+
+
+def stands(folder: Path) -> bool:
+    """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / f["path"]).stat().st_size == f["bytes"] for f in manifest["files"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Versions of what computes here: libraries, Python, machine, git revision of this code."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_revision(),
+        **versions,
+    }
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,166 @@
+"""Stream packed sequences through models and commit their losses chunk by chunk.
+
+A chunk is a Parquet file of consecutive sequences, written under a temporary name, flushed to disk
+and renamed, its own sha256 in its name. So a killed worker loses at most one chunk, a rerun goes
+on behind the last committed one, and each loss stands exactly once. Nothing is locked.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from transformers import PreTrainedModel
+
+from colorfilter import loss
+from colorfilter.files import file_sha256, write_atomically
+from colorfilter.models import head_weight
+from colorfilter.tokens import open_tokens
+
+CHUNK_SEQUENCES = 16_384
+BATCH_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed chunk holds and what it took; `seconds` is 0 for one found standing."""
+
+    file: str
+    sha256: str
+    start: int
+    stop: int
+    sequences: int
+    tokens: int
+    seconds: float
+
+
+class Scorer:
+    """A model made ready for scoring: losses of batches of sequences."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model.eval()
+        self._weight = head_weight(model)
+
+    @torch.inference_mode()
+    def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
+        device = self._model.device
+        tokens_BxT = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        labels = loss.shifted_labels(tokens_BxT, torch.from_numpy(n_tokens).to(device))
+        if self._weight is None:
+            logits = self._model(input_ids=tokens_BxT, use_cache=False).logits
+            nll, n = loss.logits_nll(logits, labels)
+        else:
+            body = self._model.base_model(input_ids=tokens_BxT, use_cache=False)
+            nll, n = loss.sequence_nll(body.last_hidden_state, self._weight, labels)
+        return nll.cpu().numpy(), n.cpu().numpy()
+
+
+def sequence_losses(
+    scorer: Scorer,
+    tokens: np.ndarray,
+    n_tokens: np.ndarray,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of many sequences, in small batches. Shapes and units as in Scorer.losses."""
+    nll = np.full(len(tokens), np.nan, dtype=np.float32)
+    n = np.zeros(len(tokens), dtype=np.int32)
+    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        rows = slice(start, start + step)
+        nll[rows], n[rows] = scorer.losses(tokens[rows], n_tokens[rows])
+        progress(int(n_tokens[rows].sum()))
+    return nll, n
+
+
+def score_shard(
+    models: Mapping[str, Scorer],
+    tokens: Path,
+    shard: str,
+    out: Path,
+    precision: str,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Receipt]:
+    """Score a folder of packed tokens by every model, into chunks in `out`.
+
+    Chunks hold `model, shard, position, loss, n_tokens, precision`; `loss` is float32 nats per
+    token, `n_tokens` the labels it is the mean of. A sequence of fewer than two tokens has no
+    label and gets no row. `progress` is called with sequence tokens done, per model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob("*.tmp"):
+        leftover.unlink()
+    rows = open_tokens(tokens)
+    n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].to_numpy().astype(np.int64)
+    return [
+        _standing(out, start, stop, n_tokens[start:stop], progress, len(models))
+        or _score_chunk(models, rows, n_tokens, shard, start, stop, out, precision, progress)
+        for start, stop in chunk_ranges(len(rows))
+    ]
+
+
+def chunk_ranges(n_sequences: int) -> list[tuple[int, int]]:
+    """Where chunks begin and end; a matter of the number of sequences alone."""
+    starts = range(0, n_sequences, CHUNK_SEQUENCES)
+    return [(start, min(start + CHUNK_SEQUENCES, n_sequences)) for start in starts]
+
+
+def _standing(
+    out: Path,
+    start: int,
+    stop: int,
+    n_tokens: np.ndarray,
+    progress: Callable[[int], None],
+    n_models: int,
+) -> Receipt | None:
+    for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
+        progress(int(n_tokens.sum()) * n_models)
+        sha256 = file_sha256(path)
+        if sha256.startswith(path.stem.rpartition("-")[2]):
+            return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), 0.0)
+    return None
+
+
+def _score_chunk(
+    models: Mapping[str, Scorer],
+    rows: np.ndarray,
+    n_tokens: np.ndarray,
+    shard: str,
+    start: int,
+    stop: int,
+    out: Path,
+    precision: str,
+    progress: Callable[[int], None],
+) -> Receipt:
+    begun = time.perf_counter()
+    tables = []
+    for name, scorer in models.items():
+        nll, n = sequence_losses(scorer, rows[start:stop], n_tokens[start:stop], progress)
+        tables.append(
+            pl.DataFrame(
+                {
+                    "model": pl.repeat(name, stop - start, eager=True),
+                    "shard": pl.repeat(shard, stop - start, eager=True),
+                    "position": np.arange(start, stop, dtype=np.int64),
+                    "loss": nll,
+                    "n_tokens": n,
+                    "precision": pl.repeat(precision, stop - start, eager=True),
+                }
+            ).filter(pl.col("n_tokens") > 0)
+        )
+    seconds = time.perf_counter() - begun
+    table = pl.concat(tables)
+    temporary = out / f"{_stem(start, stop)}.tmp"
+    table.write_parquet(temporary, compression="zstd")
+    sha256 = file_sha256(temporary)
+    path = out / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
+    write_atomically(temporary, path)
+    tokens = int(n_tokens[start:stop].sum())
+    return Receipt(path.name, sha256, start, stop, stop - start, tokens, seconds)
+
+
+def _stem(start: int, stop: int) -> str:
+    return f"losses-{start:010d}-{stop:010d}"

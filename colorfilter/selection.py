@@ -1,0 +1,245 @@
+"""Which sequences to keep, as one query on the score tables, and their text.
+
+CoLoR-Filter keeps the sequences with the lowest `conditional - prior` (arXiv 2406.10670,
+algorithm 1). The order is canonical: score in float64, then shard, then position, so that ties
+fall the same way everywhere. Lower is better for every method.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from colorfilter.documents import TableWriter
+from colorfilter.errors import InputError
+from colorfilter.tables import fetch_frame, fetch_row
+from colorfilter.tokens import open_tokens
+
+# A document that occurs in several shards counts once: in the first of them. A sequence that
+# carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
+CANDIDATES = """
+    SELECT shard, position
+    FROM sequences
+    ANTI JOIN (
+        SELECT DISTINCT spans.shard, spans.position
+        FROM spans
+        JOIN (
+            SELECT shard, doc_id FROM documents
+            WHERE NOT starts_with(shard, '_')
+            QUALIFY shard > min(shard) OVER (PARTITION BY sha256)
+        ) AS copies USING (shard, doc_id)
+    ) AS copied USING (shard, position)
+    WHERE NOT starts_with(shard, '_') AND n_tokens = $length
+"""
+
+SCORES = {
+    "color": "SELECT shard, position, color AS score FROM color WHERE domain = $domain",
+    # A number in [0, 1) from the sequence's place and the seed: the same in every version.
+    "random": """
+        SELECT shard, position,
+            md5_number_lower(concat_ws('|', $seed::VARCHAR, shard, position))::DOUBLE
+                / 18446744073709551616.0 AS score
+        FROM sequences
+    """,
+}
+
+SELECTION = """
+    SELECT
+        row_number() OVER (ORDER BY score, shard, position) AS rank,
+        shard, position, score, color.color
+    FROM ({candidates}) JOIN ({scores}) USING (shard, position)
+    LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
+    ORDER BY score, shard, position
+    LIMIT $keep
+"""
+
+
+def count_candidates(connection: duckdb.DuckDBPyConnection, length: int) -> int:
+    """How many sequences can be selected: full ones of the corpus, later copies left out."""
+    query = f"SELECT count(*) FROM ({CANDIDATES})"
+    return int(fetch_row(connection, query, {"length": length})[0])
+
+
+def select(
+    connection: duckdb.DuckDBPyConnection,
+    method: str,
+    domain: str,
+    length: int,
+    keep: int,
+    seed: int,
+) -> pl.DataFrame:
+    """The best `keep` candidates of a method, best first: rank, shard, position, score, color.
+
+    `rank` counts from 1; `score` is float64, lower is better; `color` is null where not scored.
+    """
+    parameters: dict[str, int | str] = {"length": length, "domain": domain, "keep": keep}
+    if method == "random":
+        parameters["seed"] = seed
+    query = SELECTION.format(candidates=CANDIDATES, scores=SCORES[method])
+    return fetch_frame(connection, query, parameters)
+
+
+def n_to_keep(candidates: int, tau: float, needed: int) -> int:
+    """floor(candidates / tau), if that holds the sequences that training needs.
+
+    Raises InputError otherwise.
+    """
+    keep = int(candidates / tau)
+    if keep < needed:
+        raise InputError(
+            f"target.training_tokens: needs {needed} sequences, but 1/{tau:g} of {candidates} "
+            f"candidates is {keep}; lower training_tokens or tau, or add to the corpus"
+        )
+    return keep
+
+
+def write_tokens(
+    selection: pl.DataFrame, tokens: Mapping[str, Path], seed: int, out: Path
+) -> dict[str, int]:
+    """Gather the selected sequences into `tokens.npy` [n, T] and `sequences.parquet`.
+
+    The rows stand in a random order that `seed` fixes, so that a single pass over the file is a
+    fair pass; `sequences.parquet` says where each came from. Returns counts.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(seed).permutation(len(selection))
+    shuffled = selection[order].with_row_index("row")
+    first = open_tokens(tokens[selection["shard"][0]])
+    n, length = len(selection), first.shape[1]
+    rows = np.lib.format.open_memmap(out / "tokens.npy", "w+", first.dtype, (n, length))
+    tables = []
+    for (shard,), part in shuffled.group_by(["shard"], maintain_order=True):
+        positions = part["position"].to_numpy()
+        rows[part["row"].to_numpy()] = open_tokens(tokens[str(shard)])[positions]
+        facts = pl.read_parquet(tokens[str(shard)] / "sequences.parquet")
+        tables.append(part.join(facts, on="position", how="left", maintain_order="left"))
+    rows.flush()
+    table = pl.concat(tables).sort("row")
+    table.write_parquet(out / "sequences.parquet", compression="zstd")
+    return {"sequences": n, "tokens": int(table["n_tokens"].sum())}
+
+
+FILTERED = pa.schema(
+    [
+        ("text", pa.string()),
+        ("doc_id", pa.string()),
+        ("source", pa.string()),
+        ("color", pa.float64()),
+        ("fraction", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("shard", pa.string()),
+        ("char_start", pa.int64()),
+        ("char_end", pa.int64()),
+        ("extra", pa.string()),
+    ]
+)
+
+
+def write_selected_text(
+    selection: pl.DataFrame,
+    tokens: Mapping[str, Path],
+    documents: Mapping[str, Path],
+    whole_documents_from: float | None,
+    out: Path,
+) -> dict[str, int]:
+    """Write the selected spans as text, one Parquet file per shard.
+
+    A row is an unbroken run of selected text of one document: its original characters, `color`
+    (token-weighted mean of its sequences), and `fraction`, the selected share of the whole
+    document's tokens. With `whole_documents_from` a row is a whole document instead, given for
+    those of which at least that fraction was selected. Returns counts.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {"texts": 0, "chars": 0}
+    for shard in sorted(selection["shard"].unique()):
+        spans = pl.read_parquet(tokens[shard] / "spans.parquet")
+        chosen = selection.filter(pl.col("shard") == shard)
+        runs = _runs(spans, chosen)
+        if whole_documents_from is not None:
+            runs = _whole(runs, spans).filter(pl.col("fraction") >= whole_documents_from)
+        with TableWriter(out / f"{shard}.parquet", FILTERED) as writer:
+            for row in _with_text(runs, documents[shard], shard):
+                writer.add(row, len(row["text"]))
+                counts["texts"] += 1
+                counts["chars"] += len(row["text"])
+    return counts
+
+
+def _runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
+    """Unbroken runs of selected spans: doc_id, char_start, char_end, n_tokens, color, fraction."""
+    size = spans.group_by("doc_id").agg(document_tokens=pl.col("n_tokens").sum())
+    selected = spans.join(chosen.select("position", "color"), on="position").sort(
+        "doc_id", "doc_start"
+    )
+    end_before = (pl.col("doc_start") + pl.col("n_tokens")).shift(1).over("doc_id")
+    broken = (end_before != pl.col("doc_start")).fill_null(True)
+    return (
+        selected.with_columns(run=broken.cum_sum())
+        .group_by("doc_id", "run", maintain_order=True)
+        .agg(
+            pl.col("char_start").first(),
+            pl.col("char_end").last(),
+            color=(pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum(),
+            n_tokens=pl.col("n_tokens").sum().cast(pl.Int64),
+        )
+        .join(size, on="doc_id", maintain_order="left")
+        .with_columns(fraction=pl.col("n_tokens").sum().over("doc_id") / pl.col("document_tokens"))
+        .drop("run", "document_tokens")
+        .filter(pl.col("char_end") > pl.col("char_start"))
+    )
+
+
+def _whole(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
+    whole = spans.group_by("doc_id").agg(
+        pl.col("char_end").max(), whole_tokens=pl.col("n_tokens").sum().cast(pl.Int64)
+    )
+    return (
+        runs.group_by("doc_id", maintain_order=True)
+        .agg(
+            pl.col("fraction").first(),
+            char_start=pl.lit(0, dtype=pl.Int64),
+            color=(pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum(),
+        )
+        .join(whole, on="doc_id", maintain_order="left")
+        .rename({"whole_tokens": "n_tokens"})
+    )
+
+
+def _with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, object]]:
+    by_document = runs.partition_by("doc_id", as_dict=True)
+    for batch in pq.ParquetFile(documents).iter_batches(
+        batch_size=256, columns=["doc_id", "source", "extra", "text"]
+    ):
+        for document in batch.to_pylist():
+            part = by_document.get((document["doc_id"],))
+            for run in part.iter_rows(named=True) if part is not None else ():
+                text = document["text"][run["char_start"] : run["char_end"]]
+                yield {**document, **run, "text": text, "shard": shard}
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: documents/*.parquet
+---
+# {title}
+
+{sentence}
+
+- `documents/*.parquet`: the selected text, a row per unbroken run of a document: `text`, `doc_id`,
+  `source`, `color` (conditional minus prior loss, nats per token, lower is better), `fraction` of
+  the document that was selected, `n_tokens`, place and other fields.
+- `tokens/tokens.npy`: {sequences} sequences of {length} tokens, shuffled, ready to train on;
+  `tokens/sequences.parquet` says where each came from.
+- `manifest.json`: every file with its sha256.
+"""
+
+
+def write_card(folder: Path, title: str, sentence: str, sequences: int, length: int) -> None:
+    """A dataset card, so that `datasets.load_dataset(folder)` gives the selected text."""
+    text = CARD.format(title=title, sentence=sentence, sequences=sequences, length=length)
+    (folder / "README.md").write_text(text, encoding="utf-8")

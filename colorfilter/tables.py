@@ -1,0 +1,31 @@
+"""Small helpers to read a DuckDB connection, the same under DuckDB 1.5 and 2."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+import polars as pl
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+
+
+def fetch(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Parameters = ()
+) -> list[tuple[Any, ...]]:
+    """All rows. (A result that is not read to its end blocks the connection in DuckDB 2.)"""
+    return connection.execute(query, parameters).fetchall()
+
+
+def fetch_row(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Parameters = ()
+) -> tuple[Any, ...]:
+    """The one row of a query that always has one, such as an aggregate."""
+    (row,) = fetch(connection, query, parameters)
+    return row
+
+
+def fetch_frame(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
+) -> pl.DataFrame:
+    """All rows as a polars frame."""
+    return pl.DataFrame(connection.sql(query, params=dict(parameters)).to_arrow_table())

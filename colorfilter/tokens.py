@@ -1,0 +1,258 @@
+"""Documents to fixed-length sequences: tokenizer, packing, spans back to documents.
+
+Documents are encoded, each closed by the end-of-text token, joined in order and cut into sequences
+of T tokens (the paper's way, section 4). A folder of packed tokens holds
+
+- `tokens.npy`         uint16 or uint32 [n_sequences, T], memory-mapped; the last row may be padded
+- `sequences.parquet`  position, n_tokens (T but for the last row), sha256 of the row's real tokens
+- `spans.parquet`      position, offset, doc_id, doc_start, n_tokens, char_start, char_end
+
+A span is a piece of one document in one sequence: `n_tokens` tokens at `offset` of the sequence
+are tokens `doc_start...` of the document and its text[char_start:char_end]. The end-of-text token
+belongs to the document that it closes, so the spans cover every token exactly once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from colorfilter.documents import TableWriter
+from colorfilter.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_CHARS = 2_000_000
+
+SEQUENCES = pa.schema([("position", pa.int64()), ("n_tokens", pa.int32()), ("sha256", pa.string())])
+SPANS = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("offset", pa.int32()),
+        ("doc_id", pa.string()),
+        ("doc_start", pa.int64()),
+        ("n_tokens", pa.int32()),
+        ("char_start", pa.int64()),
+        ("char_end", pa.int64()),
+    ]
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE tokenizer and save it in the form that transformers loads.
+
+    Deterministic in the order of the texts. Raises InputError where the texts hold too little
+    for the vocabulary asked for.
+    """
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise InputError(
+            f"tokenizer.vocab_size: D_prior yields only {tokenizer.get_vocab_size()} tokens, not "
+            f"{vocab_size}; lower vocab_size or raise prior.sample_chars"
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def copy_tokenizer(path: str, folder: Path) -> None:
+    """Save a Hugging Face tokenizer, given by folder or hub name, in `folder`.
+
+    Raises InputError where there is none, it has no fast form, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tokenizer.path: no tokenizer at {path} ({_first_line(error)})"
+        ) from error
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise InputError(f"tokenizer.path: {path} needs a tokenizer.json and an eos_token")
+    tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Encoder:
+    """Text to token ids. What looks like a special token in a text is encoded as plain text."""
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        eos = config["eos_token"]
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.end_of_text: int = self._tokenizer.token_to_id(
+            eos["content"] if isinstance(eos, dict) else eos
+        )
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.uint32]:
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def pack(
+    documents: Iterable[dict[str, Any]],
+    encoder: Encoder,
+    length: int,
+    folder: Path,
+    left_out: Collection[str] = (),
+    progress: Callable[[int], None] = lambda chars: None,
+) -> dict[str, int]:
+    """Encode documents (`doc_id`, `sha256`, `text`) and cut them into sequences of `length`.
+
+    Documents whose sha256 is in `left_out` are passed over. Returns counts: documents, left_out,
+    tokens, sequences. Memory is bounded by a batch of texts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"documents": 0, "left_out": 0, "tokens": 0}
+    with _Packer(folder, length, encoder.dtype, encoder.end_of_text) as packer:
+        for batch in _batches(documents):
+            kept = [d for d in batch if d["sha256"] not in left_out]
+            counts["left_out"] += len(batch) - len(kept)
+            for document, encoding in zip(
+                kept, encoder.encode([d["text"] for d in kept]), strict=True
+            ):
+                packer.add(document["doc_id"], len(document["text"]), encoding)
+                counts["documents"] += 1
+                counts["tokens"] += len(encoding.ids) + 1
+            progress(sum(len(d["text"]) for d in batch))
+    return {**counts, "sequences": packer.sequences}
+
+
+def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document["text"])
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class _Packer:
+    """Appends documents to the three files of a packed folder."""
+
+    def __init__(self, folder: Path, length: int, dtype: type, end_of_text: int) -> None:
+        self._tokens = _GrowingArray(folder / "tokens.npy", length, dtype)
+        self._sequences = TableWriter(folder / "sequences.parquet", SEQUENCES)
+        self._spans = TableWriter(folder / "spans.parquet", SPANS)
+        self._row = np.full(length, end_of_text, dtype=dtype)
+        self._used = 0
+        self._end_of_text = end_of_text
+        self.sequences = 0
+
+    def __enter__(self) -> "_Packer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._used and kind is None:
+            self._emit()
+        self._tokens.close()
+        self._sequences.close()
+        self._spans.close()
+
+    def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding) -> None:
+        ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
+        start = 0
+        while start < len(ids):
+            take = min(len(self._row) - self._used, len(ids) - start)
+            end = start + take
+            self._row[self._used : self._used + take] = ids[start:end]
+            # The closing end-of-text token stands for no characters.
+            first = encoding.token_to_chars(start) if start < len(encoding.ids) else None
+            last = encoding.token_to_chars(end - 1) if end <= len(encoding.ids) else None
+            self._spans.add(
+                {
+                    "position": self.sequences,
+                    "offset": self._used,
+                    "doc_id": doc_id,
+                    "doc_start": start,
+                    "n_tokens": take,
+                    "char_start": first[0] if first else n_chars,
+                    "char_end": last[1] if last else n_chars,
+                }
+            )
+            self._used += take
+            start = end
+            if self._used == len(self._row):
+                self._emit()
+
+    def _emit(self) -> None:
+        real = self._row[: self._used]
+        digest = hashlib.sha256(real.astype("<u4").tobytes()).hexdigest()
+        self._sequences.add({"position": self.sequences, "n_tokens": self._used, "sha256": digest})
+        self._row[self._used :] = self._end_of_text
+        self._tokens.append(self._row)
+        self.sequences += 1
+        self._used = 0
+
+
+class _GrowingArray:
+    """A .npy file that grows by rows; its header is made right when it is closed."""
+
+    def __init__(self, path: Path, length: int, dtype: type) -> None:
+        self._file = path.open("wb")
+        self._length = length
+        self._dtype = np.dtype(dtype)
+        self._rows = 0
+        self._header()
+
+    def _header(self) -> None:
+        # numpy leaves room in the header for the first dimension to grow.
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self._file,
+            {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": (self._rows, self._length),
+            },
+        )
+
+    def append(self, row: np.ndarray) -> None:
+        self._file.write(row.tobytes())
+        self._rows += 1
+
+    def close(self) -> None:
+        self._header()
+        self._file.close()
+
+
+def open_tokens(folder: Path) -> np.ndarray:
+    """The packed sequences of a folder, memory-mapped: [n_sequences, T]."""
+    return np.load(folder / "tokens.npy", mmap_mode="r")

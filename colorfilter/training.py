@@ -1,0 +1,318 @@
+"""Train a causal language model on packed sequences: one pass, seeded, resumable.
+
+The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With warm-up-stable-decay one run has
+several end points for the price of their decays: the trunk at constant rate goes on, and each end
+point is a branch with a full decay. A run is thus a list of phases,
+
+    trunk to 0.8 a | branch to a | trunk to 0.8 b | branch to b | ...
+
+where a branch starts from the trunk's last state. The state (weights, AdamW moments, step, curve)
+is one safetensors file, scalars as JSON in its header, replaced atomically; a killed run goes on
+from it and ends with the same bits as an undisturbed one on the same machine.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import safetensors
+import safetensors.torch
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from colorfilter import models
+from colorfilter.files import write_atomically
+from colorfilter.loss import IGNORED, shifted_labels
+from colorfilter.recipe import Model, Training
+from colorfilter.scoring import Scorer, sequence_losses
+from colorfilter.tokens import Encoder, open_tokens
+
+MICRO_BATCH_TOKENS = 16_384
+CHECKPOINT_SECONDS = 30.0
+CURVE_POINTS = 10
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training run: all that decides its result, and where things lie."""
+
+    start: Model | str  # a fresh architecture, or the folder or hub name of a checkpoint
+    tokens: Path  # folder of packed sequences to train on
+    tokenizer: Path
+    training: Training
+    seed: int  # initial weights (if fresh) and order of the sequences
+    endpoints: tuple[int, ...]  # in sequences, rising; each gives a checkpoint
+    out: Path
+    held_out: Path | None = None  # packed sequences, for the learning curve
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model at an end point."""
+
+    path: Path
+    tokens: int
+
+
+@dataclass
+class _State:
+    """Where a run stands. `curve` has one row per step since the run began."""
+
+    phase: int = 0
+    step: int = 0
+    curve: list[dict[str, float | int | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Steps [start, stop) towards end point `target` (an index); a branch ends there."""
+
+    target: int
+    start: int
+    stop: int
+    branch: bool
+
+
+def train(
+    spec: TrainSpec,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Checkpoint]:
+    """Train as the spec says and return a checkpoint per end point, `<out>/tokens-<n>/`.
+
+    `<out>/curve.parquet` holds endpoint, step, tokens, loss (nats per token), learning_rate and,
+    at some steps, held_out_loss. `progress` is called with the tokens of every finished step.
+    A run that was killed goes on from its last state.
+    """
+    return _Run(spec, torch.device(device), progress).run()
+
+
+def planned_tokens(spec: TrainSpec) -> int:
+    """Tokens that a run trains on in all, branches included."""
+    length = open_tokens(spec.tokens).shape[1]
+    size = spec.training.batch_sequences
+    phases = _phases(spec)
+    return sum(min((p.stop - p.start) * size, spec.endpoints[p.target]) for p in phases) * length
+
+
+def _phases(spec: TrainSpec) -> list[_Phase]:
+    ends = [math.ceil(n / spec.training.batch_sequences) for n in spec.endpoints]
+    phases, trunk = [], 0
+    for target, end in enumerate(ends):
+        if spec.training.schedule == "cosine":
+            phases.append(_Phase(target, 0, end, branch=True))
+            continue
+        fork = max(trunk, end - math.ceil(spec.training.decay * end))
+        phases.append(_Phase(target, trunk, fork, branch=False))
+        phases.append(_Phase(target, fork, end, branch=True))
+        trunk = fork
+    return phases
+
+
+def learning_rate(training: Training, step: int, first_end: int, end: int, branch: bool) -> float:
+    """The rate at a step. Warm-up is a share of the first end point, so that the trunk is one."""
+    warmup = math.ceil(training.warmup * first_end)
+    rate = training.learning_rate * min(1.0, (step + 1) / max(1, warmup))
+    if training.schedule == "cosine":
+        done = max(0.0, (step - warmup) / max(1, end - warmup))
+        low = training.final_learning_rate
+        return rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+    if branch:
+        rate *= (end - step) / (math.ceil(training.decay * end) + 1)
+    return rate
+
+
+class _Run:
+    def __init__(
+        self, spec: TrainSpec, device: torch.device, progress: Callable[[int], None]
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.progress = progress
+        self.phases = _phases(spec)
+        self.tokens = open_tokens(spec.tokens)
+        n_tokens = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"]
+        self.n_tokens = n_tokens.to_numpy().astype(np.int64)
+        if spec.endpoints[-1] > len(self.tokens):
+            raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
+        self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
+        self.seen = np.concatenate([[0], np.cumsum(self.n_tokens[self.order])])
+        self.model = self._initial_model().to(device).train()
+        self.optimizer = self._optimizer()
+        self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.saved = time.monotonic()
+
+    def _initial_model(self) -> PreTrainedModel:
+        if isinstance(self.spec.start, Model):
+            vocab_size = Encoder(self.spec.tokenizer).vocab_size
+            return models.build(self.spec.start, vocab_size, self.spec.seed)
+        return models.load(self.spec.start)
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        t = self.spec.training
+        return torch.optim.AdamW(
+            groups, lr=0.0, betas=t.betas, eps=t.epsilon, weight_decay=t.weight_decay, fused=True
+        )
+
+    def run(self) -> list[Checkpoint]:
+        out = self.spec.out
+        out.mkdir(parents=True, exist_ok=True)
+        running, trunk = out / "running.safetensors", out / "trunk.safetensors"
+        checkpoints = {i: self._checkpoint(i) for i in range(len(self.spec.endpoints))}
+        if (out / "curve.parquet").exists():
+            return list(checkpoints.values())
+        state = self._restore(running) if running.exists() else _State()
+        for index in range(state.phase, len(self.phases)):
+            phase = self.phases[index]
+            if state.phase < index:
+                if not phase.branch and phase.target > 0:
+                    state = self._restore(trunk, curve=state.curve)
+                elif phase.start == 0 and index > 0:
+                    self._start_over()
+                state.phase, state.step = index, phase.start
+            self._advance(phase, state, running)
+            if phase.branch:
+                models.save(self.model, checkpoints[phase.target].path, self.spec.tokenizer)
+            else:
+                self._save(trunk, state)
+        curve = pl.DataFrame(state.curve, schema=_CURVE)
+        curve.write_parquet(out / "curve.tmp", compression="zstd")
+        write_atomically(out / "curve.tmp", out / "curve.parquet")
+        running.unlink(missing_ok=True)
+        trunk.unlink(missing_ok=True)
+        return list(checkpoints.values())
+
+    def _checkpoint(self, endpoint: int) -> Checkpoint:
+        tokens = int(self.seen[self.spec.endpoints[endpoint]])
+        return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens)
+
+    def _start_over(self) -> None:
+        self.model = self._initial_model().to(self.device).train()
+        self.optimizer = self._optimizer()
+
+    def _advance(self, phase: _Phase, state: _State, running: Path) -> None:
+        size = self.spec.training.batch_sequences
+        ends = [math.ceil(n / size) for n in self.spec.endpoints]
+        every = max(1, ends[0] // CURVE_POINTS)
+        while state.step < phase.stop:
+            rate = learning_rate(
+                self.spec.training, state.step, ends[0], ends[phase.target], phase.branch
+            )
+            last = self.spec.endpoints[phase.target]
+            rows = self.order[state.step * size : min((state.step + 1) * size, last)]
+            loss = self._step(rows, rate, state.step)
+            state.step += 1
+            finished = phase.branch and state.step == phase.stop
+            held_out = self._held_out() if finished or state.step % every == 0 else None
+            state.curve.append(
+                {
+                    "endpoint": self._checkpoint(phase.target).tokens if phase.branch else None,
+                    "step": state.step,
+                    "tokens": int(self.seen[min(state.step * size, last)]),
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "held_out_loss": held_out,
+                }
+            )
+            self.progress(int(self.n_tokens[rows].sum()))
+            if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                self._save(running, state)
+
+    def _step(self, rows: np.ndarray, rate: float, step: int) -> float:
+        """One optimizer step on some sequences; returns their mean loss, nats per token."""
+        torch.manual_seed(self.spec.seed * 1_000_003 + step)  # dropout, where the model has any
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens_BxT = torch.from_numpy(self.tokens[rows].astype(np.int64)).to(self.device)
+        n_tokens = torch.from_numpy(self.n_tokens[rows]).to(self.device)
+        labels = shifted_labels(tokens_BxT, n_tokens)
+        n_labels = int((labels != IGNORED).sum())
+        micro = max(1, MICRO_BATCH_TOKENS // tokens_BxT.shape[1])
+        total = 0.0
+        for part in torch.arange(len(rows)).split(micro):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                logits = self.model(input_ids=tokens_BxT[part], use_cache=False).logits
+            nll = functional.cross_entropy(
+                logits.float().flatten(0, 1),
+                labels[part].flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            (nll / max(1, n_labels)).backward()
+            total += nll.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total / max(1, n_labels)
+
+    def _held_out(self) -> float | None:
+        if self.spec.held_out is None:
+            return None
+        value = held_out_loss(self.model, self.spec.held_out)
+        self.model.train()
+        return value
+
+    def _save(self, path: Path, state: _State) -> None:
+        names = dict(self.model.named_parameters())
+        tensors = {f"model.{n}": p.detach() for n, p in names.items()}
+        for name, parameter in names.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        scalars = {"phase": state.phase, "step": state.step, "curve": state.curve}
+        temporary = path.with_suffix(".tmp")
+        cpu = {n: t.cpu().contiguous() for n, t in tensors.items()}
+        safetensors.torch.save_file(cpu, temporary, metadata={"state": json.dumps(scalars)})
+        write_atomically(temporary, path)
+        self.saved = time.monotonic()
+
+    def _restore(self, path: Path, curve: list[Any] | None = None) -> _State:
+        """Load a state. A trunk's own curve is older than the run's: `curve` stands in for it."""
+        with safetensors.safe_open(path, "pt") as file:
+            scalars = json.loads(file.metadata()["state"])
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                    self.optimizer.state[parameter] = {
+                        key: file.get_tensor(f"optimizer.{name}.{key}").to(self.device)
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"optimizer.{name}.{key}" in file.keys()  # noqa: SIM118
+                    }
+        return _State(
+            scalars["phase"], scalars["step"], scalars["curve"] if curve is None else curve
+        )
+
+
+_CURVE = {
+    "endpoint": pl.Int64,
+    "step": pl.Int64,
+    "tokens": pl.Int64,
+    "loss": pl.Float64,
+    "learning_rate": pl.Float64,
+    "held_out_loss": pl.Float64,
+}
+
+
+def held_out_loss(model: PreTrainedModel, tokens: Path) -> float:
+    """Mean loss over all labels of packed sequences, nats per token."""
+    rows = open_tokens(tokens)
+    n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].to_numpy().astype(np.int64)
+    nll, n = sequence_losses(Scorer(model), rows, n_tokens)
+    return mean_loss(nll, n)
+
+
+def mean_loss(nll: np.ndarray, n: np.ndarray) -> float:
+    """Token-weighted mean of per-sequence losses, in float64; sequences without labels left out."""
+    scored = n > 0
+    return float(np.average(nll[scored].astype(np.float64), weights=n[scored]))

@@ -1,0 +1,1 @@
+"""How it runs: definitions, jobs, settings, the command line."""

@@ -1,0 +1,196 @@
+"""The command line: run the pipeline, see what stands, open the web UI."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from colorfilter.errors import InputError
+from pipelines import settings
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from colorfilter.recipe import Recipe
+    from resources.artifacts import ArtifactStore
+    from resources.home import Home
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="CoLoR-Filter: choose pre-training data by conditional minus prior loss.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        envvar=settings.RECIPE_VARIABLE,
+        help="A shipped recipe by name, or the path of a .yaml file.",
+    ),
+]
+HomeOption = Annotated[
+    Path,
+    typer.Option(
+        "--home",
+        envvar=settings.HOME_VARIABLE,
+        help="The folder for everything that is produced; it belongs to one recipe.",
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of failures.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    debug: DebugOption = False,
+) -> None:
+    """Run the whole pipeline, from raw text to the report.
+
+    What stands already is found and not computed again; an interrupted run goes on where it was.
+    Exit code 0: it ran; 1: it failed; 2: the input is wrong.
+    """
+    from pipelines.display import show_progress
+    from pipelines.running import execute
+
+    plan, place = _open(recipe, home)
+    console.print(f"recipe [bold]{plan.name}[/], home {place.root}")
+    with show_progress(console) as listener:
+        failure = execute(plan, place, listener)
+    if failure:
+        if debug and failure.details:
+            errors.print(failure.details, markup=False, highlight=False)
+        if failure.input_is_wrong:
+            raise InputError(failure.message)
+        errors.print(f"failed: {failure.message}", markup=False, highlight=False)
+        hint = "" if debug else " (--debug shows more)"
+        errors.print(f"What was finished stands; run again to go on from there{hint}.")
+        raise typer.Exit(1)
+    _print_report(plan, place)
+
+
+@app.command()
+def status(
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+) -> None:
+    """Say what stands in the home, and what is behind its inputs."""
+    from assets.common import shard_names
+    from pipelines.definitions import build_definitions
+
+    plan, place = _open(recipe, home)
+    artifacts = _artifacts(place)
+    entries = artifacts.entries()
+    shards = shard_names(artifacts, plan) if place.shards() else []
+    table = Table("asset", "stands", "behind", "last recorded")
+    graph = build_definitions(plan, str(place.root)).resolve_asset_graph()
+    for key in graph.toposorted_asset_keys:
+        asset = key.to_user_string()
+        wanted: list[str | None] = [None]
+        if graph.get(key).is_partitioned:
+            wanted = [*shards]
+        elif asset.endswith("/target_model"):
+            wanted = [f"seed_{seed}" for seed in plan.evaluation.seeds]
+        there = [entries[(asset, p)] for p in wanted if (asset, p) in entries]
+        behind = sum(_is_behind(e, entries) for e in there)
+        latest = max((e["recorded"] for e in there), default="-")
+        table.add_row(asset, f"{len(there)} of {len(wanted)}", str(behind or "-"), latest)
+    console.print(table)
+
+
+def _is_behind(
+    entry: dict[str, Any], entries: dict[tuple[str, str | None], dict[str, Any]]
+) -> bool:
+    """Whether an artefact was made from something that has since been made anew."""
+    now = {(a if p is None else f"{a}[{p}]"): e["fingerprint"] for (a, p), e in entries.items()}
+    return any(now.get(name) != fingerprint for name, fingerprint in entry["inputs"].items())
+
+
+@app.command()
+def ui(
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+) -> None:
+    """Start Dagster's web UI and daemon over the home, on loopback only."""
+    from pipelines.running import plan_shards
+
+    plan, place = _open(recipe, home)
+    plan_shards(plan, place)
+    workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
+    console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
+    os.execv(sys.executable, [*command, "-h", "127.0.0.1", "-p", str(port)])
+
+
+def _open(recipe: str, home: Path) -> tuple["Recipe", "Home"]:
+    """Load the recipe, claim the home, and set the environment for Dagster's processes."""
+    from resources.home import Home
+
+    path = settings.recipe_path(recipe).resolve()
+    os.environ[settings.RECIPE_VARIABLE] = str(path)
+    plan = settings.recipe()
+    place = Home(home).claim(plan.name)
+    os.environ[settings.HOME_VARIABLE] = str(place.root)
+    os.environ["DAGSTER_HOME"] = str(place.dagster)
+    return plan, place
+
+
+def _artifacts(place: "Home") -> "ArtifactStore":
+    from resources.artifacts import ArtifactStore
+
+    return ArtifactStore(home=str(place.root))
+
+
+def _print_report(plan: "Recipe", place: "Home") -> None:
+    import polars as pl
+
+    from colorfilter.report import COMPARISON_HEADER, arm_lines, comparison_rows
+
+    artifacts = _artifacts(place)
+    for domain in plan.domains:
+        report = artifacts.current(f"{domain.name}/report")
+        rows = pl.read_parquet(report.path / "evaluations.parquet")
+        measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
+        table = Table(*COMPARISON_HEADER, title=f"{domain.name}: held-out loss, nats per token")
+        for line in comparison_rows(arm_lines(measured)):
+            table.add_row(*line)
+        console.print(table)
+        for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
+            console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")
+        console.print(f"report    {report.path / 'report.md'}", soft_wrap=True)
+        for arm in plan.arms:
+            made = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
+            console.print(f"dataset   {made.path}", soft_wrap=True)
+    console.print(f"scores    {place.scores}", soft_wrap=True)
+    console.print(f"results   {place.results}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2."""
+    warnings.filterwarnings("ignore", module="dagster")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            errors.print("stopped; run again to go on from there")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

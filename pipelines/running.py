@@ -1,0 +1,81 @@
+"""Run the graph through Dagster from a program, in this process."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import dagster as dg
+
+from assets.common import SHARDS
+from assets.corpus import plan
+from colorfilter.errors import InputError
+from colorfilter.recipe import Recipe
+from pipelines.definitions import EVERYTHING, build_definitions
+from resources.artifacts import ArtifactStore
+from resources.home import Home
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run did not succeed, in a line; `details` is the error chain with its traces."""
+
+    message: str
+    input_is_wrong: bool
+    details: str = ""
+
+
+def plan_shards(recipe: Recipe, home: Home) -> list[str]:
+    """Plan shards and make them Dagster's partitions; retired ones go. Returns all, in order."""
+    names = plan(ArtifactStore(home=str(home.root)), recipe)
+    with dg.DagsterInstance.get() as instance:
+        standing = set(instance.get_dynamic_partitions(SHARDS.name or ""))
+        for retired in standing - set(names):
+            instance.delete_dynamic_partition(SHARDS.name or "", retired)
+        instance.add_dynamic_partitions(SHARDS.name or "", [n for n in names if n not in standing])
+        return list(instance.get_dynamic_partitions(SHARDS.name or ""))
+
+
+def execute(
+    recipe: Recipe, home: Home, on_event: Callable[[dg.EventLogEntry], None]
+) -> Failure | None:
+    """Materialize the whole graph in one run; None if it succeeded.
+
+    Sharded and unsharded assets share the run, so a model is loaded once and streams all shards.
+    `on_event` is called with every event of the run as it is logged.
+    """
+    shards = plan_shards(recipe, home)
+    job = build_definitions(recipe, str(home.root)).resolve_job_def(EVERYTHING)
+    run_id = str(uuid.uuid4())
+    with dg.DagsterInstance.get() as instance:
+        instance.add_event_listener(run_id, on_event)
+        result = job.execute_in_process(
+            instance=instance,
+            raise_on_error=False,
+            run_id=run_id,
+            tags={RANGE_START: shards[0], RANGE_END: shards[-1]},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+        return None if result.success else _failure(result)
+
+
+def _failure(result: dg.ExecuteInProcessResult) -> Failure:
+    """The first thing that went wrong: a blocking check that failed, or a step's error."""
+    for check in result.get_asset_check_evaluations():
+        if check.blocking and not check.passed:
+            where = check.asset_key.to_user_string()
+            return Failure(f"check {check.check_name} of {where}: {check.description}", True)
+    for event in result.all_events:
+        if event.is_step_failure and event.step_failure_data.error:
+            chain = event.step_failure_data.error
+            details = chain.to_string()
+            while chain.cause:
+                chain = chain.cause
+            wrong_input = chain.cls_name == InputError.__name__
+            message = chain.message.strip().removeprefix("colorfilter.errors.InputError: ")
+            if not wrong_input:
+                message = f"{event.step_key}: {message}"
+            return Failure(message, wrong_input, details)
+    return Failure("the run ended without a reason; see its log in the web UI", False)

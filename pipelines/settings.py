@@ -1,0 +1,38 @@
+"""Which recipe and which home: from the environment, which the command line sets."""
+
+import os
+from pathlib import Path
+
+from colorfilter.errors import InputError
+from colorfilter.recipe import Recipe, load
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+RECIPE_VARIABLE = "COLORFILTER_RECIPE"
+HOME_VARIABLE = "COLORFILTER_HOME"
+DEFAULT_RECIPE = "sample"
+DEFAULT_HOME = ".colorfilter"
+
+
+def recipe() -> Recipe:
+    """The recipe that COLORFILTER_RECIPE names: a shipped one by name, or a file by path.
+
+    Raises InputError.
+    """
+    return load(recipe_path(os.environ.get(RECIPE_VARIABLE, DEFAULT_RECIPE)))
+
+
+def recipe_path(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        return path
+    shipped = {p.stem: p for p in RECIPES.glob("*.yaml")}
+    if name not in shipped:
+        raise InputError(
+            f"no recipe named '{name}': give one of {', '.join(sorted(shipped))}, or the path of "
+            "a .yaml file"
+        )
+    return shipped[name]
+
+
+def home() -> Path:
+    return Path(os.environ.get(HOME_VARIABLE, DEFAULT_HOME)).resolve()

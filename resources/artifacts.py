@@ -1,0 +1,256 @@
+"""Artefacts and the ledger: what was made from what, exact per partition, and made only once.
+
+An artefact is a folder named by its key. It stands once its `manifest.json`, written last, is
+there; until then the same folder holds what an interrupted attempt left, and the next one goes on
+from that. The ledger has a line for every artefact made or taken up again; the last line of an
+asset's partition says what is current.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import dagster as dg
+
+from colorfilter import provenance
+from colorfilter.errors import InputError
+from resources.home import Home
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A made thing: its identity, where it lies, what it was made from, and facts about it."""
+
+    asset: str
+    partition: str | None
+    key: str
+    fingerprint: str
+    path: Path
+    facts: dict[str, Any]
+    inputs: dict[str, str]  # fingerprints by name
+    reused: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.asset if self.partition is None else f"{self.asset}[{self.partition}]"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be made: all that its key is computed from.
+
+    `sources` are inputs that are recorded but do not enter the key: what is frozen once drawn.
+    """
+
+    asset: str
+    partition: str | None = None
+    inputs: Sequence[Artifact] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    code: int = 1
+    seed: int | None = None
+    precision: str | None = None
+    sources: Sequence[Artifact] = ()
+
+    @property
+    def input_fingerprints(self) -> dict[str, str]:
+        return {a.name: a.fingerprint for a in self.inputs}
+
+    @property
+    def key(self) -> str:
+        return provenance.artifact_key(
+            self.asset,
+            self.partition,
+            self.input_fingerprints,
+            self.recipe,
+            self.code,
+            self.seed,
+            self.precision,
+        )
+
+
+class Attempt:
+    """A piece of work under its lease: found standing, or to be built in `folder`."""
+
+    def __init__(self, store: "ArtifactStore", work: Work) -> None:
+        self._store = store
+        self.work = work
+        self.key = work.key
+        self.folder = store.folder(work.asset, work.partition, self.key)
+        self._lease = _lock(store.at.leases / self.key)
+        self.standing = store.standing(work, self.key, self.folder)
+        if self.standing:
+            self._lease.close()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def commit(self, facts: Mapping[str, Any]) -> Artifact:
+        """Close the folder with its manifest and enter it in the ledger."""
+        fingerprint = provenance.write_manifest(self.folder, facts)
+        artifact = Artifact(
+            self.work.asset,
+            self.work.partition,
+            self.key,
+            fingerprint,
+            self.folder,
+            dict(facts),
+            self.work.input_fingerprints,
+        )
+        self._store.record(self.work, artifact)
+        self._lease.close()
+        return artifact
+
+    def abandon(self) -> None:
+        """Remove what was built: the input was bad, so there is nothing to go on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lease.close()
+
+
+class ArtifactStore(dg.ConfigurableResource):
+    """The artefacts of a home and the ledger over them."""
+
+    home: str
+
+    @property
+    def at(self) -> Home:
+        return Home(self.home)
+
+    def folder(self, asset: str, partition: str | None, key: str) -> Path:
+        place = self.at.artifacts / asset
+        return (place / partition if partition else place) / key[:16]
+
+    def make(self, work: Work, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+        """The artefact of this work: the standing one, or built now by `build(folder) -> facts`.
+
+        Two requests for the same key meet at a lease: the second waits and finds it standing. A
+        build that raises InputError leaves nothing behind; any other failure leaves the folder
+        for the next attempt to go on from.
+        """
+        attempt = Attempt(self, work)
+        if attempt.standing:
+            return attempt.standing
+        try:
+            return attempt.commit(build(attempt.folder))
+        except InputError:
+            attempt.abandon()
+            raise
+
+    def attempt(self, work: Work) -> Attempt:
+        """For work that is built elsewhere (in another process): commit or abandon it."""
+        return Attempt(self, work)
+
+    def standing(self, work: Work, key: str, folder: Path) -> Artifact | None:
+        if not provenance.stands(folder):
+            return None
+        manifest = json.loads((folder / provenance.MANIFEST).read_text(encoding="utf-8"))
+        artifact = Artifact(
+            work.asset,
+            work.partition,
+            key,
+            manifest["fingerprint"],
+            folder,
+            manifest["facts"],
+            work.input_fingerprints,
+            reused=True,
+        )
+        current = self.entries().get((work.asset, work.partition))
+        if current is None or current["key"] != key:
+            self.record(work, artifact)
+        return artifact
+
+    def current(self, asset: str, partition: str | None = None) -> Artifact:
+        """The current artefact of an asset's partition.
+
+        Raises InputError where it has not been made yet or its files are gone.
+        """
+        entry = self.entries().get((asset, partition))
+        name = asset if partition is None else f"{asset}[{partition}]"
+        if entry is None:
+            raise InputError(f"{name} is not there yet; materialize it first")
+        path = self.at.root / entry["path"]
+        if not provenance.stands(path):
+            raise InputError(f"{name}: files at {path} are missing; materialize it again")
+        return Artifact(
+            asset,
+            partition,
+            entry["key"],
+            entry["fingerprint"],
+            path,
+            entry["facts"],
+            entry["inputs"],
+            reused=True,
+        )
+
+    def current_from(
+        self, asset: str, partition: str | None, inputs: Sequence[Artifact]
+    ) -> Artifact:
+        """The current artefact, if it was made from exactly these inputs.
+
+        Raises InputError where it was made from something older.
+        """
+        artifact = self.current(asset, partition)
+        for made_from in inputs:
+            if artifact.inputs.get(made_from.name) != made_from.fingerprint:
+                raise InputError(
+                    f"{artifact.name} was made from another {made_from.name} than the current "
+                    "one; materialize it again"
+                )
+        return artifact
+
+    def entries(self) -> dict[tuple[str, str | None], dict[str, Any]]:
+        """The current ledger entry of every asset's partition."""
+        return {(e["asset"], e["partition"]): e for e in self.ledger()}
+
+    def ledger(self) -> Iterator[dict[str, Any]]:
+        """All entries, oldest first. A line cut off by a crash is passed over."""
+        if not self.at.ledger.exists():
+            return
+        with self.at.ledger.open(encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+    def record(self, work: Work, artifact: Artifact) -> None:
+        """Append to the ledger, under a lock and flushed to disk."""
+        entry = {
+            **asdict(artifact),
+            "path": str(artifact.path.relative_to(self.at.root)),
+            "sources": {a.name: a.fingerprint for a in work.sources},
+            "recipe": dict(work.recipe),
+            "code": work.code,
+            "seed": work.seed,
+            "precision": work.precision,
+            "environment": provenance.environment(),
+            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        append_line(self.at.ledger, entry)
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append a JSON line, whole or not at all for readers, one writer at a time."""
+    line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if stream.tell() and not _ends_in_newline(path):
+            stream.write(b"\n")
+        stream.write(line.encode("utf-8"))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
+
+
+def _lock(path: Path) -> IO[bytes]:
+    stream = path.open("ab")
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    return stream

@@ -1,0 +1,79 @@
+"""The home: the one folder under which everything that a recipe produces lies."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from colorfilter.documents import Shard
+from colorfilter.errors import InputError
+from colorfilter.files import write_text_atomically
+
+DAGSTER_YAML = """\
+telemetry: {enabled: false}
+nux: {enabled: false}
+concurrency:
+  pools: {default_limit: 1, granularity: op}
+  runs: {max_concurrent_runs: 2}
+run_queue: {dequeue_interval_seconds: 1}
+run_monitoring:
+  enabled: true
+  poll_interval_seconds: 10
+  start_timeout_seconds: 120
+  free_slots_after_run_end_seconds: 5
+run_retries: {enabled: true, max_retries: 1, retry_on_asset_or_op_failure: false}
+"""
+
+
+class Home:
+    """Where things lie under a home, and whose home it is."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).resolve()
+        self.artifacts = self.root / "artifacts"
+        self.leases = self.root / "leases"
+        self.dagster = self.root / "dagster"
+        self.ledger = self.root / "ledger.jsonl"
+        self.kernel_runs = self.root / "kernel_runs.jsonl"
+        self.scores = self.root / "scores.duckdb"
+        self.results = self.root / "results.duckdb"
+        self._shards = self.root / "shards.json"
+        self._owner = self.root / "home.json"
+
+    def claim(self, recipe: str) -> "Home":
+        """Make the home for a recipe, or check that it belongs to it.
+
+        Raises InputError for a home that cannot be written or belongs to another recipe.
+        """
+        try:
+            for folder in (self.artifacts, self.leases, self.dagster):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not self._owner.exists():
+                write_text_atomically(self._owner, json.dumps({"recipe": recipe}))
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))["recipe"]
+            if not os.access(self.root, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"home {self.root}: cannot be used ({error}); name another with --home"
+            ) from error
+        if owner != recipe:
+            raise InputError(
+                f"home {self.root}: belongs to the recipe '{owner}', not to '{recipe}'; name "
+                "another with --home"
+            )
+        settings = self.dagster / "dagster.yaml"
+        if not settings.exists():
+            write_text_atomically(settings, DAGSTER_YAML)
+        return self
+
+    def shards(self) -> list[Shard]:
+        """The planned shards of the corpus, in order of name."""
+        if not self._shards.exists():
+            return []
+        content = json.loads(self._shards.read_text(encoding="utf-8"))
+        return [Shard.from_facts(facts) for facts in content]
+
+    def write_shards(self, shards: Sequence[Shard]) -> None:
+        text = json.dumps([shard.facts() for shard in shards], indent=1, ensure_ascii=False)
+        write_text_atomically(self._shards, text)

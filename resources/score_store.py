@@ -1,0 +1,302 @@
+"""The score store: DuckDB tables published from the Parquet record.
+
+Parquet is the record, DuckDB the publication: a reader gets a new file by rename and never blocks
+the pipeline, a crash leaves the last good file, and the file can be made again from Parquet.
+Nothing here holds the file open between calls.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import duckdb
+
+from colorfilter.errors import InputError
+from colorfilter.files import write_atomically
+from colorfilter.tables import fetch, fetch_row
+from resources.home import Home
+
+MEMORY_LIMIT = "1GB"
+# The newest form that every supported DuckDB reads.
+STORAGE_VERSION = "v1.2.0"
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents(
+    doc_id VARCHAR, shard VARCHAR, source_file VARCHAR, source_line BIGINT, source VARCHAR,
+    n_chars BIGINT, n_tokens BIGINT, sha256 VARCHAR, extra VARCHAR);
+CREATE TABLE IF NOT EXISTS spans(
+    shard VARCHAR, position BIGINT, "offset" INTEGER, doc_id VARCHAR, doc_start BIGINT,
+    n_tokens INTEGER, char_start BIGINT, char_end BIGINT);
+CREATE TABLE IF NOT EXISTS sequences(
+    shard VARCHAR, position BIGINT, n_tokens INTEGER, sha256 VARCHAR);
+CREATE TABLE IF NOT EXISTS models(
+    model VARCHAR, role VARCHAR, domain VARCHAR, path VARCHAR, current BOOLEAN);
+CREATE TABLE IF NOT EXISTS losses(
+    model VARCHAR, shard VARCHAR, position BIGINT, loss FLOAT, n_tokens INTEGER,
+    precision VARCHAR);
+CREATE TABLE IF NOT EXISTS selections(
+    selection VARCHAR, shard VARCHAR, position BIGINT, rank BIGINT, score DOUBLE);
+CREATE TABLE IF NOT EXISTS selection_versions(
+    selection VARCHAR, domain VARCHAR, arm VARCHAR, prior VARCHAR, conditional VARCHAR,
+    cutoff DOUBLE, created VARCHAR, current BOOLEAN);
+CREATE TABLE IF NOT EXISTS parts(kind VARCHAR, shard VARCHAR, model VARCHAR, fingerprint VARCHAR);
+CREATE OR REPLACE VIEW color AS
+    SELECT
+        c_model.domain, c.shard, c.position, p.loss AS loss_prior, c.loss AS loss_conditional,
+        c.loss::DOUBLE - p.loss::DOUBLE AS color
+    FROM losses AS c
+    JOIN models AS c_model
+        ON c_model.model = c.model AND c_model.role = 'conditional' AND c_model.current
+    JOIN models AS p_model ON p_model.role = 'prior' AND p_model.current
+    JOIN losses AS p
+        ON p.model = p_model.model AND p.shard = c.shard AND p.position = c.position;
+"""
+
+RESULTS_SCHEMA = """
+CREATE TABLE evaluations(
+    domain VARCHAR, arm VARCHAR, seed BIGINT, tokens BIGINT, metric VARCHAR, value DOUBLE);
+CREATE TABLE kernel_runs(
+    run_id VARCHAR, verb VARCHAR, model VARCHAR, shard VARCHAR, chunk VARCHAR, sequences BIGINT,
+    tokens BIGINT, seconds DOUBLE, device VARCHAR, precision VARCHAR, kernel VARCHAR,
+    recorded VARCHAR, versions VARCHAR);
+CREATE TABLE artifacts(
+    asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
+    reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT, seed BIGINT,
+    precision VARCHAR, environment VARCHAR, recorded VARCHAR);
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to publish: a shard's text tables, or a model's losses over a shard.
+
+    `documents` is the folder of the shard's documents, `tokens` of its packed tokens, `losses`
+    of the chunks.
+    """
+
+    shard: str
+    fingerprint: str
+    documents: Path | None = None
+    tokens: Path | None = None
+    model: str | None = None
+    losses: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.losses is None else "losses"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A checkpoint whose losses are published. `role` is 'prior' or 'conditional'."""
+
+    model: str
+    role: str
+    domain: str | None
+    path: str
+
+
+class ScoreStore(dg.ConfigurableResource):
+    """Publishes and reads `scores.duckdb` and `results.duckdb` of a home."""
+
+    home: str
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A read-only connection to the scores as published last.
+
+        Raises InputError where none have been published yet.
+        """
+        path = Home(self.home).scores
+        if not path.exists():
+            raise InputError(f"{path} is not there yet; materialize score_tables first")
+        with contextlib.closing(duckdb.connect(str(path), read_only=True)) as connection:
+            _limit(connection, path)
+            yield connection
+
+    def publish(self, parts: Sequence[Part], models: Sequence[PublishedModel]) -> dict[str, int]:
+        """Bring the tables to hold exactly these parts and models; returns rows per table.
+
+        Only new and changed parts are read. Raises ValueError, and leaves the last good file,
+        where a loss is not finite or a sequence has two rows for a model.
+        """
+        with self._next(Home(self.home).scores, SCHEMA) as connection:
+            wanted = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
+            there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
+            for kind, shard, model, _ in there - wanted.keys():
+                _remove(connection, kind, shard, model)
+            for key in sorted(wanted.keys() - there, key=str):
+                _insert(connection, wanted[key])
+                connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
+            connection.execute("DELETE FROM models")
+            for m in models:
+                connection.execute(
+                    "INSERT INTO models VALUES (?, ?, ?, ?, true)",
+                    [m.model, m.role, m.domain, m.path],
+                )
+            _check(connection)
+            tables = ("documents", "spans", "sequences", "losses")
+            return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
+
+    def publish_selection(
+        self,
+        selection: str,
+        table: Path,
+        domain: str,
+        arm: str,
+        models: tuple[str, str | None],
+        created: str,
+    ) -> None:
+        """Enter a selection (fingerprint, Parquet file), the current one of its domain and arm."""
+        with self._next(Home(self.home).scores, SCHEMA) as connection:
+            connection.execute(
+                "UPDATE selection_versions SET current = (selection = $selection) "
+                "WHERE domain = $domain AND arm = $arm",
+                {"selection": selection, "domain": domain, "arm": arm},
+            )
+            known = _count(
+                connection,
+                "SELECT count(*) FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
+                [selection, domain, arm],
+            )
+            if known:
+                return
+            rows = connection.read_parquet(str(table))  # noqa: F841  (read by name below)
+            connection.execute(
+                "INSERT INTO selections BY NAME "
+                "SELECT ? AS selection, shard, position, rank, score FROM rows",
+                [selection],
+            )
+            connection.execute(
+                "INSERT INTO selection_versions SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
+                [selection, domain, arm, *models, created],
+            )
+
+    def publish_results(
+        self,
+        evaluations: Sequence[Mapping[str, Any]],
+        kernel_runs: Sequence[Mapping[str, Any]],
+        ledger: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Make `results.duckdb` anew from the records."""
+        path = Home(self.home).results
+        with self._next(path, RESULTS_SCHEMA, fresh=True) as connection:
+            tables = {"evaluations": evaluations, "kernel_runs": kernel_runs, "artifacts": ledger}
+            for table, rows in tables.items():
+                columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
+                marks = ", ".join("?" * len(columns))
+                values = [[_plain(row.get(c)) for c in columns] for row in rows]
+                if values:
+                    connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
+
+    @contextlib.contextmanager
+    def _next(
+        self, path: Path, schema: str, fresh: bool = False
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A copy of a database to change in one transaction; it takes the file's place at the end."""
+        temporary = path.with_suffix(".next")
+        temporary.unlink(missing_ok=True)
+        if path.exists() and not fresh:
+            shutil.copyfile(path, temporary)
+        connection = duckdb.connect()
+        try:
+            _limit(connection, path)
+            place = str(temporary).replace("'", "''")
+            connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
+            connection.execute("USE next")
+            connection.execute("BEGIN")
+            connection.execute(schema)
+            yield connection
+            connection.execute("COMMIT")
+            connection.execute("USE memory")
+            connection.execute("DETACH next")
+        except BaseException:
+            connection.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        connection.close()
+        write_atomically(temporary, path)
+
+
+def _limit(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    connection.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+    connection.execute("SET preserve_insertion_order = false")
+    connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
+
+
+def _remove(
+    connection: duckdb.DuckDBPyConnection, kind: str, shard: str, model: str | None
+) -> None:
+    if kind == "losses":
+        connection.execute("DELETE FROM losses WHERE shard = ? AND model = ?", [shard, model])
+    else:
+        for table in ("documents", "spans", "sequences"):
+            connection.execute(f"DELETE FROM {table} WHERE shard = ?", [shard])
+    connection.execute(
+        "DELETE FROM parts WHERE kind = ? AND shard = ? AND model IS NOT DISTINCT FROM ?",
+        [kind, shard, model],
+    )
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
+    if part.losses is not None:
+        files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
+        if files:
+            connection.execute(
+                "INSERT INTO losses BY NAME SELECT * FROM read_parquet($files) WHERE model = $model",
+                {"files": files, "model": part.model},
+            )
+        return
+    assert part.tokens is not None
+    assert part.documents is not None
+    for table in ("spans", "sequences"):
+        connection.execute(
+            f"INSERT INTO {table} BY NAME SELECT $shard AS shard, * FROM read_parquet($file)",
+            {"shard": part.shard, "file": str(part.tokens / f"{table}.parquet")},
+        )
+    connection.execute(
+        """
+        INSERT INTO documents BY NAME
+        SELECT $shard AS shard, d.* EXCLUDE (text), s.n_tokens
+        FROM read_parquet($documents) AS d
+        LEFT JOIN (
+            SELECT doc_id, sum(n_tokens)::BIGINT AS n_tokens
+            FROM read_parquet($spans) GROUP BY doc_id
+        ) AS s USING (doc_id)
+        """,
+        {
+            "shard": part.shard,
+            "documents": str(part.documents / "documents.parquet"),
+            "spans": str(part.tokens / "spans.parquet"),
+        },
+    )
+
+
+def _check(connection: duckdb.DuckDBPyConnection) -> None:
+    bad = _count(connection, "SELECT count(*) FROM losses WHERE NOT isfinite(loss)")
+    if bad:
+        raise ValueError(f"{bad} losses are not finite; nothing was published")
+    twice = _count(
+        connection,
+        "SELECT count(*) FROM "
+        "(SELECT 1 FROM losses GROUP BY model, shard, position HAVING count(*) > 1)",
+    )
+    if twice:
+        raise ValueError(
+            f"{twice} sequences have several losses by one model; nothing was published"
+        )
+
+
+def _count(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[Any] = ()
+) -> int:
+    return int(fetch_row(connection, query, parameters)[0])
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
