@@ -18,7 +18,7 @@ GROUP = "auxiliary"
 
 def checkpoint(model: Artifact) -> Path:
     """The folder of an auxiliary model's checkpoint, in Hugging Face form."""
-    return model.path / model.facts["checkpoint"]
+    return model.path / str(model.facts["checkpoint"])
 
 
 def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -104,7 +104,8 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         packed = artifacts.current(f"{domain.name}/domain_tokens")
 
         def build(folder: Path) -> dict[str, Any]:
-            from colorfilter.training import TrainSpec, mean_loss
+            from colorfilter.evaluation import mean_loss
+            from colorfilter.training import TrainSpec
 
             spec = TrainSpec(
                 start=str(checkpoint(prior)),

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -77,6 +76,7 @@ def describe_shards(context: Context, artifacts: Sequence[Artifact], facts: Sequ
 
 
 def total(artifacts: Sequence[Artifact], fact: str) -> int:
+    """Sum of a fact over artefacts."""
     return sum(a.facts[fact] for a in artifacts)
 
 
@@ -157,7 +157,3 @@ def make_in_processes(
                 pool.shutdown(cancel_futures=True)
                 raise
     return [made[i] for i in range(len(works))]
-
-
-def folder_of(artifact: Artifact, *parts: str) -> Path:
-    return artifact.path.joinpath(*parts)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 from assets.common import (
     ONE_RUN,
@@ -77,13 +78,13 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             lambda w: (planned[str(w.partition)].files, list(sources.values())),
             lambda a: progress(sum(f.size for f in planned[str(a.partition)].files)),
         )
-        facts = ("documents", "chars", "duplicates", "rejects")
-        describe_shards(context, made, facts)
+        shown = ("documents", "chars", "duplicates", "rejects")
+        describe_shards(context, made, shown)
         return result(
             made,
             {
                 "shards": len(made),
-                **{name: total(made, name) for name in facts},
+                **{name: total(made, name) for name in shown},
                 "rejected for": dg.MetadataValue.md(_reject_reasons(made)),
                 "dagster/row_count": total(made, "documents"),
             },
@@ -96,7 +97,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         code_version=code_version(1, recipe.prior.sample_chars, recipe.seed),
     )
-    def sample_plan(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+    def sample_plan(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """D_prior: a random sample of the corpus, drawn once and frozen.
 
         It stays as shards arrive, so that a new shard costs its own scoring and nothing else.
@@ -126,7 +127,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         code_version=code_version(1, recipe.tokenizer),
     )
-    def tokenizer(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+    def tokenizer(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """The tokenizer: trained on D_prior, or the one the recipe names."""
         plan = artifacts.current("sample_plan")
 
@@ -256,13 +257,13 @@ def domain_assets(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         code_version=code_version(1, recipe.sequence_length),
     )
-    def domain_tokens(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+    def domain_tokens(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """Sequences of D_down and of held-out text. (The probe's are a shard of the corpus.)"""
         text = artifacts.current(f"{domain.name}/domain_text")
         encoder = artifacts.current("tokenizer")
 
         def build(folder: Path) -> dict[str, int]:
-            facts = {}
+            facts: dict[str, int] = {}
             for split in ("down", "held_out"):
                 counts = pack_shard(
                     folder / split, text.path / split, encoder.path, [], recipe.sequence_length
@@ -302,9 +303,9 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
             for split in documents.SPLITS:
                 texts[f"{domain.name}/{split}"] = text.path / split / "documents.parquet"
         shared = documents.shared_documents(corpus, texts)
-        for name in texts:
+        for name, path in texts.items():
             others = {n: p for n, p in texts.items() if n != name}
-            shared += documents.shared_documents({name: texts[name]}, others)
+            shared += documents.shared_documents({name: path}, others)
         description = "no document stands in two places"
         if shared:
             first = shared[0]
@@ -363,8 +364,6 @@ def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Art
 
 
 def _reject_reasons(made: Sequence[Artifact]) -> str:
-    import polars as pl
-
     files = [a.path / "rejects.parquet" for a in made if (a.path / "rejects.parquet").exists()]
     if not files:
         return "nothing"

@@ -1,9 +1,12 @@
 """Stage 5: target models trained on what each arm selected, evaluated and compared."""
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
 from assets.figures import curve_metadata, table
@@ -93,7 +96,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                     },
                     seed=seed,
                 ),
-                lambda folder, seed=seed: build(folder, seed),
+                partial(build, seed=seed),
             )
             for seed in recipe.evaluation.seeds
         ]
@@ -114,14 +117,11 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1),
     )
     def evaluation(
-        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+        artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
         """Held-out loss and bits per byte of every target model; the probe's rank, where scored."""
-        import polars as pl
-
         from colorfilter import evaluation as method
         from colorfilter.report import EVALUATIONS
-        from colorfilter.training import mean_loss
 
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         text = artifacts.current(f"{domain.name}/domain_text")
@@ -139,7 +139,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                         target.path / place,
                         held_out.path / "held_out",
                     )
-                    loss = mean_loss(nll, n)
+                    loss = method.mean_loss(nll, n)
                     bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
                     where = (domain.name, arm.name, target.facts["seed"], int(tokens))
                     rows += [
@@ -151,8 +151,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                     probe = method.probe(
                         connection, domain.name, probe_shard(domain.name), chosen.facts["cutoff"]
                     )
-                where = (domain.name, arm.name, None, None)
-                rows += [(*where, "probe_auc", probe.auc), (*where, "probe_recall", probe.recall)]
+                for metric, value in (("probe_auc", probe.auc), ("probe_recall", probe.recall)):
+                    rows.append((domain.name, arm.name, None, None, metric, value))
             frame = pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
             frame.write_parquet(folder / "evaluations.parquet")
             return {"rows": len(rows)}
@@ -179,12 +179,8 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         pool="results",
         code_version=code_version(1),
     )
-    def report(
-        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
-    ) -> dg.MaterializeResult:
+    def report(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """All arms compared, for people (`report.md`) and as tables (`results.duckdb`)."""
-        import polars as pl
-
         from colorfilter import report as method
 
         evaluated = [artifacts.current(f"{name}/evaluation") for name in names]
@@ -221,8 +217,6 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
 
 def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> list[Any]:
-    import polars as pl
-
     targets = [
         artifacts.current(f"{domain.name}/{arm.name}/target_model", f"seed_{seed}")
         for seed in recipe.evaluation.seeds
@@ -235,10 +229,9 @@ def _documents(
 ) -> Any:
     from colorfilter.report import excerpts, extremes
 
-    arm = next((a for a in recipe.arms if a.method == "color"), recipe.arms[0])
-    cutoff = artifacts.current(f"{domain.name}/{arm.name}/selection").facts["cutoff"]
+    share = next((1 / a.tau for a in recipe.arms if a.tau), 0.5)
     with score_store.read() as connection:
-        found = extremes(connection, domain.name, recipe.sequence_length, cutoff)
+        found = extremes(connection, domain.name, recipe.sequence_length, share)
     raw: dict[str, Artifact] = {
         shard: artifacts.current("raw_corpus", shard) for shard in found["shard"].unique()
     }
@@ -264,10 +257,6 @@ def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:
 
 
 def _publish_results(artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe) -> None:
-    import json
-
-    import polars as pl
-
     entries = artifacts.entries()
     reports = [entries.get((f"{d.name}/report", None)) for d in recipe.domains]
     paths = [artifacts.at.root / e["path"] / "evaluations.parquet" for e in reports if e]

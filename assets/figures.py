@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 WIDTH, HEIGHT = 200, 60
 
 
 def curve_metadata(folder: Path) -> dict[str, Any]:
     """The learning curve of a training run: pictures of its losses and the table of its points."""
-    import polars as pl
-
     path = folder / "curve.parquet"
     if not path.exists():
         return {}
     curve = pl.read_parquet(path)
-    shown = {"learning curve": picture(_thin(list(curve["loss"]), 40), "training loss")}
+    shown: dict[str, Any] = {
+        "learning curve": picture(_thin(list(curve["loss"]), 40), "training loss")
+    }
     held_out = curve.drop_nulls("held_out_loss")
     if len(held_out):
         shown["held-out curve"] = picture(list(held_out["held_out_loss"]), "held-out loss")
@@ -43,9 +44,9 @@ def histogram(counts: Sequence[int], low: float, high: float) -> dg.MarkdownMeta
     """Bars of counts over equal bins from low to high."""
     top = max(counts) or 1
     width = WIDTH / len(counts)
+    tops = [round(HEIGHT - (HEIGHT - 2) * count / top) for count in counts]
     path = "".join(
-        f"M{round(i * width)} {HEIGHT}V{round(HEIGHT - (HEIGHT - 2) * c / top)}h{width:.0f}V{HEIGHT}"
-        for i, c in enumerate(counts)
+        f"M{round(i * width)} {HEIGHT}V{y}h{width:.0f}V{HEIGHT}" for i, y in enumerate(tops)
     )
     return _inline(f'<path fill="#36c" d="{path}"/>', f"{low:.2f} to {high:.2f} nats per token")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
-from assets.common import OWNERS, Context, all_of, code_version, result
+from assets.common import OWNERS, all_of, code_version, result
 from assets.figures import table
 from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
@@ -46,9 +47,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         pool="scores",
         code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
     )
-    def selection(
-        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
-    ) -> dg.MaterializeResult:
+    def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """The selected sequences with rank and score; lower is better. No model is loaded."""
         from colorfilter import selection as method
 
@@ -106,10 +105,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         owners=OWNERS,
         code_version=code_version(1, recipe.filtered, recipe.seed),
     )
-    def filtered_dataset(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+    def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """What the target model trains on (`tokens/`), and the same as text (`documents/`)."""
-        import polars as pl
-
         from colorfilter import selection as method
 
         chosen = artifacts.current(f"{name}/selection")
@@ -151,8 +148,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
 def _sample(folder: Path) -> dg.TableMetadataValue:
     """The texts of lowest color of a filtered dataset, cut short."""
-    import polars as pl
-
     files = sorted((folder / "documents").glob("*.parquet"))
     best = (
         pl.scan_parquet(files)

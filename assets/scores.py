@@ -1,6 +1,8 @@
 """Stage 3: losses of every sequence by both models, and the score tables."""
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         pool="scores",
         code_version=code_version(1),
     )
-    def score_tables(
-        context: Context, artifacts: ArtifactStore, score_store: ScoreStore
-    ) -> dg.MaterializeResult:
+    def score_tables(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """The losses joined to sequences, spans and documents, published as `scores.duckdb`.
 
         Parquet is the record; this file can be made again from it at any time.
@@ -124,7 +124,7 @@ def _score(
     made = []
     for shard, source in packed.items():
         work = Work(asset, shard, inputs=[model, source], precision=gpu.precision)
-        artifact = artifacts.make(work, lambda folder, shard=shard: build(folder, shard))
+        artifact = artifacts.make(work, partial(build, shard=shard))
         if artifact.reused:
             progress(source.facts["tokens"])
         made.append(artifact)
@@ -137,7 +137,6 @@ def _score(
             **{name: total(made, name) for name in facts},
             "tokens per second": round(progress.rate),
             "precision": gpu.precision,
-            "device": str(gpu.device()),
             "dagster/row_count": total(made, "sequences"),
         },
     )
@@ -178,8 +177,6 @@ def _parts(
 
 
 def _publication(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:
-    import json
-
     content = {a.name: a.fingerprint for a in inputs}
     (folder / "published.json").write_text(json.dumps(content, indent=1))
     return rows

@@ -12,7 +12,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from colorfilter.errors import InputError
+from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Source
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
@@ -205,7 +206,8 @@ def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
             yield from read(stream, file.uri, source.text_field)
     except (OSError, EOFError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"source {source.name}: {file.uri} cannot be read ({_one_line(error)}); mend or exclude it"
+            f"source {source.name}: {file.uri} cannot be read ({_one_line(error)}); mend or "
+            "exclude it"
         ) from error
 
 
@@ -284,6 +286,7 @@ def _one_line(error: Exception) -> str:
 
 
 def text_sha256(text: str) -> str:
+    """What makes two documents the same: the sha256 of the text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -296,7 +299,7 @@ def write_documents(
     files: Sequence[InputFile],
     sources: Sequence[Source],
     folder: Path,
-    progress: Callable[[int], None] = lambda size: None,
+    progress: Progress = silent,
 ) -> dict[str, int]:
     """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
 
@@ -311,7 +314,8 @@ def write_documents(
         TableWriter(folder / "rejects.parquet", REJECTS) as rejects,
     ):
         for file in files:
-            for item in read_file(file, by_name[file.source]):
+            for found in read_file(file, by_name[file.source]):
+                item = found
                 if isinstance(item, Document):
                     size = len(item.text.encode("utf-8"))
                     sha256 = text_sha256(item.text)

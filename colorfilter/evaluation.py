@@ -1,12 +1,20 @@
 """Does the selected data train a better model? Held-out loss, tokens-to-match, and the probe."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import duckdb
+import numpy as np
 
 from colorfilter.tables import fetch_row
+
+
+def mean_loss(nll: np.ndarray, n: np.ndarray) -> float:
+    """Token-weighted mean of per-sequence losses, in float64; sequences without labels left out."""
+    scored = n > 0
+    return float(np.average(nll[scored].astype(np.float64), weights=n[scored]))
 
 
 def bits_per_byte(loss: float, n_labels: int, n_bytes: int) -> float:
@@ -26,7 +34,7 @@ class TokensToMatch:
     bound: str
 
     def __str__(self) -> str:
-        words = {"=": "", ">": "more than ", "<": "less than "}
+        words = {"=": "", ">": ">", "<": "<"}
         return f"{words[self.bound]}{self.ratio:.2f}"
 
 
@@ -42,7 +50,7 @@ def tokens_to_match(
     first_tokens, first_loss = endpoints[0]
     if loss > first_loss:
         return TokensToMatch(first_tokens / tokens, "<")
-    for (n0, loss0), (n1, loss1) in zip(endpoints, endpoints[1:], strict=False):
+    for (n0, loss0), (n1, loss1) in itertools.pairwise(endpoints):
         if loss0 >= loss >= loss1 and loss0 > loss1:
             share = (loss0 - loss) / (loss0 - loss1)
             return TokensToMatch(n0 * (n1 / n0) ** share / tokens, "=")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -18,6 +19,7 @@ def write_atomically(temporary: Path, path: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small text file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     write_atomically(temporary, path)

@@ -33,7 +33,8 @@ def build(model: Model, vocab_size: int, seed: int) -> PreTrainedModel:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return fresh
     except ValueError as error:
         raise InputError(f"model of type {model.type}: {str(error).splitlines()[0]}") from error
 
@@ -44,12 +45,13 @@ def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
     Raises InputError where there is none.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[precision], use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise InputError(f"no model at {path}: {str(error).strip().splitlines()[0]}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
@@ -83,6 +85,12 @@ def save(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model with its weights on a device."""
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def n_parameters(model: PreTrainedModel) -> dict[str, int]:

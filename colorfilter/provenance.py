@@ -47,6 +47,7 @@ def artifact_key(
 
 
 def canonical_json(value: Any) -> str:
+    """JSON of one form for one value: keys sorted, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 

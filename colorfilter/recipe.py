@@ -306,4 +306,4 @@ def _expand(path: str, folder: Path, where: str) -> str:
         )
     if "://" in expanded:
         return expanded
-    return str(folder / os.path.expanduser(expanded))
+    return str(folder / Path(expanded).expanduser())

@@ -101,21 +101,25 @@ EXTREMES = """
     )
     (SELECT 'best' AS place, * FROM per_document ORDER BY color, doc_id LIMIT $n)
     UNION ALL
-    (SELECT 'cutoff', * FROM per_document ORDER BY abs(color - $cutoff), doc_id LIMIT $n)
+    (
+        SELECT 'cutoff', * FROM per_document
+        ORDER BY abs(color - (SELECT quantile_disc(color, $share) FROM per_document)), doc_id
+        LIMIT $n
+    )
     UNION ALL
     (SELECT 'worst', * FROM per_document ORDER BY color DESC, doc_id LIMIT $n)
 """
 
 
 def extremes(
-    connection: duckdb.DuckDBPyConnection, domain: str, length: int, cutoff: float, n: int = 5
+    connection: duckdb.DuckDBPyConnection, domain: str, length: int, share: float, n: int = 5
 ) -> pl.DataFrame:
-    """The documents with the lowest color, at the cutoff, and with the highest.
+    """The documents with the lowest color, around the best `share`'s edge, and with the highest.
 
     Documents of at least one sequence's length; their color is the token-weighted mean of the
     sequences they stand in.
     """
-    parameters = {"domain": domain, "length": length, "cutoff": cutoff, "n": n}
+    parameters = {"domain": domain, "length": length, "share": share, "n": n}
     table = fetch_frame(connection, EXTREMES, parameters)
     order = {"best": 0, "cutoff": 1, "worst": 2}
     return table.sort(pl.col("place").replace_strict(order), "color", "doc_id")
@@ -147,7 +151,7 @@ def interval(summary: Summary, places: int = 3) -> str:
 
 
 def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
-    """The comparison as words: arm, tokens, loss by seed, mean, bits per byte, tokens-to-match."""
+    """The comparison as words, in the columns of COMPARISON_HEADER."""
     return [
         [
             line.arm,
@@ -155,7 +159,7 @@ def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
             " ".join(f"{loss:.3f}" for loss in line.losses),
             interval(line.held_out_loss),
             interval(line.bits_per_byte),
-            ", ".join(str(m) for m in line.matches) or "-",
+            " ".join(str(m) for m in line.matches) or "-",
         ]
         for line in lines
     ]
@@ -163,15 +167,17 @@ def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
 
 COMPARISON_HEADER = [
     "arm",
-    "training tokens",
-    "held-out loss by seed",
+    "tokens",
+    "loss by seed",
     "mean, 95 %",
-    "bits per byte",
+    "bits/byte",
     "tokens-to-match",
 ]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown; bars within cells are escaped."""
+
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
 

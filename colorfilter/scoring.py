@@ -6,7 +6,7 @@ on behind the last committed one, and each loss stands exactly once. Nothing is 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from colorfilter import loss
 from colorfilter.files import file_sha256, write_atomically
 from colorfilter.models import head_weight
+from colorfilter.progress import Progress, silent
 from colorfilter.tokens import open_tokens
 
 CHUNK_SEQUENCES = 16_384
@@ -46,7 +47,7 @@ class Scorer:
 
     @torch.inference_mode()
     def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
+        """Tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
         device = self._model.device
         tokens_BxT = torch.from_numpy(tokens.astype(np.int64)).to(device)
         labels = loss.shifted_labels(tokens_BxT, torch.from_numpy(n_tokens).to(device))
@@ -63,7 +64,7 @@ def sequence_losses(
     scorer: Scorer,
     tokens: np.ndarray,
     n_tokens: np.ndarray,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses of many sequences, in small batches. Shapes and units as in Scorer.losses."""
     nll = np.full(len(tokens), np.nan, dtype=np.float32)
@@ -82,7 +83,7 @@ def score_shard(
     shard: str,
     out: Path,
     precision: str,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
 ) -> list[Receipt]:
     """Score a folder of packed tokens by every model, into chunks in `out`.
 
@@ -113,7 +114,7 @@ def _standing(
     start: int,
     stop: int,
     n_tokens: np.ndarray,
-    progress: Callable[[int], None],
+    progress: Progress,
     n_models: int,
 ) -> Receipt | None:
     for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
@@ -133,7 +134,7 @@ def _score_chunk(
     stop: int,
     out: Path,
     precision: str,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> Receipt:
     begun = time.perf_counter()
     tables = []

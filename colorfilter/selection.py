@@ -7,6 +7,7 @@ fall the same way everywhere. Lower is better for every method.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -209,7 +210,7 @@ def _whole(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, object]]:
+def _with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, Any]]:
     by_document = runs.partition_by("doc_id", as_dict=True)
     for batch in pq.ParquetFile(documents).iter_batches(
         batch_size=256, columns=["doc_id", "source", "extra", "text"]

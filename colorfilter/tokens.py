@@ -14,7 +14,7 @@ belongs to the document that it closes, so the spans cover every token exactly o
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ import tokenizers
 
 from colorfilter.documents import TableWriter
 from colorfilter.errors import InputError
+from colorfilter.progress import Progress, silent
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 2_000_000
@@ -101,9 +102,9 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.end_of_text: int = self._tokenizer.token_to_id(
+        self.end_of_text: int = self._tokenizer.get_vocab()[
             eos["content"] if isinstance(eos, dict) else eos
-        )
+        ]
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
 
     @property
@@ -123,7 +124,7 @@ def pack(
     length: int,
     folder: Path,
     left_out: Collection[str] = (),
-    progress: Callable[[int], None] = lambda chars: None,
+    progress: Progress = silent,
 ) -> dict[str, int]:
     """Encode documents (`doc_id`, `sha256`, `text`) and cut them into sequences of `length`.
 
@@ -166,7 +167,7 @@ class _Packer:
         self._tokens = _GrowingArray(folder / "tokens.npy", length, dtype)
         self._sequences = TableWriter(folder / "sequences.parquet", SEQUENCES)
         self._spans = TableWriter(folder / "spans.parquet", SPANS)
-        self._row = np.full(length, end_of_text, dtype=dtype)
+        self._row: np.ndarray = np.full(length, end_of_text, dtype=dtype)
         self._used = 0
         self._end_of_text = end_of_text
         self.sequences = 0
@@ -255,4 +256,5 @@ class _GrowingArray:
 
 def open_tokens(folder: Path) -> np.ndarray:
     """The packed sequences of a folder, memory-mapped: [n_sequences, T]."""
-    return np.load(folder / "tokens.npy", mmap_mode="r")
+    tokens: np.ndarray = np.load(folder / "tokens.npy", mmap_mode="r")
+    return tokens

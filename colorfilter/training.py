@@ -1,8 +1,8 @@
 """Train a causal language model on packed sequences: one pass, seeded, resumable.
 
-The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With warm-up-stable-decay one run has
-several end points for the price of their decays: the trunk at constant rate goes on, and each end
-point is a branch with a full decay. A run is thus a list of phases,
+The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With the first, one run
+has several end points for the price of their decays: the trunk at constant rate goes on, and each
+end point is a branch with a full decay. A run is thus a list of phases,
 
     trunk to 0.8 a | branch to a | trunk to 0.8 b | branch to b | ...
 
@@ -14,7 +14,6 @@ from it and ends with the same bits as an undisturbed one on the same machine.
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from colorfilter import models
+from colorfilter.evaluation import mean_loss
 from colorfilter.files import write_atomically
 from colorfilter.loss import IGNORED, shifted_labels
+from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses
 from colorfilter.tokens import Encoder, open_tokens
@@ -83,7 +84,7 @@ class _Phase:
 def train(
     spec: TrainSpec,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
 ) -> list[Checkpoint]:
     """Train as the spec says and return a checkpoint per end point, `<out>/tokens-<n>/`.
 
@@ -99,7 +100,8 @@ def planned_tokens(spec: TrainSpec) -> int:
     length = open_tokens(spec.tokens).shape[1]
     size = spec.training.batch_sequences
     phases = _phases(spec)
-    return sum(min((p.stop - p.start) * size, spec.endpoints[p.target]) for p in phases) * length
+    sequences = sum(min((p.stop - p.start) * size, spec.endpoints[p.target]) for p in phases)
+    return sequences * int(length)
 
 
 def _phases(spec: TrainSpec) -> list[_Phase]:
@@ -130,9 +132,7 @@ def learning_rate(training: Training, step: int, first_end: int, end: int, branc
 
 
 class _Run:
-    def __init__(
-        self, spec: TrainSpec, device: torch.device, progress: Callable[[int], None]
-    ) -> None:
+    def __init__(self, spec: TrainSpec, device: torch.device, progress: Progress) -> None:
         self.spec = spec
         self.device = device
         self.progress = progress
@@ -144,7 +144,7 @@ class _Run:
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
         self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
         self.seen = np.concatenate([[0], np.cumsum(self.n_tokens[self.order])])
-        self.model = self._initial_model().to(device).train()
+        self.model = models.to_device(self._initial_model(), device).train()
         self.optimizer = self._optimizer()
         self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.saved = time.monotonic()
@@ -157,7 +157,7 @@ class _Run:
 
     def _optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.model.parameters())
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim >= 2]},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -199,7 +199,7 @@ class _Run:
         return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens)
 
     def _start_over(self) -> None:
-        self.model = self._initial_model().to(self.device).train()
+        self.model = models.to_device(self._initial_model(), self.device).train()
         self.optimizer = self._optimizer()
 
     def _advance(self, phase: _Phase, state: _State, running: Path) -> None:
@@ -310,9 +310,3 @@ def held_out_loss(model: PreTrainedModel, tokens: Path) -> float:
     n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].to_numpy().astype(np.int64)
     nll, n = sequence_losses(Scorer(model), rows, n_tokens)
     return mean_loss(nll, n)
-
-
-def mean_loss(nll: np.ndarray, n: np.ndarray) -> float:
-    """Token-weighted mean of per-sequence losses, in float64; sequences without labels left out."""
-    scored = n > 0
-    return float(np.average(nll[scored].astype(np.float64), weights=n[scored]))

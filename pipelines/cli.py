@@ -1,6 +1,5 @@
 """The command line: run the pipeline, see what stands, open the web UI."""
 
-import contextlib
 import logging
 import os
 import sys
@@ -16,8 +15,6 @@ from colorfilter.errors import InputError
 from pipelines import settings
 
 if TYPE_CHECKING:
-    import dagster as dg
-
     from colorfilter.recipe import Recipe
     from resources.artifacts import ArtifactStore
     from resources.home import Home
@@ -131,7 +128,8 @@ def ui(
     workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
     console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
-    os.execv(sys.executable, [*command, "-h", "127.0.0.1", "-p", str(port)])
+    command += ["-h", "127.0.0.1", "-p", str(port)]
+    os.execv(sys.executable, command)  # noqa: S606
 
 
 def _open(recipe: str, home: Path) -> tuple["Recipe", "Home"]:
@@ -183,13 +181,19 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
     except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            errors.print("stopped; run again to go on from there")
-        sys.exit(130)
+        errors.print("stopped; run again to go on from there")
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leave without the interpreter's teardown, in which DuckDB 2.0 prints a page of leak reports.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def recipe() -> Recipe:
 
 
 def recipe_path(name: str) -> Path:
+    """The file of a recipe, shipped (by name) or given (by path). Raises InputError."""
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return path
@@ -35,4 +36,5 @@ def recipe_path(name: str) -> Path:
 
 
 def home() -> Path:
+    """The home that COLORFILTER_HOME names."""
     return Path(os.environ.get(HOME_VARIABLE, DEFAULT_HOME)).resolve()

@@ -5,8 +5,9 @@ device opened at the first call; loaded models are kept by fingerprint within th
 freed in teardown. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from pydantic import PrivateAttr
 
 from colorfilter import provenance
 from colorfilter.errors import InputError
+from colorfilter.progress import Progress, silent
 from resources.artifacts import append_line
 from resources.home import Home
 
@@ -24,12 +26,6 @@ if TYPE_CHECKING:
 
     from colorfilter.scoring import Receipt, Scorer
     from colorfilter.training import Checkpoint, TrainSpec
-
-Progress = Callable[[int], None]
-
-
-def _silent(amount: int) -> None:
-    return None
 
 
 class Gpu(dg.ConfigurableResource):
@@ -41,7 +37,7 @@ class Gpu(dg.ConfigurableResource):
     _scorers: dict[str, "Scorer"] = PrivateAttr(default_factory=dict)
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         if self._scorers:
             self._scorers.clear()
             import torch
@@ -64,7 +60,7 @@ class Gpu(dg.ConfigurableResource):
         tokens: Path,
         shard: str,
         out: Path,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> list["Receipt"]:
         """Score packed tokens by models (fingerprint -> checkpoint) into chunks in `out`."""
         from colorfilter.scoring import score_shard
@@ -73,16 +69,17 @@ class Gpu(dg.ConfigurableResource):
         receipts = score_shard(scorers, tokens, shard, out, self.precision, progress)
         for receipt in receipts:
             if receipt.seconds:
-                self._record("score", ",".join(models), receipt.tokens, receipt.seconds, {
-                    "shard": shard, "chunk": receipt.file, "sequences": receipt.sequences,
+                facts = {
+                    "shard": shard,
+                    "chunk": receipt.file,
+                    "sequences": receipt.sequences,
                     "precision": self.precision,
-                })  # fmt: skip
+                }
+                self._record("score", ",".join(models), receipt.tokens, receipt.seconds, facts)
         return receipts
 
-    def train(self, spec: "TrainSpec", progress: Progress = _silent) -> list["Checkpoint"]:
+    def train(self, spec: "TrainSpec", progress: Progress = silent) -> list["Checkpoint"]:
         """Train as the spec says; a checkpoint per end point."""
-        import time
-
         from colorfilter import training
 
         done = 0
@@ -95,14 +92,12 @@ class Gpu(dg.ConfigurableResource):
         begun = time.perf_counter()
         checkpoints = training.train(spec, self.device(), count)
         seconds = time.perf_counter() - begun
-        length = training.open_tokens(spec.tokens).shape[1]
-        self._record("train", str(spec.out), done, seconds, {
-            "sequences": done // length, "precision": "float32", "seed": spec.seed,
-        })  # fmt: skip
+        facts = {"precision": "float32", "seed": spec.seed}
+        self._record("train", str(spec.out), done, seconds, facts)
         return checkpoints
 
     def evaluate(
-        self, name: str, checkpoint: Path | str, tokens: Path, progress: Progress = _silent
+        self, name: str, checkpoint: Path | str, tokens: Path, progress: Progress = silent
     ) -> tuple[Any, Any]:
         """Losses of packed tokens: float32 [n] nats per token, int32 [n] number of labels."""
         import polars as pl
@@ -122,7 +117,8 @@ class Gpu(dg.ConfigurableResource):
             device = self.device()
             if device.type == "cpu" and self.precision == "fp16":
                 raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
-            self._scorers[name] = Scorer(models.load(path, self.precision).to(device))
+            model = models.load(path, self.precision)
+            self._scorers[name] = Scorer(models.to_device(model, device))
         return self._scorers[name]
 
     def _record(

@@ -66,8 +66,8 @@ CREATE TABLE kernel_runs(
     recorded VARCHAR, versions VARCHAR);
 CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
-    reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT, seed BIGINT,
-    precision VARCHAR, environment VARCHAR, recorded VARCHAR);
+    reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT,
+    seed BIGINT, precision VARCHAR, environment VARCHAR, recorded VARCHAR);
 """
 
 
@@ -161,7 +161,8 @@ class ScoreStore(dg.ConfigurableResource):
             )
             known = _count(
                 connection,
-                "SELECT count(*) FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
+                "SELECT count(*) FROM selection_versions "
+                "WHERE selection = ? AND domain = ? AND arm = ?",
                 [selection, domain, arm],
             )
             if known:
@@ -173,7 +174,8 @@ class ScoreStore(dg.ConfigurableResource):
                 [selection],
             )
             connection.execute(
-                "INSERT INTO selection_versions SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
+                "INSERT INTO selection_versions "
+                "SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
                 [selection, domain, arm, *models, created],
             )
 
@@ -198,7 +200,7 @@ class ScoreStore(dg.ConfigurableResource):
     def _next(
         self, path: Path, schema: str, fresh: bool = False
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A copy of a database to change in one transaction; it takes the file's place at the end."""
+        """A copy of a database to change in one transaction; in the end it takes its place."""
         temporary = path.with_suffix(".next")
         temporary.unlink(missing_ok=True)
         if path.exists() and not fresh:
@@ -248,7 +250,8 @@ def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
         files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
         if files:
             connection.execute(
-                "INSERT INTO losses BY NAME SELECT * FROM read_parquet($files) WHERE model = $model",
+                "INSERT INTO losses BY NAME "
+                "SELECT * FROM read_parquet($files) WHERE model = $model",
                 {"files": files, "model": part.model},
             )
         return

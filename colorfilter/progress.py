@@ -1,0 +1,9 @@
+"""How long work says how far it is: it calls a function with the amount done since the last call."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int], None]
+
+
+def silent(_amount: int) -> None:
+    """Say nothing."""
