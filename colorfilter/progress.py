@@ -1,4 +1,4 @@
-"""How long work says how far it is: it calls a function with the amount done since the last call."""
+"""How long work says how far it is: it calls a function with the amount just done."""
 
 from collections.abc import Callable
 
