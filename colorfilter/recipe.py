@@ -84,7 +84,7 @@ class Model(Section):
     """A fresh causal language model: a transformers model type and its configuration."""
 
     type: str = Field(description="transformers' model_type, for instance gpt_neox or llama")
-    config: dict[str, int | float | str | bool] = Field(
+    config: dict[str, Any] = Field(
         description="arguments of its configuration class; vocab_size comes from the tokenizer"
     )
 

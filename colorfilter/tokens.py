@@ -189,14 +189,13 @@ class _Packer:
 
     def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding) -> None:
         ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
+        # Asking for the offsets of one token at a time takes time in the document's length.
+        offsets = [*encoding.offsets, (n_chars, n_chars)]
         start = 0
         while start < len(ids):
             take = min(len(self._row) - self._used, len(ids) - start)
             end = start + take
             self._row[self._used : self._used + take] = ids[start:end]
-            # The closing end-of-text token stands for no characters.
-            first = encoding.token_to_chars(start) if start < len(encoding.ids) else None
-            last = encoding.token_to_chars(end - 1) if end <= len(encoding.ids) else None
             self._spans.add(
                 {
                     "position": self.sequences,
@@ -204,8 +203,8 @@ class _Packer:
                     "doc_id": doc_id,
                     "doc_start": start,
                     "n_tokens": take,
-                    "char_start": first[0] if first else n_chars,
-                    "char_end": last[1] if last else n_chars,
+                    "char_start": offsets[start][0],
+                    "char_end": offsets[end - 1][1],
                 }
             )
             self._used += take
