@@ -3,9 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
 import dagster as dg
@@ -139,21 +140,33 @@ def make_in_processes(
     if missing:
         workers = min(len(missing), os.cpu_count() or 1)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        error: InputError | None = None
+        with ProcessPoolExecutor(workers, spawn, initializer=_die_with_parent) as pool:
             futures: dict[Future[Mapping[str, Any]], int] = {
                 pool.submit(build, attempt.folder, *arguments(attempt.work)): i
                 for i, attempt in missing.items()
             }
-            try:
-                for future in as_completed(futures):
-                    i = futures[future]
-                    try:
-                        made[i] = missing[i].commit(future.result())
-                    except InputError:
-                        missing[i].abandon()
-                        raise
+            for future in as_completed(futures):
+                i = futures[future]
+                try:
+                    made[i] = missing[i].commit(future.result())
                     done(made[i])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                except (InputError, CancelledError) as failed:
+                    missing[i].abandon()
+                    error = error or (failed if isinstance(failed, InputError) else None)
+                    pool.shutdown(wait=False, cancel_futures=True)
+        if error:
+            raise error
     return [made[i] for i in range(len(works))]
+
+
+def _die_with_parent() -> None:
+    """End this worker when the process that started it is gone, be it killed."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

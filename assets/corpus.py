@@ -78,6 +78,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             lambda w: (planned[str(w.partition)].files, list(sources.values())),
             lambda a: progress(sum(f.size for f in planned[str(a.partition)].files)),
         )
+        _refuse_empty_sources(recipe, artifacts, made)
         shown = ("documents", "chars", "duplicates", "rejects")
         describe_shards(context, made, shown)
         return result(
@@ -361,6 +362,20 @@ def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Art
         return counts
 
     return artifacts.make(Work("raw_corpus", name, inputs=[text]), build)
+
+
+def _refuse_empty_sources(
+    recipe: Recipe, artifacts: ArtifactStore, made: Sequence[Artifact]
+) -> None:
+    """Raise InputError for a source all of whose shards are here and hold no document."""
+    documents_of = {str(a.partition): a.facts["documents"] for a in made}
+    for source in recipe.corpus.sources:
+        shards = [s for s in artifacts.at.shards() if s.files[0].source == source.name]
+        if all(documents_of.get(s.name) == 0 for s in shards):
+            raise InputError(
+                f"source {source.name}: {source.files} holds no usable document; look at the "
+                f"rejects in {artifacts.at.artifacts / 'raw_corpus'} or correct `text_field`"
+            )
 
 
 def _reject_reasons(made: Sequence[Artifact]) -> str:

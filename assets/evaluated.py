@@ -13,7 +13,7 @@ from assets.figures import curve_metadata, table
 from assets.filtered import endpoints
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.tables import fetch
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
 
@@ -193,7 +193,7 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 folder,
                 f"{recipe.name}: {domain.name}",
                 rows,
-                _documents(artifacts, score_store, recipe, domain),
+                _samples(artifacts, recipe, domain),
                 {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
                 _colors(score_store, domain),
             )
@@ -224,18 +224,13 @@ def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) 
     return [pl.read_parquet(t.path / "curve.parquet") for t in targets]
 
 
-def _documents(
-    artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain
-) -> Any:
-    from colorfilter.report import excerpts, extremes
-
-    share = next((1 / a.tau for a in recipe.arms if a.tau), 0.5)
-    with score_store.read() as connection:
-        found = extremes(connection, domain.name, recipe.sequence_length, share)
-    raw: dict[str, Artifact] = {
-        shard: artifacts.current("raw_corpus", shard) for shard in found["shard"].unique()
-    }
-    return excerpts(found, {s: a.path / "documents.parquet" for s, a in raw.items()})
+def _samples(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> pl.DataFrame:
+    """Sample documents of the first arm that has them."""
+    for arm in recipe.arms:
+        path = artifacts.current(f"{domain.name}/{arm.name}/selection").path / "samples.parquet"
+        if path.exists():
+            return pl.read_parquet(path)
+    return pl.DataFrame(schema=["place", "color", "source_file", "excerpt"])
 
 
 def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:

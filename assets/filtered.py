@@ -10,7 +10,9 @@ import polars as pl
 
 from assets.common import OWNERS, all_of, code_version, result
 from assets.figures import table
+from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.report import excerpts, extremes
 from resources.artifacts import ArtifactStore, Work
 from resources.score_store import ScoreStore
 
@@ -40,7 +42,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
     @dg.asset(
         key_prefix=prefix,
-        deps=["score_tables"],
+        deps=["score_tables", all_of("raw_corpus")],
         group_name=GROUP,
         kinds={"duckdb"},
         owners=OWNERS,
@@ -49,8 +51,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """The selected sequences with rank and score; lower is better. No model is loaded."""
-        from colorfilter import selection as method
-
         scores = artifacts.current("score_tables")
         needed = endpoints(recipe, arm)[-1]
 
@@ -62,6 +62,13 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                 chosen = method.select(
                     connection, arm.method, domain.name, recipe.sequence_length, keep, recipe.seed
                 )
+                if arm.tau:
+                    found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
+                    texts = {
+                        shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
+                        for shard in found["shard"].unique()
+                    }
+                    excerpts(found, texts).write_parquet(folder / "samples.parquet")
             chosen.write_parquet(folder / "selection.parquet", compression="zstd")
             return {
                 "candidates": candidates,
@@ -95,7 +102,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
             models,
             datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return result([made], made.facts)
+        return result([made], {**made.facts, **_documents(made.path)})
 
     @dg.asset(
         key_prefix=prefix,
@@ -107,8 +114,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     )
     def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """What the target model trains on (`tokens/`), and the same as text (`documents/`)."""
-        from colorfilter import selection as method
-
         chosen = artifacts.current(f"{name}/selection")
         rows = pl.read_parquet(chosen.path / "selection.parquet")
         shards = sorted(rows["shard"].unique())
@@ -144,6 +149,15 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return [selection, filtered_dataset]
+
+
+def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:
+    """The best, cutoff, median and worst documents of a selection, where it has them."""
+    path = folder / "samples.parquet"
+    if not path.exists():
+        return {}
+    shown = pl.read_parquet(path).select("place", "color", "source_file", "excerpt")
+    return {"documents": table(shown.to_dicts())}
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

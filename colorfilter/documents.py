@@ -410,14 +410,14 @@ def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path)
         for name, path in sorted(shards.items())
     ).unique("sha256", keep="first", maintain_order=True)
     documents = table.collect()
-    if documents["n_chars"].sum() <= chars:
+    if chars and documents["n_chars"].sum() <= chars:
         raise InputError(
             f"prior.sample_chars: {chars} characters are wanted for D_prior, but the whole corpus "
             f"holds {documents['n_chars'].sum()}; add to the corpus or lower it"
         )
     lots = [draw_lot(seed, sha256) for sha256 in documents["sha256"]]
     drawn = (
-        documents.with_columns(lot=pl.Series(lots))
+        documents.with_columns(lot=pl.Series(lots, dtype=pl.Binary))
         .sort("lot")
         .filter(pl.col("n_chars").cum_sum().shift(1, fill_value=0) < chars)
     )

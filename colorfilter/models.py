@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from colorfilter.errors import InputError
@@ -17,11 +22,11 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 transformers_logging.disable_progress_bar()
 
 
-def build(model: Model, vocab_size: int, seed: int) -> PreTrainedModel:
+def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> PreTrainedModel:
     """A fresh model with float32 weights that depend on the seed alone.
 
-    Raises InputError for a type that transformers does not know or a key that its configuration
-    does not have (transformers itself would take it in silence).
+    Raises InputError for a type that transformers does not know, a key that its configuration
+    does not have (transformers itself would take it in silence), or too short a context.
     """
     try:
         known = AutoConfig.for_model(model.type).to_dict()
@@ -31,6 +36,7 @@ def build(model: Model, vocab_size: int, seed: int) -> PreTrainedModel:
         config = AutoConfig.for_model(
             model.type, **model.config, vocab_size=vocab_size, bos_token_id=None, eos_token_id=0
         )
+        _check_context(config, sequence_length, f"a {model.type} of this configuration")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -71,11 +77,15 @@ def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
             f"tokenizer: its {vocab_size} tokens do not fit the {text.vocab_size} of the model at "
             f"{path}; set tokenizer.path to the tokenizer that the model was trained with"
         )
-    context = getattr(text, "max_position_embeddings", None)
+    _check_context(text, sequence_length, f"the model at {path}")
+
+
+def _check_context(config: PreTrainedConfig, sequence_length: int, which: str) -> None:
+    context = getattr(config, "max_position_embeddings", None)
     if context and sequence_length > context:
         raise InputError(
-            f"sequence_length: {sequence_length} is longer than the context ({context}) of the "
-            f"model at {path}; shorten it"
+            f"sequence_length: {sequence_length} is longer than the context ({context}) of "
+            f"{which}; shorten it or raise max_position_embeddings"
         )
 
 

@@ -92,7 +92,7 @@ class Model(Section):
 class Prior(Section):
     """The auxiliary model: trained on D_prior, or any causal LM in Hugging Face form by path."""
 
-    sample_chars: int = Field(ge=1, description="size of D_prior, characters of text")
+    sample_chars: int = Field(0, ge=0, description="size of D_prior, characters of text")
     score_sample: bool = Field(False, description="score D_prior's documents too")
     path: str | None = Field(None, description="a folder or hub name; nothing is trained then")
     model: Model | None = None
@@ -204,6 +204,11 @@ class Recipe(Section):
                     f"sequence_length {self.sequence_length} is longer than the model's context: "
                     f"raise {where}.config.max_position_embeddings ({context}) or shorten it"
                 )
+        if not self.prior.sample_chars and not (self.prior.path and self.tokenizer.path):
+            raise ValueError(
+                "prior.sample_chars: give the size of D_prior; the prior or the tokenizer is "
+                "trained on it"
+            )
         if len(self.evaluation.random_multiples) > 1 and self.target.training.schedule != "wsd":
             raise ValueError(
                 "several random_multiples need target.training.schedule: wsd (one trunk, "

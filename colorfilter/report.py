@@ -107,6 +107,12 @@ EXTREMES = """
         LIMIT $n
     )
     UNION ALL
+    (
+        SELECT 'median', * FROM per_document
+        ORDER BY abs(color - (SELECT median(color) FROM per_document)), doc_id
+        LIMIT $n
+    )
+    UNION ALL
     (SELECT 'worst', * FROM per_document ORDER BY color DESC, doc_id LIMIT $n)
 """
 
@@ -114,14 +120,14 @@ EXTREMES = """
 def extremes(
     connection: duckdb.DuckDBPyConnection, domain: str, length: int, share: float, n: int = 5
 ) -> pl.DataFrame:
-    """The documents with the lowest color, around the best `share`'s edge, and with the highest.
+    """The documents of lowest color, around the best `share`'s edge, median, and highest.
 
     Documents of at least one sequence's length; their color is the token-weighted mean of the
     sequences they stand in.
     """
     parameters = {"domain": domain, "length": length, "share": share, "n": n}
     table = fetch_frame(connection, EXTREMES, parameters)
-    order = {"best": 0, "cutoff": 1, "worst": 2}
+    order = {"best": 0, "cutoff": 1, "median": 2, "worst": 3}
     return table.sort(pl.col("place").replace_strict(order), "color", "doc_id")
 
 
@@ -225,7 +231,7 @@ sequence of the corpus, and the share of it that lies before the cutoff.
 
 ## Documents
 
-The corpus's documents with the lowest color, at the cutoff, and with the highest.
+The corpus's documents with the lowest color, at the cutoff, in the middle, and with the highest.
 
 {markdown_table(["place", "color", "file", "begins"], samples)}
 """

@@ -19,7 +19,7 @@ from colorfilter import loss
 from colorfilter.files import file_sha256, write_atomically
 from colorfilter.models import head_weight
 from colorfilter.progress import Progress, silent
-from colorfilter.tokens import open_tokens
+from colorfilter.tokens import open_tokens, real_tokens
 
 CHUNK_SEQUENCES = 16_384
 BATCH_TOKENS = 2_048
@@ -95,7 +95,7 @@ def score_shard(
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     rows = open_tokens(tokens)
-    n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].to_numpy().astype(np.int64)
+    n_tokens = real_tokens(tokens)
     return [
         _standing(out, start, stop, n_tokens[start:stop], progress, len(models))
         or _score_chunk(models, rows, n_tokens, shard, start, stop, out, precision, progress)
@@ -118,9 +118,11 @@ def _standing(
     n_models: int,
 ) -> Receipt | None:
     for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
-        progress(int(n_tokens.sum()) * n_models)
         sha256 = file_sha256(path)
-        if sha256.startswith(path.stem.rpartition("-")[2]):
+        if not sha256.startswith(path.stem.rpartition("-")[2]):
+            path.unlink()  # damaged since it was written
+        else:
+            progress(int(n_tokens.sum()) * n_models)
             return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), 0.0)
     return None
 

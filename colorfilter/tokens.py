@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import tokenizers
 
@@ -257,3 +258,9 @@ def open_tokens(folder: Path) -> np.ndarray:
     """The packed sequences of a folder, memory-mapped: [n_sequences, T]."""
     tokens: np.ndarray = np.load(folder / "tokens.npy", mmap_mode="r")
     return tokens
+
+
+def real_tokens(folder: Path) -> np.ndarray:
+    """How many real tokens each packed sequence has, int64 [n_sequences]."""
+    column = pl.read_parquet(folder / "sequences.parquet", columns=["n_tokens"])["n_tokens"]
+    return column.cast(pl.Int64).to_numpy(writable=True)

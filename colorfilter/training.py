@@ -33,7 +33,7 @@ from colorfilter.loss import IGNORED, shifted_labels
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses
-from colorfilter.tokens import Encoder, open_tokens
+from colorfilter.tokens import Encoder, open_tokens, real_tokens
 
 MICRO_BATCH_TOKENS = 16_384
 CHECKPOINT_SECONDS = 30.0
@@ -138,8 +138,7 @@ class _Run:
         self.progress = progress
         self.phases = _phases(spec)
         self.tokens = open_tokens(spec.tokens)
-        n_tokens = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"]
-        self.n_tokens = n_tokens.to_numpy().astype(np.int64)
+        self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
         self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
@@ -152,7 +151,8 @@ class _Run:
     def _initial_model(self) -> PreTrainedModel:
         if isinstance(self.spec.start, Model):
             vocab_size = Encoder(self.spec.tokenizer).vocab_size
-            return models.build(self.spec.start, vocab_size, self.spec.seed)
+            length = self.tokens.shape[1]
+            return models.build(self.spec.start, vocab_size, length, self.spec.seed)
         return models.load(self.spec.start)
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -306,7 +306,5 @@ _CURVE = {
 
 def held_out_loss(model: PreTrainedModel, tokens: Path) -> float:
     """Mean loss over all labels of packed sequences, nats per token."""
-    rows = open_tokens(tokens)
-    n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].to_numpy().astype(np.int64)
-    nll, n = sequence_losses(Scorer(model), rows, n_tokens)
+    nll, n = sequence_losses(Scorer(model), open_tokens(tokens), real_tokens(tokens))
     return mean_loss(nll, n)

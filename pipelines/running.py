@@ -69,13 +69,14 @@ def _failure(result: dg.ExecuteInProcessResult) -> Failure:
             return Failure(f"check {check.check_name} of {where}: {check.description}", True)
     for event in result.all_events:
         if event.is_step_failure and event.step_failure_data.error:
-            chain = event.step_failure_data.error
-            details = chain.to_string()
-            while chain.cause:
-                chain = chain.cause
-            wrong_input = chain.cls_name == InputError.__name__
-            message = chain.message.strip().removeprefix("colorfilter.errors.InputError: ")
-            if not wrong_input:
-                message = f"{event.step_key}: {message}"
-            return Failure(message, wrong_input, details)
+            error = event.step_failure_data.error
+            chain = [error]
+            while chain[-1].cause:
+                chain.append(chain[-1].cause)
+            wrong = next((e for e in chain if e.cls_name == InputError.__name__), None)
+            if wrong:
+                message = wrong.message.strip().removeprefix("colorfilter.errors.InputError: ")
+                return Failure(message, True, error.to_string())
+            message = f"{event.step_key}: {chain[-1].message.strip()}"
+            return Failure(message, False, error.to_string())
     return Failure("the run ended without a reason; see its log in the web UI", False)

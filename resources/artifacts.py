@@ -86,7 +86,7 @@ class Attempt:
         self._lease = _lock(store.at.leases / self.key)
         self.standing = store.standing(work, self.key, self.folder)
         if self.standing:
-            self._lease.close()
+            self.release()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -103,12 +103,16 @@ class Attempt:
             self.work.input_fingerprints,
         )
         self._store.record(self.work, artifact)
-        self._lease.close()
+        self.release()
         return artifact
 
     def abandon(self) -> None:
         """Remove what was built: the input was bad, so there is nothing to go on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let the next one have the lease."""
         self._lease.close()
 
 
@@ -140,6 +144,8 @@ class ArtifactStore(dg.ConfigurableResource):
         except InputError:
             attempt.abandon()
             raise
+        finally:
+            attempt.release()
 
     def attempt(self, work: Work) -> Attempt:
         """For work that is built elsewhere (in another process): commit or abandon it."""

@@ -5,6 +5,7 @@ device opened at the first call; loaded models are kept by fingerprint within th
 freed in teardown. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
     from colorfilter.scoring import Receipt, Scorer
     from colorfilter.training import Checkpoint, TrainSpec
+
+
+# Read by OpenMP when torch is loaded: threads that spin while they wait halve the speed of
+# training on a machine where anything else runs (measured with one of two cores busy).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class Gpu(dg.ConfigurableResource):
@@ -100,14 +106,11 @@ class Gpu(dg.ConfigurableResource):
         self, name: str, checkpoint: Path | str, tokens: Path, progress: Progress = silent
     ) -> tuple[Any, Any]:
         """Losses of packed tokens: float32 [n] nats per token, int32 [n] number of labels."""
-        import polars as pl
-
         from colorfilter.scoring import sequence_losses
-        from colorfilter.tokens import open_tokens
+        from colorfilter.tokens import open_tokens, real_tokens
 
-        n_tokens = pl.read_parquet(tokens / "sequences.parquet")["n_tokens"].cast(pl.Int64)
         scorer = self._scorer(name, checkpoint)
-        return sequence_losses(scorer, open_tokens(tokens), n_tokens.to_numpy(), progress)
+        return sequence_losses(scorer, open_tokens(tokens), real_tokens(tokens), progress)
 
     def _scorer(self, name: str, path: Path | str) -> "Scorer":
         if name not in self._scorers:

@@ -8,7 +8,7 @@ Nothing here holds the file open between calls.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,12 @@ class ScoreStore(dg.ConfigurableResource):
         Only new and changed parts are read. Raises ValueError, and leaves the last good file,
         where a loss is not finite or a sequence has two rows for a model.
         """
+        wanted = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
+        if Home(self.home).scores.exists():
+            with self.read() as connection:
+                if _holds(connection, wanted.keys(), models):
+                    return _row_counts(connection)
         with self._next(Home(self.home).scores, SCHEMA) as connection:
-            wanted = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
             for kind, shard, model, _ in there - wanted.keys():
                 _remove(connection, kind, shard, model)
@@ -140,8 +144,7 @@ class ScoreStore(dg.ConfigurableResource):
                     [m.model, m.role, m.domain, m.path],
                 )
             _check(connection)
-            tables = ("documents", "spans", "sequences", "losses")
-            return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
+            return _row_counts(connection)
 
     def publish_selection(
         self,
@@ -229,6 +232,23 @@ def _limit(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     connection.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
+
+
+def _holds(
+    connection: duckdb.DuckDBPyConnection,
+    parts: Set[tuple[str, str, str | None, str]],
+    models: Sequence[PublishedModel],
+) -> bool:
+    """Whether the tables hold exactly these parts and models already."""
+    published = fetch(connection, "SELECT model, role, domain, path FROM models")
+    return set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts")) == set(
+        parts
+    ) and set(published) == {(m.model, m.role, m.domain, m.path) for m in models}
+
+
+def _row_counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    tables = ("documents", "spans", "sequences", "losses")
+    return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
 
 
 def _remove(

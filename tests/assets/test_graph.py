@@ -1,0 +1,84 @@
+"""The asset graph: a snapshot, and a guard over its partition mappings."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
+
+from assets.common import SHARDS
+from colorfilter.recipe import load
+from pipelines.definitions import build_definitions
+from pipelines.settings import recipe_path
+
+SNAPSHOT = Path(__file__).with_name("graph.json")
+
+
+def definitions() -> dg.Definitions:
+    return build_definitions(load(recipe_path("sample")), "/nowhere")
+
+
+def describe(defs: dg.Definitions) -> dict[str, Any]:
+    graph = defs.resolve_asset_graph()
+    described = {}
+    for key in sorted(graph.get_all_asset_keys(), key=str):
+        node = graph.get(key)
+        described[key.to_user_string()] = {
+            "group": node.group_name,
+            "kinds": sorted(node.kinds),
+            "partitioned": node.is_partitioned,
+            "pools": sorted(node.pools or []),
+            "parents": {
+                parent.to_user_string(): type(
+                    node.partition_mappings.get(parent)
+                ).__name__.removesuffix("PartitionMapping")
+                for parent in sorted(node.parent_keys, key=str)
+            },
+            "checks": sorted(c.name for c in graph.asset_check_keys if c.asset_key == key),
+        }
+    return described
+
+
+def test_the_graph_has_not_changed_by_accident() -> None:
+    """After a change that is meant: UPDATE_SNAPSHOT=1 pytest tests/assets/test_graph.py."""
+    described = describe(definitions())
+    if os.environ.get("UPDATE_SNAPSHOT"):
+        SNAPSHOT.write_text(json.dumps(described, indent=1) + "\n")
+    assert described == json.loads(SNAPSHOT.read_text())
+
+
+def test_every_asset_is_described_and_owned() -> None:
+    graph = definitions().resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description, key
+        assert node.owners, key
+        assert node.kinds, key
+        assert node.code_version, key
+
+
+def test_no_dependency_asks_for_partitions_that_do_not_exist() -> None:
+    """Identity is the default mapping; between unequal key sets it only fails at launch."""
+    defs = definitions()
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(SHARDS.name or "", ["a", "b", "_probe_reference"])
+        view = AssetGraphView.for_test(defs, instance)
+        for key in view.asset_graph.get_all_asset_keys():
+            wanted = view.get_full_subset(key=key)
+            for parent in view.asset_graph.get(key).parent_keys:
+                _, missing = view.compute_parent_subset_and_required_but_nonexistent_subset(
+                    parent, wanted
+                )
+                assert missing.is_empty, f"{key} asks {parent} for what does not exist"
+
+
+def test_unsharded_assets_depend_on_every_shard() -> None:
+    graph = definitions().resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        for parent in node.parent_keys:
+            if graph.get(parent).is_partitioned and not node.is_partitioned:
+                mapping = node.partition_mappings.get(parent)
+                assert isinstance(mapping, dg.AllPartitionMapping), f"{parent} -> {key}"

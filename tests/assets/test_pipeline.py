@@ -1,0 +1,292 @@
+"""The whole pipeline on real text, small: what is computed, what stands, what the checks see."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import duckdb
+import numpy as np
+import polars as pl
+import pytest
+
+from assets.auxiliary import auxiliary_checks
+from assets.corpus import corpus_checks
+from assets.scores import score_checks
+from colorfilter.tables import fetch, fetch_row
+from resources.artifacts import ArtifactStore
+from resources.gpu import Gpu
+from resources.score_store import ScoreStore
+from tests.conftest import MODULES, Project, recipe_facts, write_corpus
+
+
+def copy_of(project: Project, root: Path) -> Project:
+    """The same project elsewhere, sharing its corpus."""
+    copied = Project(root, project.facts)
+    shutil.copytree(project.home.root, copied.home.root)
+    return copied
+
+
+def selection(project: Project, arm: str) -> pl.DataFrame:
+    artifact = ArtifactStore(home=str(project.home.root)).current(f"reference/{arm}/selection")
+    return pl.read_parquet(artifact.path / "selection.parquet")
+
+
+def made_since(project: Project, before: int) -> dict[str, set[str | None]]:
+    """Partitions made anew per asset since the ledger had `before` entries."""
+    made: dict[str, set[str | None]] = {}
+    for entry in project.ledger()[before:]:
+        if not entry["reused"]:
+            made.setdefault(entry["asset"], set()).add(entry["partition"])
+    return made
+
+
+def test_a_second_run_computes_nothing(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path)
+    before, kernels = len(project.ledger()), len(project.kernel_runs())
+    assert project.run(monkeypatch) is None
+    assert made_since(project, before) == {}
+    assert len(project.kernel_runs()) == kernels
+
+
+def test_two_homes_select_the_same(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Project(tmp_path, finished.facts)
+    assert other.run(monkeypatch) is None
+    for arm in ("color_tau4", "random"):
+        assert selection(other, arm).equals(selection(finished, arm))
+    fingerprints = {
+        (e["asset"], e["partition"]): e["fingerprint"]
+        for e in other.ledger()
+        if not e["asset"].endswith("report")
+    }
+    for entry in finished.ledger():
+        if not entry["asset"].endswith("report"):
+            where = (entry["asset"], entry["partition"])
+            assert fingerprints[where] == entry["fingerprint"], where
+
+
+def test_a_new_file_costs_its_own_scoring_and_nothing_else(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", MODULES)
+    project = copy_of(finished, tmp_path)
+    project.facts = recipe_facts(tmp_path / "corpus")
+    project.write()
+    assert project.run(monkeypatch) is None
+    before = len(project.ledger())
+    write_corpus(tmp_path / "corpus", ["textwrap"])
+    standing = {s.name for s in project.home.shards()}
+    assert project.run(monkeypatch) is None
+    (new,) = {s.name for s in project.home.shards()} - standing
+    made = made_since(project, before)
+    for asset in ("raw_corpus", "corpus_tokens", "prior_scores", "reference/conditional_scores"):
+        assert made[asset] == {new}
+    trained = {"sample_plan", "tokenizer", "prior_model", "reference/conditional_model"}
+    assert not trained & made.keys()
+
+
+def test_a_touched_file_is_read_again_and_nothing_else(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", MODULES)
+    project = copy_of(finished, tmp_path)
+    project.facts = recipe_facts(tmp_path / "corpus")
+    project.write()
+    assert project.run(monkeypatch) is None
+    before = len(project.ledger())
+    for file in (tmp_path / "corpus").iterdir():
+        os.utime(file, (1, 1))
+    assert project.run(monkeypatch) is None
+    assert set(made_since(project, before)) == {"raw_corpus"}
+
+
+def test_scoring_goes_on_after_a_kill(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path, finished.facts)
+    score = Gpu.score
+    calls = []
+
+    def dies(self, models, tokens, shard, out, progress):
+        receipts = score(self, models, tokens, shard, out, progress)
+        calls.append(shard)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return receipts
+
+    monkeypatch.setattr(Gpu, "score", dies)
+    assert project.run(monkeypatch) is not None
+    monkeypatch.setattr(Gpu, "score", score)
+    before = len(project.ledger())
+    assert project.run(monkeypatch) is None
+    made = made_since(project, before)
+    assert not set(calls[:2]) & made["prior_scores"]
+    assert selection(project, "color_tau4").equals(selection(finished, "color_tau4"))
+    chunks = [(r["model"], r["chunk"]) for r in project.kernel_runs() if r["verb"] == "score"]
+    assert len(chunks) == len(set(chunks))
+
+
+def test_the_filter_finds_the_domain(finished: Project) -> None:
+    with duckdb.connect(str(finished.home.results), read_only=True) as results:
+        rows = dict(
+            fetch(results, "SELECT metric, value FROM evaluations WHERE metric LIKE 'probe%'")
+        )
+    assert rows["probe_auc"] > 0.8
+    assert rows["probe_recall"] > 0.5
+
+
+def test_no_document_of_d_prior_or_the_domain_is_selected(finished: Project) -> None:
+    store = ArtifactStore(home=str(finished.home.root))
+    plan = store.current("sample_plan").path / "documents.parquet"
+    left_out = set(pl.read_parquet(plan)["doc_id"])
+    assert left_out
+    with duckdb.connect(str(finished.home.scores), read_only=True) as scores:
+        spans = {row[0] for row in fetch(scores, "SELECT DISTINCT doc_id FROM spans")}
+        reserved = fetch(scores, "SELECT count(*) FROM selections WHERE starts_with(shard, '_')")
+    assert not spans & left_out
+    assert reserved == [(0,)]
+
+
+def test_target_models_see_the_tokens_that_the_recipe_gives(finished: Project) -> None:
+    with duckdb.connect(str(finished.home.results), read_only=True) as results:
+        tokens = fetch(
+            results,
+            "SELECT arm, seed, tokens FROM evaluations WHERE metric = 'held_out_loss' ORDER BY ALL",
+        )
+    assert tokens == [
+        ("color_tau4", 1, 8_000),
+        ("color_tau4", 2, 8_000),
+        ("random", 1, 8_000),
+        ("random", 1, 12_000),
+        ("random", 2, 8_000),
+        ("random", 2, 12_000),
+    ]
+
+
+def test_arms_start_from_the_same_weights_per_seed(finished: Project) -> None:
+    store = ArtifactStore(home=str(finished.home.root))
+    first = {}
+    for arm in ("color_tau4", "random"):
+        for seed in (1, 2):
+            target = store.current(f"reference/{arm}/target_model", f"seed_{seed}")
+            first[arm, seed] = pl.read_parquet(target.path / "curve.parquet")["loss"][0]
+    # Before the first step every model is near a uniform guess, whatever it is shown.
+    assert all(abs(loss - 5.77) < 0.2 for loss in first.values())
+
+
+def test_scores_stay_joined_to_text_and_checkpoint(finished: Project) -> None:
+    with duckdb.connect(str(finished.home.scores), read_only=True) as scores:
+        rows = fetch(
+            scores,
+            """
+            SELECT d.source_file, d.source_line, d.extra, m.path, s.rank
+            FROM selections AS s
+            JOIN selection_versions AS v USING (selection)
+            JOIN spans USING (shard, position)
+            JOIN documents AS d USING (shard, doc_id)
+            JOIN models AS m ON m.model = v.conditional
+            WHERE v.arm = 'color_tau4' AND v.current
+            ORDER BY s.rank LIMIT 5
+            """,
+        )
+    assert len(rows) == 5
+    for file, line, extra, checkpoint, _ in rows:
+        text = Path(file).read_text().splitlines()[line - 1]
+        assert json.loads(text)["url"] == json.loads(extra)["url"]
+        assert (Path(checkpoint) / "model.safetensors").is_file()
+
+
+def evaluate(check: dg.AssetChecksDefinition, project: Project) -> dg.AssetCheckResult:
+    home = str(project.home.root)
+    resources = {"artifacts": ArtifactStore(home=home), "score_store": ScoreStore(home=home)}
+    wanted = {k: v for k, v in resources.items() if k in check.required_resource_keys}
+    return check(**wanted)
+
+
+def change_scores(project: Project, statement: str) -> None:
+    with duckdb.connect(str(project.home.scores)) as connection:
+        connection.execute(statement)
+
+
+@pytest.mark.parametrize(
+    ("statement", "failing"),
+    [
+        ("DELETE FROM losses WHERE position = 0", "scores_complete"),
+        ("UPDATE losses SET loss = 'nan' WHERE position = 0", "scores_complete"),
+        ("INSERT INTO losses SELECT model, 'else', 0, 1, 1, 'x' FROM models", "scores_complete"),
+        (
+            "UPDATE losses SET loss = loss + 10 WHERE shard = '_probe_reference' AND model IN "
+            "(SELECT model FROM models WHERE role = 'conditional')",
+            "reference_below_corpus",
+        ),
+        (
+            "UPDATE losses SET loss = loss - 10 WHERE shard <> '_probe_reference' AND model IN "
+            "(SELECT model FROM models WHERE role = 'conditional')",
+            "reference_below_corpus",
+        ),
+    ],
+)
+def test_checks_of_the_scores_can_fail(
+    finished: Project, tmp_path: Path, statement: str, failing: str
+) -> None:
+    project = copy_of(finished, tmp_path)
+    checks = {next(iter(c.check_keys)).name: c for c in score_checks(project.recipe)}
+    assert evaluate(checks[failing], project).passed
+    change_scores(project, statement)
+    assert not evaluate(checks[failing], project).passed
+
+
+def test_a_document_in_corpus_and_domain_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", ["argparse", "ast"])
+    facts = recipe_facts(tmp_path / "corpus")
+    facts["domains"][0]["sources"].append(
+        {"name": "copy", "files": str(tmp_path / "corpus" / "ast.jsonl")}
+    )
+    project = Project(tmp_path, facts)
+    failure = project.run(monkeypatch)
+    assert failure is not None
+    assert failure.input_is_wrong
+    assert "no_shared_documents" in failure.message
+    assert "ast.jsonl line" in failure.message
+    (check,) = corpus_checks(project.recipe)
+    assert not evaluate(check, project).passed
+
+
+def test_a_conditional_that_is_no_better_fails_the_check(finished: Project, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path)
+    (check,) = auxiliary_checks(project.recipe)
+    assert evaluate(check, project).passed
+    ledger = project.home.ledger.read_text()
+    loss = ArtifactStore(home=str(project.home.root)).current("reference/conditional_model")
+    worse = loss.facts["prior_held_out_loss"] + 0.1
+    project.home.ledger.write_text(ledger.replace(f"{loss.facts['held_out_loss']}", f"{worse}"))
+    assert not evaluate(check, project).passed
+
+
+def test_losses_in_the_table_are_the_models_losses(finished: Project) -> None:
+    """From the published tables back to the checkpoint, by transformers' own loss."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    store = ArtifactStore(home=str(finished.home.root))
+    shard = finished.home.shards()[0].name
+    tokens = store.current("corpus_tokens", shard)
+    sequences = np.load(tokens.path / "tokens.npy", mmap_mode="r")
+    with duckdb.connect(str(finished.home.scores), read_only=True) as scores:
+        for role in ("prior", "conditional"):
+            path, loss = fetch_row(
+                scores,
+                "SELECT m.path, l.loss FROM losses AS l JOIN models AS m USING (model) "
+                "WHERE m.role = ? AND l.shard = ? AND l.position = ?",
+                [role, shard, 0],
+            )
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+            ids = torch.from_numpy(sequences[0].astype("int64"))[None]
+            assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-5)

@@ -1,0 +1,635 @@
+import gzip
+import itertools
+import json
+import random
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colorfilter import documents
+from colorfilter.documents import (
+    Document,
+    InputFile,
+    Reject,
+    Shard,
+    draw_sample,
+    list_files,
+    plan_shards,
+    read_file,
+    shared_documents,
+    split_domain,
+    text_sha256,
+    write_documents,
+)
+from colorfilter.errors import InputError
+from colorfilter.recipe import Source
+
+
+def source_of(files: object, **more: Any) -> Source:
+    return Source(name="web", files=str(files), **more)
+
+
+def read(source: Source) -> list[Document | Reject]:
+    return [found for file in list_files([source]) for found in read_file(file, source)]
+
+
+def written(source: Source, folder: Path) -> tuple[dict[str, int], pl.DataFrame, pl.DataFrame]:
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = write_documents(list_files([source]), [source], folder)
+    return (
+        counts,
+        pl.read_parquet(folder / "documents.parquet"),
+        pl.read_parquet(folder / "rejects.parquet"),
+    )
+
+
+def jsonl(*texts: object, **more: object) -> bytes:
+    return b"".join(json.dumps({"text": t, **more}).encode() + b"\n" for t in texts)
+
+
+def packing(suffix: str, data: bytes) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return zstandard.compress(data) if suffix == ".zst" else data
+
+
+# Reading -------------------------------------------------------------------------------------
+
+TEXTS = ["first text", "zweiter Text, größer", "第三\u2028の文 😀"]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_json_lines_are_read_with_line_numbers_and_other_fields(
+    tmp_path: Path, compression: str
+) -> None:
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(packing(compression, jsonl(*TEXTS, url="u", tags=[1, {"a": None}])))
+    found = read(source_of(path))
+    extra = {"url": "u", "tags": [1, {"a": None}]}
+    assert found == [Document(str(path), i + 1, t, extra) for i, t in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_a_text_file_is_one_document(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.txt{compression}"
+    text = "\n".join(TEXTS) + "\n"
+    path.write_bytes(packing(compression, text.encode()))
+    assert read(source_of(path)) == [Document(str(path), 1, text, {})]
+
+
+def test_parquet_is_read_over_row_groups_with_other_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"text {i}" for i in range(700)]
+    pq.write_table(pa.table({"text": texts, "n": range(700)}), path, row_group_size=300)
+    found = read(source_of(path))
+    assert found == [Document(str(path), i + 1, t, {"n": i}) for i, t in enumerate(texts)]
+
+
+def test_python_dict_reads_string_values_and_runs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "topics.py"
+    path.write_text("raise SystemExit\ntopics = {'one': 'text of one',\n 'two': f(), 'three': 3}\n")
+    first, second = read(source_of(path, format="python_dict"))
+    assert first == Document(str(path), 2, "text of one", {"key": "one"})
+    assert isinstance(second, Reject)
+    assert second.reason == "field 'text' is not a string"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+def test_json_lines_are_known_by_suffix(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(jsonl("text"))
+    assert [d.text for d in read(source_of(tmp_path / "*"))] == ["text"]
+
+
+def test_the_format_overrules_the_suffix_and_the_text_field_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.dat").write_text('{"content": "text", "text": "other"}\n')
+    (found,) = read(source_of(tmp_path / "*", format="jsonl", text_field="content"))
+    assert found == Document(str(tmp_path / "a.dat"), 1, "text", {"text": "other"})
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.dat").write_text("x")
+    with pytest.raises(InputError, match=r"source web: .*a\.dat: unknown suffix"):
+        read(source_of(tmp_path / "*"))
+
+
+def test_a_last_line_without_newline_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one", "two").rstrip(b"\n"))
+    assert [d.text for d in read(source_of(tmp_path / "*"))] == ["one", "two"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_file_of_several_compressed_members_is_read_to_its_end(
+    tmp_path: Path, compression: str
+) -> None:
+    data = packing(compression, jsonl("one")) + packing(compression, jsonl("two"))
+    (tmp_path / f"a.jsonl{compression}").write_bytes(data)
+    assert [d.text for d in read(source_of(tmp_path / "*"))] == ["one", "two"]
+
+
+def damaged_files() -> Iterator[Any]:
+    lines = jsonl(*(f"{i} {random.Random(i).random()}" for i in range(3000)))
+    for suffix in (".gz", ".zst"):
+        whole = packing(suffix, lines)
+        name = f"a.jsonl{suffix}"
+        yield pytest.param(name, whole[: len(whole) // 2], id=f"{suffix} cut off")
+        middle = len(whole) // 2
+        bad = whole[:middle] + b"\xff" * 64 + whole[middle + 64 :]
+        yield pytest.param(name, bad, id=f"{suffix} changed in the middle")
+        yield pytest.param(name, whole[:12] + b"\xff" * 64, id=f"{suffix} changed at the beginning")
+        yield pytest.param(name, b"nothing compressed", id=f"{suffix} not compressed")
+    yield pytest.param("a.parquet", b"PAR1 but no more", id="parquet")
+
+
+@pytest.mark.parametrize(("name", "data"), damaged_files())
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"source web: .*{name} cannot be read") as raised:
+        read(source_of(tmp_path / "*"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_module_that_does_not_parse_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def (")
+    with pytest.raises(InputError, match=r"a\.py cannot be read"):
+        read(source_of(tmp_path / "*", format="python_dict"))
+
+
+# Rejects -------------------------------------------------------------------------------------
+
+BAD_LINES: list[tuple[bytes, str]] = [
+    (b'{"text": "\xff\xfe"}', "not UTF-8"),
+    (b'{"text": "cut', "not JSON"),
+    (b"   ", "blank line"),
+    (b'{"body": "x"}', "no field 'text'"),
+    (b'{"text": null}', "no field 'text'"),
+    (b'["text"]', "no field 'text'"),
+    (b'{"text": 5}', "field 'text' is not a string"),
+    (b'{"text": ""}', "empty"),
+    (b'{"text": " \\n\\t "}', "empty"),
+    (b'{"text": "a\\ud800b"}', "lone surrogate in the text"),
+    (b"[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), BAD_LINES, ids=[f"{r} {i}" for i, (_, r) in enumerate(BAD_LINES)]
+)
+def test_an_unusable_line_is_a_reject_with_reason_and_line_and_reading_goes_on(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("before") + line + b"\n" + jsonl("after"))
+    counts, kept, rejects = written(source_of(path), tmp_path / "out")
+    assert kept["text"].to_list() == ["before", "after"]
+    assert kept["source_line"].to_list() == [1, 3]
+    assert rejects.select("source_file", "source_line", "source", "reason").rows() == [
+        (str(path), 2, "web", reason)
+    ]
+    assert (counts["documents"], counts["rejects"], counts["duplicates"]) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("excess", [1, 900, 901, 5_000])
+def test_an_overlong_line_is_a_reject_and_the_next_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: int
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1_000)
+    path = tmp_path / "a.jsonl"
+    head = len(jsonl(""))
+    path.write_bytes(jsonl("before", "x" * (1_000 - head + excess), "after"))
+    _, kept, rejects = written(source_of(path), tmp_path / "out")
+    assert kept["text"].to_list() == ["before", "after"]
+    assert kept["source_line"].to_list() == [1, 3]
+    assert rejects["source_line"].to_list() == [2]
+    assert rejects["reason"][0].startswith("longer than")
+
+
+def test_a_line_of_exactly_the_largest_size_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1_000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl("x" * (1_000 - len(jsonl("")))))
+    (found,) = read(source_of(tmp_path / "*"))
+    assert isinstance(found, Document)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"\xff\xfe", "not UTF-8"), (b" \n ", "empty"), (b"", "empty"), (b"x" * 2_000, "longer than")],
+)
+def test_an_unusable_text_file_is_a_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1_000)
+    (tmp_path / "a.txt").write_bytes(data)
+    (found,) = read(source_of(tmp_path / "*"))
+    assert isinstance(found, Reject)
+    assert found.line == 1
+    assert found.reason.startswith(reason)
+
+
+@given(st.lists(st.binary(max_size=40).filter(lambda b: b"\n" not in b), max_size=20))
+def test_every_line_is_a_document_or_a_reject(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    assert [found.line for found in read(source_of(path))] == list(range(1, len(lines) + 1))
+
+
+# Documents and duplicates --------------------------------------------------------------------
+
+
+def test_duplicates_are_dropped_counted_and_kept_as_rejects(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one", "two", "one"))
+    (tmp_path / "b.jsonl").write_bytes(jsonl("two", "three"))
+    counts, kept, rejects = written(source_of(tmp_path / "*.jsonl"), tmp_path / "out")
+    assert kept["text"].to_list() == ["one", "two", "three"]
+    assert rejects.select("reason", "source_line", "excerpt").rows() == [
+        ("duplicate", 3, "one"),
+        ("duplicate", 1, "two"),
+    ]
+    assert counts == {"documents": 3, "chars": 11, "bytes": 11, "duplicates": 2, "rejects": 0}
+
+
+def test_a_document_carries_its_place_size_hash_and_extra_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("größe", url="ü", meta={"n": [1, None]}))
+    counts, kept, _ = written(source_of(path), tmp_path / "out")
+    (row,) = kept.to_dicts()
+    assert row["source_file"] == str(path)
+    assert row["source"] == "web"
+    assert row["n_chars"] == 5
+    assert row["sha256"] == text_sha256("größe")
+    assert json.loads(row["extra"]) == {"url": "ü", "meta": {"n": [1, None]}}
+    assert counts["bytes"] == 7
+
+
+def test_a_lone_surrogate_in_another_field_does_not_stop_the_shard(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "title": "\\ud800"}\n{"text": "two"}\n')
+    counts, _, _ = written(source_of(path), tmp_path / "out")
+    assert counts["documents"] + counts["rejects"] == 2
+    assert counts["documents"] >= 1
+
+
+def test_ids_do_not_depend_on_where_the_data_lies(tmp_path: Path) -> None:
+    ids = []
+    for root in ("here", "over/there"):
+        folder = tmp_path / root / "data" / "sub"
+        folder.mkdir(parents=True)
+        (folder / "a.jsonl").write_bytes(jsonl("one", "two"))
+        source = source_of(tmp_path / root / "data" / "**" / "*.jsonl")
+        ids.append(written(source, tmp_path / root / "out")[1]["doc_id"].to_list())
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 2
+
+
+def test_ids_tell_place_and_text_apart() -> None:
+    places = [
+        ("web", "a", 1, "x"),
+        ("web", "a", 2, "x"),
+        ("web", "b", 1, "x"),
+        ("wiki", "a", 1, "x"),
+    ]
+    ids = {documents.document_id(*p) for p in [*places, ("web", "a", 1, "y")]}
+    assert len(ids) == 5
+
+
+def test_progress_adds_up_to_the_size_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    (tmp_path / "b.jsonl").write_bytes(jsonl("two", "three"))
+    source = source_of(tmp_path / "*.jsonl")
+    done: list[int] = []
+    write_documents(list_files([source]), [source], tmp_path, done.append)
+    assert sum(done) == sum(p.stat().st_size for p in tmp_path.glob("*.jsonl"))
+
+
+def test_memory_does_not_grow_with_a_file(tmp_path: Path) -> None:
+    def peak(n: int) -> int:
+        path = tmp_path / f"{n}.jsonl"
+        path.write_bytes(b"".join(jsonl(f"{i} " + "word " * 400) for i in range(n)))
+        source = source_of(path)
+        (file,) = list_files([source])
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read_file(file, source)) == n
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)
+    assert peak(4_000) < 1.2 * peak(1_000) + 50_000
+
+
+# Listing -------------------------------------------------------------------------------------
+
+
+def test_files_are_listed_by_source_and_path_with_exclusions(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/skip.jsonl", "a/3.txt", "0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}" * len(name))
+    sources = [
+        Source(name="web", files=f"{tmp_path}/**/*.jsonl", exclude=["*/skip*"]),
+        Source(name="books", files=f"{tmp_path}/a/3.txt"),
+    ]
+    found = [(f.source, f.path, f.size) for f in list_files(sources)]
+    assert found == [
+        ("web", "0.jsonl", 14),
+        ("web", "a/1.jsonl", 18),
+        ("web", "b/2.jsonl", 18),
+        ("books", "3.txt", 14),
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["*.parquet", "missing.jsonl", "nowhere/*.jsonl"])
+def test_a_source_that_matches_nothing_is_refused(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    with pytest.raises(InputError, match="source web: nothing matches"):
+        list_files([source_of(tmp_path / pattern)])
+
+
+def test_a_source_of_which_all_is_excluded_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    with pytest.raises(InputError, match="nothing matches"):
+        list_files([source_of(tmp_path / "*", exclude=["*.jsonl"])])
+
+
+def test_a_protocol_that_nobody_speaks_is_refused() -> None:
+    with pytest.raises(InputError, match="source web: "):
+        list_files([source_of("nonsense://bucket/*.jsonl")])
+
+
+def test_documents_come_from_any_file_system(tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/remote_corpus/sub/a.jsonl", jsonl("one"))
+    filesystem.pipe("/remote_corpus/sub/b.jsonl.gz", gzip.compress(jsonl("two")))
+    try:
+        source = source_of("memory://remote_corpus/**/*.jsonl*")
+        files = list_files([source])
+        assert [f.path for f in files] == ["sub/a.jsonl", "sub/b.jsonl.gz"]
+        assert files[0].size == len(jsonl("one"))
+        _, kept, _ = written(source, tmp_path)
+        assert kept["text"].to_list() == ["one", "two"]
+        assert kept["source_file"][0].startswith("memory://")
+    finally:
+        filesystem.rm("/remote_corpus", recursive=True)
+
+
+def test_a_file_that_vanished_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    source = source_of(tmp_path / "*")
+    (file,) = list_files([source])
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_file(file, source))
+
+
+# Shards --------------------------------------------------------------------------------------
+
+BUDGET = 100
+
+
+def an_input_file(source: str, path: str, size: int, root: str = "/data") -> InputFile:
+    return InputFile(source, path, f"{root}/{path}", size, "v1")
+
+
+file_lists = st.dictionaries(
+    st.tuples(
+        st.sampled_from(["books", "web"]), st.from_regex(r"[a-e]/[0-9]{1,2}", fullmatch=True)
+    ),
+    st.integers(0, 150),
+    max_size=20,
+).map(lambda sizes: [an_input_file(s, p, n) for (s, p), n in sorted(sizes.items())])
+
+
+@given(file_lists)
+def test_every_file_is_in_exactly_one_shard_of_its_source(files: list[InputFile]) -> None:
+    shards = plan_shards(files, BUDGET)
+    assert Counter(f for s in shards for f in s.files) == Counter(files)
+    assert all(len({f.source for f in s.files}) == 1 for s in shards)
+    assert len({s.name for s in shards}) == len(shards)
+
+
+@given(file_lists)
+def test_shards_keep_to_the_budget_and_a_big_file_is_alone(files: list[InputFile]) -> None:
+    for shard in plan_shards(files, BUDGET):
+        if len(shard.files) > 1:
+            assert sum(f.size for f in shard.files) <= BUDGET
+            assert all(f.size <= BUDGET for f in shard.files)
+
+
+@given(file_lists)
+def test_a_new_shard_begins_only_where_the_next_file_does_not_fit(files: list[InputFile]) -> None:
+    for source in ("books", "web"):
+        shards = [s for s in plan_shards(files, BUDGET) if s.files[0].source == source]
+        shards.sort(key=lambda s: s.files[0].path)
+        for shard, following in itertools.pairwise(shards):
+            assert sum(f.size for f in shard.files) + following.files[0].size > BUDGET
+
+
+@given(file_lists)
+def test_names_do_not_depend_on_the_root_folder_or_version(files: list[InputFile]) -> None:
+    moved = [replace(f, uri=f"/elsewhere/{f.path}", version="v2") for f in files]
+    assert [s.name for s in plan_shards(files, BUDGET)] == [
+        s.name for s in plan_shards(moved, BUDGET)
+    ]
+
+
+@given(file_lists, st.integers(0, 150))
+def test_a_new_file_leaves_every_standing_shard_as_it_was(
+    files: list[InputFile], size: int
+) -> None:
+    before = plan_shards(files, BUDGET)
+    grown = sorted([*files, an_input_file("web", "c/new", size)], key=lambda f: (f.source, f.path))
+    after = plan_shards(grown, BUDGET, before)
+    assert set(before) <= set(after)
+    assert len(after) == len(before) + 1
+
+
+@given(file_lists.filter(bool), st.data())
+def test_a_changed_size_retires_only_the_shard_of_the_file(
+    files: list[InputFile], data: st.DataObject
+) -> None:
+    before = plan_shards(files, BUDGET)
+    i = data.draw(st.integers(0, len(files) - 1))
+    changed = [*files[:i], replace(files[i], size=files[i].size + 1), *files[i + 1 :]]
+    after = plan_shards(changed, BUDGET, before)
+    (retired,) = [s for s in before if files[i] in s.files]
+    assert {s.name for s in before} - {s.name for s in after} == {retired.name}
+    assert Counter(f for s in after for f in s.files) == Counter(changed)
+
+
+@given(file_lists.filter(bool), st.data())
+def test_a_removed_file_retires_only_its_shard(files: list[InputFile], data: st.DataObject) -> None:
+    before = plan_shards(files, BUDGET)
+    gone = data.draw(st.sampled_from(files))
+    after = plan_shards([f for f in files if f != gone], BUDGET, before)
+    assert {s for s in before if gone not in s.files} <= set(after)
+    assert all(gone not in s.files for s in after)
+
+
+@given(file_lists)
+def test_planning_again_changes_nothing(files: list[InputFile]) -> None:
+    shards = plan_shards(files, BUDGET)
+    assert plan_shards(files, BUDGET, shards) == shards
+    assert plan_shards(files, BUDGET) == shards
+
+
+@given(file_lists)
+def test_shards_survive_json(files: list[InputFile]) -> None:
+    for shard in plan_shards(files, BUDGET):
+        assert Shard.from_facts(json.loads(json.dumps(shard.facts()))) == shard
+
+
+def test_a_standing_shard_takes_the_new_place_and_version_of_its_files() -> None:
+    files = [an_input_file("web", "a", 10)]
+    (standing,) = plan_shards(files, BUDGET)
+    moved = [replace(files[0], uri="/new/a", version="v2")]
+    assert plan_shards(moved, BUDGET, [standing]) == [Shard(standing.name, tuple(moved))]
+
+
+# Sample and split ----------------------------------------------------------------------------
+
+
+def documents_table(folder: Path, texts: list[str], name: str = "a") -> Path:
+    (folder / "raw").mkdir(parents=True, exist_ok=True)
+    path = folder / "raw" / f"{name}.jsonl"
+    path.write_bytes(jsonl(*texts))
+    written(source_of(path), folder)
+    return folder
+
+
+def sample_texts(folder: Path) -> set[str]:
+    return set(pl.read_parquet(folder / "documents.parquet")["text"])
+
+
+CORPUS = [f"{i} " + "x" * (i % 17) for i in range(200)]
+
+
+def drawn(shards: dict[str, Path], seed: int, chars: int, folder: Path) -> set[str]:
+    folder.mkdir()
+    counts = draw_sample(shards, seed, chars, folder)
+    table = pl.read_parquet(folder / "documents.parquet")
+    assert counts == {"documents": len(table), "chars": table["text"].str.len_chars().sum()}
+    assert set(table["shard"]) <= set(shards)
+    assert table["sha256"].is_unique().all()
+    return sample_texts(folder)
+
+
+def test_a_sample_does_not_depend_on_how_documents_lie_in_shards(tmp_path: Path) -> None:
+    whole = {"one": documents_table(tmp_path / "one", CORPUS)}
+    mixed = list(CORPUS)
+    random.Random(3).shuffle(mixed)
+    parts = {
+        f"part{i}": documents_table(tmp_path / f"part{i}", [*mixed[i::3], CORPUS[0]])
+        for i in range(3)
+    }
+    first = drawn(whole, 0, 500, tmp_path / "sample1")
+    assert drawn(parts, 0, 500, tmp_path / "sample2") == first
+    assert drawn(whole, 1, 500, tmp_path / "sample3") != first
+
+
+def test_a_sample_holds_what_was_asked_for_and_at_most_one_document_more(tmp_path: Path) -> None:
+    shards = {"one": documents_table(tmp_path / "one", CORPUS)}
+    texts = drawn(shards, 0, 500, tmp_path / "sample")
+    assert 500 <= sum(map(len, texts)) < 500 + max(map(len, CORPUS))
+
+
+def test_a_sample_names_the_shard_of_each_document(tmp_path: Path) -> None:
+    shards = {
+        "x": documents_table(tmp_path / "x", CORPUS[:100]),
+        "y": documents_table(tmp_path / "y", CORPUS[100:]),
+    }
+    drawn(shards, 0, 500, tmp_path / "sample")
+    table = pl.read_parquet(tmp_path / "sample" / "documents.parquet")
+    shard_of = {t: "x" if t in CORPUS[:100] else "y" for t in CORPUS}
+    assert set(table["shard"]) == {"x", "y"}
+    assert table["shard"].to_list() == [shard_of[t] for t in table["text"]]
+
+
+def test_short_and_long_places_in_the_corpus_are_drawn_alike(tmp_path: Path) -> None:
+    shards = {"one": documents_table(tmp_path / "one", [f"{i:03d}" for i in range(400)])}
+    places = [int(t) for t in drawn(shards, 0, 600, tmp_path / "sample")]
+    assert len(places) == 200
+    assert 160 < sum(places) / len(places) < 240
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_a_corpus_too_small_for_the_sample_is_refused(tmp_path: Path, excess: int) -> None:
+    shards = {"one": documents_table(tmp_path / "one", CORPUS)}
+    chars = sum(map(len, CORPUS)) + excess
+    with pytest.raises(InputError, match=r"prior\.sample_chars: "):
+        draw_sample(shards, 0, chars, tmp_path)
+
+
+def split_texts(folder: Path) -> dict[str, list[str]]:
+    return {
+        split: pl.read_parquet(folder / split / "documents.parquet")["text"].to_list()
+        for split in ("held_out", "probe", "down")
+    }
+
+
+@pytest.mark.parametrize(("held_out", "probe"), [(0.15, 0.15), (0.3, 0.1)])
+def test_a_split_is_disjoint_complete_and_in_proportion(
+    tmp_path: Path, held_out: float, probe: float
+) -> None:
+    table = documents_table(tmp_path / "all", CORPUS) / "documents.parquet"
+    counts = split_domain(table, 0, held_out, probe, tmp_path)
+    splits = split_texts(tmp_path)
+    assert sorted(itertools.chain(*splits.values())) == sorted(CORPUS)
+    total = sum(map(len, CORPUS))
+    share = {split: sum(map(len, texts)) / total for split, texts in splits.items()}
+    assert share["held_out"] == pytest.approx(held_out, abs=0.03)
+    assert share["probe"] == pytest.approx(probe, abs=0.03)
+    for split, texts in splits.items():
+        assert counts[f"{split}_documents"] == len(texts)
+        assert counts[f"{split}_chars"] == sum(map(len, texts))
+
+
+def test_a_split_is_fixed_by_the_seed(tmp_path: Path) -> None:
+    table = documents_table(tmp_path / "all", CORPUS) / "documents.parquet"
+    splits = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        split_domain(table, seed, 0.15, 0.15, tmp_path / name)
+        splits.append(split_texts(tmp_path / name))
+    assert splits[0] == splits[1]
+    assert splits[0] != splits[2]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_too_few_documents_for_a_split_are_refused(tmp_path: Path, n: int) -> None:
+    table = documents_table(tmp_path / "all", CORPUS[:n]) / "documents.parquet"
+    with pytest.raises(InputError, match=f"^{n} documents are too few"):
+        split_domain(table, 0, 0.15, 0.15, tmp_path)
+
+
+def test_shared_documents_are_found_with_their_place(tmp_path: Path) -> None:
+    corpus = {
+        "s1": documents_table(tmp_path / "s1", ["alpha", "beta"]) / "documents.parquet",
+        "s2": documents_table(tmp_path / "s2", ["gamma", "delta", "eps"]) / "documents.parquet",
+    }
+    known = {
+        "held_out": documents_table(tmp_path / "h", ["delta", "omega"]) / "documents.parquet",
+        "probe": documents_table(tmp_path / "p", ["alpha"]) / "documents.parquet",
+    }
+    found = shared_documents(corpus, known)
+    places = {(r["text"], r["source_file"], r["source_line"]) for r in found}
+    assert places == {
+        ("probe", str(tmp_path / "s1/raw/a.jsonl"), 1),
+        ("held_out", str(tmp_path / "s2/raw/a.jsonl"), 2),
+    }
+    del corpus["s1"], known["held_out"]
+    assert shared_documents(corpus, known) == []

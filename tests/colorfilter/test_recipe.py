@@ -1,0 +1,252 @@
+import json
+import math
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from colorfilter.errors import InputError
+from colorfilter.recipe import Arm, Recipe, load
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+
+TRAINING = {"learning_rate": 1e-3, "batch_sequences": 8}
+MODEL = {"type": "gpt_neox", "config": {"hidden_size": 16, "max_position_embeddings": 128}}
+VALID: dict[str, Any] = {
+    "name": "mine",
+    "sequence_length": 128,
+    "corpus": {"sources": [{"name": "web", "files": "data/*.jsonl"}]},
+    "tokenizer": {"vocab_size": 1000},
+    "prior": {"sample_chars": 1000, "model": MODEL, "training": TRAINING},
+    "domains": [
+        {
+            "name": "books",
+            "sources": [{"name": "pages", "files": "books/*.txt"}],
+            "training": TRAINING,
+        }
+    ],
+    "arms": [{"method": "color", "tau": 8}, {"method": "random"}],
+    "target": {"model": MODEL, "training": TRAINING, "training_tokens": 1000},
+    "evaluation": {"seeds": [1, 2]},
+}
+
+MISSING = object()
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    content = json.loads(json.dumps(VALID))
+    *parents, last = [int(p) if p.isdigit() else p for p in path.split(".")]
+    place: Any = content
+    for part in parents:
+        place = place[part]
+    if value is MISSING:
+        del place[last]
+    elif isinstance(place, list) and last == len(place):
+        place.append(value)
+    else:
+        place[last] = value
+    return content
+
+
+def load_content(folder: Path, content: object) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load(path)
+
+
+def problem(folder: Path, content: object) -> str:
+    with pytest.raises(InputError) as raised:
+        load_content(folder, content)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.startswith("recipe")
+    return message
+
+
+def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> None:
+    recipe = load_content(tmp_path, VALID)
+    assert recipe.name == "mine"
+    assert recipe.seed == 0
+    assert recipe.precision == "float32"
+    assert recipe.evaluation.random_multiples == [1.0, 1.5, 2.0]
+    assert recipe.domain("books").held_out == 0.15
+    assert [a.name for a in recipe.arms] == ["color_tau8", "random"]
+    assert recipe.arm("random").tau is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        ("colour", 1, "colour: unknown key"),
+        ("corpus.sources.0.fils", "x", "corpus.sources.0.fils: unknown key"),
+        ("prior.training.lerning_rate", 1, "prior.training.lerning_rate: unknown key"),
+        ("target.training_tokens", MISSING, "target.training_tokens: missing"),
+        ("domains.0.training", MISSING, "domains.0.training: missing"),
+        ("sequence_length", MISSING, "sequence_length: missing"),
+        ("arms.0.tau", 0.5, "arms.0.tau: "),
+        ("arms.0.tau", MISSING, "arms.0: tau belongs"),
+        ("arms.1.tau", 8, "arms.1: tau belongs"),
+        ("tokenizer.path", "gpt2", "tokenizer: give either vocab_size"),
+        ("tokenizer.vocab_size", MISSING, "tokenizer: give either vocab_size"),
+        ("tokenizer.vocab_size", 256, "tokenizer.vocab_size: "),
+        ("prior.path", "EleutherAI/pythia-160m", "prior: give either model and training"),
+        ("prior.model", MISSING, "prior: give either model and training"),
+        ("prior.sample_chars", MISSING, "prior.sample_chars: "),
+        ("prior.sample_chars", -1, "prior.sample_chars: "),
+        ("domains.0.held_out", 1.0, "domains.0.held_out: "),
+        ("domains.0.held_out", 0.8, "domains.0: held_out + probe"),
+        ("evaluation.seeds", [], "evaluation.seeds: "),
+        ("evaluation.seeds", [1, 1], "evaluation: seeds must differ"),
+        ("evaluation.seeds", [-1], "evaluation.seeds.0: "),
+        ("evaluation.random_multiples", [1.5, 2], "evaluation: random_multiples must begin"),
+        ("evaluation.random_multiples", [1, 3, 2], "evaluation: random_multiples must begin"),
+        ("target.training.schedule", "cosine", "target.training.schedule"),
+        ("target.training.learning_rate", math.nan, "target.training.learning_rate: "),
+        ("name", "Has Spaces", "name: "),
+        ("precision", "fp8", "precision: "),
+        ("arms", [], "arms: "),
+        ("corpus.sources", [], "corpus.sources: "),
+        ("domains.1", VALID["domains"][0], "domains: the name books stands twice"),
+        ("arms.2", {"method": "color", "tau": 8.0}, "arms: the name color_tau8 stands twice"),
+        (
+            "corpus.sources.1",
+            {"name": "web", "files": "b"},
+            "corpus: sources: the name web stands twice",
+        ),
+        (
+            "domains.0.sources.1",
+            {"name": "pages", "files": "b"},
+            "domains.0: sources: the name pages stands twice",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_path_of_its_field(
+    tmp_path: Path, path: str, value: object, where: str
+) -> None:
+    assert where in problem(tmp_path, changed(path, value))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "path", ["target.training.learning_rate", "target.training.weight_decay", "arms.0.tau"]
+)
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, path: str, value: float) -> None:
+    assert path in problem(tmp_path, changed(path, value))
+
+
+@pytest.mark.parametrize("betas", [[1.5, 0.9], [0.9, 1.0], [-0.1, 0.9]])
+def test_moment_decays_outside_0_to_1_are_refused(tmp_path: Path, betas: list[float]) -> None:
+    assert "prior.training.betas" in problem(tmp_path, changed("prior.training.betas", betas))
+
+
+@pytest.mark.parametrize("where", ["prior", "target"])
+def test_sequences_longer_than_a_models_context_are_refused(tmp_path: Path, where: str) -> None:
+    content = changed(f"{where}.model.config.max_position_embeddings", 64)
+    message = problem(tmp_path, content)
+    assert "sequence_length 128" in message
+    assert f"{where}.model.config.max_position_embeddings (64)" in message
+
+
+def test_several_problems_are_counted_but_one_is_told(tmp_path: Path) -> None:
+    content = changed("target.training_tokens", MISSING) | {"more": 1, "still_more": 2}
+    assert problem(tmp_path, content).endswith("(and 2 more)")
+
+
+@pytest.mark.parametrize("content", [[1, 2], "words", None])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, content: object) -> None:
+    assert "mapping" in problem(tmp_path, content)
+
+
+@pytest.mark.parametrize("data", [b"name: [1, 2\nother: }", b"a: \t- b\n\tc", b"\xff\xfe\x00bad"])
+def test_what_is_not_yaml_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=re.escape(str(path))) as raised:
+        load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.yaml: cannot be read"):
+        load(tmp_path / "nothing.yaml")
+
+
+def test_an_unset_environment_variable_is_named_with_its_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    message = problem(tmp_path, changed("corpus.sources.0.files", "${NOT_SET_ANYWHERE}/*.jsonl"))
+    assert "corpus.sources.web.files" in message
+    assert "NOT_SET_ANYWHERE" in message
+    message = problem(tmp_path, changed("domains.0.sources.0.files", "$NOT_SET_ANYWHERE/*.txt"))
+    assert "domains.books.pages.files" in message
+    content = changed("tokenizer", {"path": "$NOT_SET_ANYWHERE/tokenizer"})
+    assert "tokenizer.path" in problem(tmp_path, content)
+
+
+def test_a_set_environment_variable_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_DATA", "/data/mine")
+    recipe = load_content(tmp_path, changed("corpus.sources.0.files", "${MY_DATA}/*.jsonl"))
+    assert recipe.corpus.sources[0].files == "/data/mine/*.jsonl"
+
+
+def test_stdlib_is_the_folder_of_the_standard_library(tmp_path: Path) -> None:
+    recipe = load_content(tmp_path, changed("corpus.sources.0.files", "{stdlib}/json/*.py"))
+    assert recipe.corpus.sources[0].files == f"{sysconfig.get_path('stdlib')}/json/*.py"
+
+
+def test_relative_paths_are_relative_to_the_recipes_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "recipes"
+    elsewhere = tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    content = changed("tokenizer", {"path": "./tokenizer"})
+    content["prior"] = {"path": "../models/prior"}
+    recipe = load_content(folder, content)
+    assert recipe.corpus.sources[0].files == str(folder / "data/*.jsonl")
+    assert recipe.domains[0].sources[0].files == str(folder / "books/*.txt")
+    assert recipe.tokenizer.path == str(folder / "tokenizer")
+    assert Path(recipe.prior.path or "") == folder / "../models/prior"
+
+
+@pytest.mark.parametrize("place", ["/data/*.jsonl", "hf://datasets/a/b/*.parquet", "s3://b/*.gz"])
+def test_absolute_paths_and_urls_stay(tmp_path: Path, place: str) -> None:
+    recipe = load_content(tmp_path, changed("corpus.sources.0.files", place))
+    assert recipe.corpus.sources[0].files == place
+
+
+def test_a_hub_name_stays(tmp_path: Path) -> None:
+    content = changed("prior", {"sample_chars": 10, "path": "EleutherAI/pythia-160m"})
+    assert load_content(tmp_path, content).prior.path == "EleutherAI/pythia-160m"
+
+
+def test_facts_are_plain_values_that_load_again(tmp_path: Path) -> None:
+    recipe = load_content(tmp_path, VALID)
+    assert Recipe.model_validate(recipe.facts()) == recipe
+    assert yaml.safe_load(yaml.safe_dump(recipe.facts())) == recipe.facts()
+
+
+@pytest.mark.parametrize("tau", [1, 2.5, 16, 1_000_000])
+def test_an_arms_name_can_name_an_asset(tau: float) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_]+", Arm(method="color", tau=tau).name)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in re.findall(r"\$\{?([A-Za-z_]\w*)", path.read_text()):
+        monkeypatch.setenv(variable, "/some/folder")
+    recipe = load(path)
+    assert recipe.arms
+    assert all("$" not in s.files for s in recipe.corpus.sources)
+
+
+def test_the_sample_is_among_the_shipped_recipes() -> None:
+    assert (RECIPES / "sample.yaml").is_file()

@@ -1,0 +1,115 @@
+"""Shared by all tests: small real text, a recipe over it, and a home where it has been run."""
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+from colorfilter.recipe import Recipe, load
+from pipelines.running import Failure, execute
+from resources.home import Home
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+MODEL = {
+    "type": "gpt_neox",
+    "config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32,
+    },
+}
+
+
+def recipe_facts(corpus: Path) -> dict:
+    """A recipe over `<corpus>/*.jsonl` for the language reference, seconds to run."""
+    training = {"learning_rate": 5e-3, "batch_sequences": 8}
+    return {
+        "name": "tests",
+        "sequence_length": 32,
+        "corpus": {
+            "sources": [{"name": "code", "files": str(corpus / "*.jsonl")}],
+            "shard_bytes": 60_000,
+        },
+        "tokenizer": {"vocab_size": 320},
+        "prior": {"sample_chars": 60_000, "model": MODEL, "training": training},
+        "domains": [
+            {
+                "name": "reference",
+                "sources": [
+                    {
+                        "name": "topics",
+                        "files": "{stdlib}/pydoc_data/topics.py",
+                        "format": "python_dict",
+                    }
+                ],
+                "held_out": 0.1,
+                "probe": 0.1,
+                "training": training,
+            }
+        ],
+        "arms": [{"method": "color", "tau": 4}, {"method": "random"}],
+        "target": {"model": MODEL, "training": training, "training_tokens": 8_000},
+        "evaluation": {"seeds": [1, 2], "random_multiples": [1, 1.5]},
+    }
+
+
+def write_corpus(folder: Path, names: list[str]) -> None:
+    """A JSON Lines file per standard library module, a document per block of lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        text = (STDLIB / f"{name}.py").read_text(encoding="utf-8")
+        blocks = [b for b in text.split("\n\n\n") if b.strip()]
+        lines = [json.dumps({"text": b, "url": f"{name}#{i}"}) for i, b in enumerate(blocks)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+MODULES = ["argparse", "ast", "calendar", "codecs", "enum", "inspect", "locale", "typing"]
+
+
+class Project:
+    """A recipe file and a home, to run in this process as the command line does."""
+
+    def __init__(self, root: Path, facts: dict) -> None:
+        self.root = root
+        self.facts = facts
+        self.path = root / "recipe.yaml"
+        self.home = Home(root / "home")
+        self.write()
+
+    def write(self) -> None:
+        self.path.write_text(yaml.safe_dump(self.facts))
+
+    @property
+    def recipe(self) -> Recipe:
+        return load(self.path)
+
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
+        self.home.claim(self.recipe.name)
+        monkeypatch.setenv("DAGSTER_HOME", str(self.home.dagster))
+        return execute(self.recipe, self.home, lambda _: None)
+
+    def ledger(self) -> list[dict]:
+        return [json.loads(line) for line in self.home.ledger.read_text().splitlines()]
+
+    def kernel_runs(self) -> list[dict]:
+        return [json.loads(line) for line in self.home.kernel_runs.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project that has been run to the end. Read it; change a copy only."""
+    root = tmp_path_factory.mktemp("finished")
+    write_corpus(root / "corpus", MODULES)
+    project = Project(root, recipe_facts(root / "corpus"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        failure = project.run(monkeypatch)
+    assert failure is None, failure
+    return project

@@ -1,0 +1,193 @@
+"""The command line: bad input is one line and exit code 2, and nothing is left half-made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import MODULES, Project, recipe_facts, write_corpus
+
+
+def colorfilter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "corpus"
+    write_corpus(folder, MODULES[:3])
+    return folder
+
+
+def refuse(facts: dict, root: Path) -> str:
+    """Run a recipe that must be refused; the one line that says why."""
+    path = root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(facts))
+    done = colorfilter("run", "--recipe", str(path), "--home", str(root / "home"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for folder in (root / "home" / "artifacts").rglob("*"):
+        if folder.is_dir() and not any(p.is_dir() for p in folder.iterdir()):
+            inside = [folder, *folder.parents]
+            assert any((p / "manifest.json").exists() for p in inside), f"{folder} is half-made"
+    return lines[0]
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    done = colorfilter("run", "--recipe", "nothing")
+    assert done.returncode == 2
+    assert "no recipe named 'nothing'" in done.stderr
+    assert "sample" in done.stderr
+
+
+def test_an_impossible_value_names_its_place(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["arms"][0]["tau"] = 0.5
+    assert "arms.0.tau" in refuse(facts, tmp_path)
+
+
+def test_an_unknown_key_names_its_place(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["target"]["learning_rate"] = 1
+    assert "target.learning_rate: unknown key" in refuse(facts, tmp_path)
+
+
+def test_a_source_that_matches_nothing(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["corpus"]["sources"][0]["files"] = str(tmp_path / "*.jsonl")
+    assert "source code: nothing matches" in refuse(facts, tmp_path)
+
+
+def test_a_source_without_a_usable_document(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["corpus"]["sources"][0]["text_field"] = "body"
+    line = refuse(facts, tmp_path)
+    assert "holds no usable document" in line
+    assert "text_field" in line
+
+
+def test_an_unreadable_source(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "broken.jsonl.gz").write_bytes(b"not gzip")
+    facts = recipe_facts(folder)
+    facts["corpus"]["sources"][0]["files"] = str(folder / "*.gz")
+    line = refuse(facts, tmp_path)
+    assert "broken.jsonl.gz cannot be read" in line
+
+
+def test_more_training_tokens_than_the_selection_holds(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["target"]["training_tokens"] = 10_000_000
+    assert "target.training_tokens: needs" in refuse(facts, tmp_path)
+
+
+def test_a_corpus_too_small_for_the_sample(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["prior"]["sample_chars"] = 10_000_000
+    assert "prior.sample_chars: 10000000 characters are wanted" in refuse(facts, tmp_path)
+
+
+def test_a_domain_too_small_to_split(corpus: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"text": "one document"}))
+    facts = recipe_facts(corpus)
+    facts["domains"][0]["sources"] = [{"name": "one", "files": str(one)}]
+    line = refuse(facts, tmp_path)
+    assert "domain reference: 1 documents are too few to split" in line
+
+
+def test_a_domain_that_shares_documents_with_the_corpus(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["domains"][0]["sources"].append({"name": "same", "files": str(corpus / "ast.jsonl")})
+    line = refuse(facts, tmp_path)
+    assert "no_shared_documents" in line
+    assert "take them out of one" in line
+
+
+def test_a_sequence_longer_than_the_models_context(corpus: Path, tmp_path: Path) -> None:
+    facts = recipe_facts(corpus)
+    facts["sequence_length"] = 64
+    assert "longer than the model's context" in refuse(facts, tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_the_checkpoint(
+    finished: Project, corpus: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    small = GPTNeoXConfig(
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    GPTNeoXForCausalLM(small).save_pretrained(tmp_path / "model")
+    facts = recipe_facts(corpus)
+    facts["prior"] = {"sample_chars": 20_000, "path": str(tmp_path / "model")}
+    line = refuse(facts, tmp_path)
+    assert "do not fit the 100" in line
+    assert "tokenizer.path" in line
+
+
+def test_a_home_of_another_recipe(finished: Project, corpus: Path, tmp_path: Path) -> None:
+    facts = {**recipe_facts(corpus), "name": "other"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(facts))
+    home = str(finished.home.root)
+    done = colorfilter("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
+    assert done.returncode == 2
+    assert "belongs to the recipe 'tests', not to 'other'" in done.stderr
+
+
+def test_a_home_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_facts(corpus)))
+    home = str(tmp_path / "recipe.yaml" / "home")
+    done = colorfilter("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
+    assert done.returncode == 2
+    assert "cannot be used" in done.stderr
+
+
+def test_status_tells_what_stands(finished: Project) -> None:
+    arguments = ("--recipe", str(finished.path), "--home", str(finished.home.root))
+    done = colorfilter("status", *arguments)
+    assert done.returncode == 0, done.stderr
+    shards = len(finished.home.shards()) + 1
+    (line,) = [row for row in done.stdout.splitlines() if " raw_corpus " in row]
+    assert f"{shards} of {shards}" in line
+    assert "reference/report" in done.stdout
+
+
+def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) -> None:
+    arguments = ("--recipe", str(finished.path), "--home", str(finished.home.root))
+    done = colorfilter("run", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "color_tau4" in done.stdout
+    assert "probe_auc" in done.stdout
+    for what in ("report.md", "scores.duckdb", "results.duckdb", "filtered_dataset"):
+        assert what in done.stdout
+    assert not done.stderr.strip()
+
+
+@pytest.mark.parametrize("command", ["run", "status", "ui"])
+def test_help_says_what_a_command_takes(command: str) -> None:
+    done = colorfilter(command, "--help")
+    assert done.returncode == 0
+    assert "--recipe" in done.stdout
+    assert "--home" in done.stdout

@@ -1,0 +1,163 @@
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from colorfilter.errors import InputError
+from resources.artifacts import ArtifactStore, Work
+from resources.home import Home
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    Home(tmp_path).claim("tests")
+    return ArtifactStore(home=str(tmp_path))
+
+
+def write(folder: Path, text: str = "content") -> dict[str, int]:
+    (folder / "file.txt").write_text(text)
+    return {"size": len(text)}
+
+
+def refuse(folder: Path) -> dict[str, int]:
+    raise AssertionError("was built again")
+
+
+def test_a_second_request_finds_it_standing(store: ArtifactStore) -> None:
+    made = store.make(Work("thing"), write)
+    found = store.make(Work("thing"), refuse)
+    assert found.reused
+    assert not made.reused
+    assert (found.fingerprint, found.path, found.facts) == (
+        made.fingerprint,
+        made.path,
+        {"size": 7},
+    )
+
+
+def test_every_part_of_the_key_makes_other_work(store: ArtifactStore) -> None:
+    source = store.make(Work("source"), write)
+    works = [
+        Work("thing"),
+        Work("thing", "part"),
+        Work("thing", inputs=[source]),
+        Work("thing", recipe={"a": 1}),
+        Work("thing", code=2),
+        Work("thing", seed=1),
+        Work("thing", precision="bf16"),
+    ]
+    assert len({w.key for w in works}) == len(works)
+    assert Work("thing", sources=[source]).key == Work("thing").key
+
+
+def test_the_fingerprint_is_of_the_content_alone(store: ArtifactStore) -> None:
+    one = store.make(Work("thing", seed=1), write)
+    same = store.make(Work("thing", seed=2), write)
+    other = store.make(Work("thing", seed=3), lambda folder: write(folder, "else"))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_missing_or_cut_files_are_made_again(store: ArtifactStore) -> None:
+    made = store.make(Work("thing"), write)
+    (made.path / "file.txt").write_text("cut")
+    again = store.make(Work("thing"), write)
+    assert not again.reused
+    assert again.fingerprint == made.fingerprint
+
+
+def test_bad_input_leaves_nothing(store: ArtifactStore) -> None:
+    def build(folder: Path) -> dict[str, int]:
+        write(folder)
+        raise InputError("wrong")
+
+    with pytest.raises(InputError):
+        store.make(Work("thing"), build)
+    assert not store.folder("thing", None, Work("thing").key).exists()
+    assert not store.entries()
+
+
+def test_an_interrupted_build_is_gone_on_with(store: ArtifactStore) -> None:
+    def interrupted(folder: Path) -> dict[str, int]:
+        (folder / "first.txt").write_text("first")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.make(Work("thing"), interrupted)
+    with pytest.raises(InputError, match="not there yet"):
+        store.current("thing")
+
+    def resumed(folder: Path) -> dict[str, int]:
+        assert (folder / "first.txt").read_text() == "first"
+        return write(folder)
+
+    assert not store.make(Work("thing"), resumed).reused
+
+
+def test_what_is_current_follows_the_last_request(store: ArtifactStore) -> None:
+    one = store.make(Work("thing", seed=1), write)
+    two = store.make(Work("thing", seed=2), lambda folder: write(folder, "else"))
+    assert store.current("thing").fingerprint == two.fingerprint
+    store.make(Work("thing", seed=1), refuse)
+    assert store.current("thing").fingerprint == one.fingerprint
+
+
+def test_made_from_something_older_is_refused(store: ArtifactStore) -> None:
+    old = store.make(Work("source", seed=1), write)
+    store.make(Work("thing", inputs=[old]), write)
+    new = store.make(Work("source", seed=2), lambda folder: write(folder, "new"))
+    assert store.current_from("thing", None, [old])
+    with pytest.raises(InputError, match="made from another source"):
+        store.current_from("thing", None, [new])
+
+
+def test_the_ledger_names_inputs_and_environment(store: ArtifactStore) -> None:
+    source = store.make(Work("source", "s1"), write)
+    store.make(Work("thing", inputs=[source], recipe={"a": 1}, seed=3), write)
+    entry = list(store.ledger())[-1]
+    assert entry["inputs"] == {"source[s1]": source.fingerprint}
+    assert entry["recipe"] == {"a": 1}
+    assert entry["seed"] == 3
+    assert "polars" in entry["environment"]
+    assert not Path(entry["path"]).is_absolute()
+
+
+def test_a_line_cut_by_a_crash_is_passed_over_and_not_joined(store: ArtifactStore) -> None:
+    store.make(Work("one"), write)
+    with store.at.ledger.open("a") as stream:
+        stream.write('{"asset": "cut')
+    store.make(Work("two"), write)
+    assert {asset for asset, _ in store.entries()} == {"one", "two"}
+
+
+def slow_build(folder: Path) -> dict[str, int]:
+    with (folder.parent / "builds").open("a") as stream:
+        stream.write("built\n")
+    time.sleep(1)
+    return write(folder)
+
+
+def make_slowly(home: str) -> None:
+    ArtifactStore(home=home).make(Work("thing"), slow_build)
+
+
+def test_two_requests_meet_at_a_lease(store: ArtifactStore) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=make_slowly, args=(store.home,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (store.at.artifacts / "thing" / "builds").read_text() == "built\n"
+    assert [e["reused"] for e in store.ledger()] == [False]
+
+
+def test_the_manifest_lists_every_file_with_its_hash(store: ArtifactStore) -> None:
+    made = store.make(Work("thing"), write)
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert [f["path"] for f in manifest["files"]] == ["file.txt"]
+    assert manifest["files"][0]["bytes"] == 7
+    assert len(manifest["files"][0]["sha256"]) == 64
+    assert manifest["fingerprint"] == made.fingerprint

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from colorfilter.documents import InputFile, Shard
+from colorfilter.errors import InputError
+from resources.home import Home
+
+
+def test_a_home_belongs_to_one_recipe(tmp_path: Path) -> None:
+    Home(tmp_path / "home").claim("one")
+    Home(tmp_path / "home").claim("one")
+    with pytest.raises(InputError, match="belongs to the recipe 'one', not to 'two'"):
+        Home(tmp_path / "home").claim("two")
+
+
+def test_a_home_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be used"):
+        Home(tmp_path / "file" / "home").claim("one")
+
+
+def test_shards_are_kept(tmp_path: Path) -> None:
+    home = Home(tmp_path).claim("one")
+    assert home.shards() == []
+    shard = Shard("a-1", (InputFile("a", "x.jsonl", "/data/x.jsonl", 3, "v"),))
+    home.write_shards([shard])
+    assert Home(tmp_path).shards() == [shard]
+
+
+def test_settings_of_dagster_are_written_once(tmp_path: Path) -> None:
+    home = Home(tmp_path).claim("one")
+    settings = home.dagster / "dagster.yaml"
+    assert "free_slots_after_run_end_seconds" in settings.read_text()
+    settings.write_text("mine: true")
+    home.claim("one")
+    assert settings.read_text() == "mine: true"

@@ -1,0 +1,44 @@
+"""The rule of the layers: imports only go down."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = {
+    "colorfilter": {"dagster", "resources", "assets", "pipelines"},
+    "resources": {"assets", "pipelines"},
+    "assets": {"pipelines"},
+    "pipelines": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_down(package: str) -> None:
+    modules = list((ROOT / package).rglob("*.py"))
+    assert modules
+    for module in modules:
+        upward = imported(module) & FORBIDDEN[package]
+        assert not upward, f"{module} imports {upward}"
+
+
+@pytest.mark.parametrize("package", ["assets", "resources", "pipelines"])
+def test_torch_is_imported_inside_functions_only(package: str) -> None:
+    for module in (ROOT / package).rglob("*.py"):
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, module
