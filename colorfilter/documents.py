@@ -399,37 +399,49 @@ def read_documents(
 def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path) -> dict[str, int]:
     """Draw documents at random from shards (name -> folder) until they hold `chars` characters.
 
-    The draw depends on the texts and the seed alone, not on how they lie in shards. Writes
-    `documents.parquet`, the documents with their shard, and returns counts. Raises InputError
-    where the corpus holds no more than that.
+    The draw depends on the texts and the seed alone, not on how they lie in shards; memory grows
+    with the sample and not with the corpus. Writes `documents.parquet`, the documents with their
+    shard, and returns counts. Raises InputError where the corpus holds no more than that.
     """
-    table = pl.concat(
-        pl.scan_parquet(path / "documents.parquet")
-        .select("sha256", "n_chars", shard=pl.lit(name))
-        .unique("sha256", maintain_order=True)
-        for name, path in sorted(shards.items())
-    ).unique("sha256", keep="first", maintain_order=True)
-    documents = table.collect()
-    if chars and documents["n_chars"].sum() <= chars:
+    drawn: dict[bytes, _Drawn] = {}
+    passed_over = 0
+    for name, path in sorted(shards.items()):
+        for row in read_documents(path / "documents.parquet", ["sha256", "n_chars"]):
+            lot = draw_lot(seed, row["sha256"])
+            drawn.setdefault(lot, _Drawn(name, row["sha256"], row["n_chars"]))
+        kept = _lowest(drawn, chars)
+        passed_over += len(drawn) - len(kept)
+        drawn = kept
+    if chars and not passed_over:
         raise InputError(
             f"prior.sample_chars: {chars} characters are wanted for D_prior, but the whole corpus "
-            f"holds {documents['n_chars'].sum()}; add to the corpus or lower it"
+            f"holds {sum(d.chars for d in drawn.values())}; add to the corpus or lower it"
         )
-    lots = [draw_lot(seed, sha256) for sha256 in documents["sha256"]]
-    drawn = (
-        documents.with_columns(lot=pl.Series(lots, dtype=pl.Binary))
-        .sort("lot")
-        .filter(pl.col("n_chars").cum_sum().shift(1, fill_value=0) < chars)
-    )
-    by_shard = {
-        str(k[0]): set(v["sha256"]) for k, v in drawn.partition_by("shard", as_dict=True).items()
-    }
     with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
-        for name, wanted in sorted(by_shard.items()):
-            for row in read_documents(shards[name] / "documents.parquet", DOCUMENTS.names):
-                if row["sha256"] in wanted:
-                    writer.add({**row, "shard": name}, len(row["text"]))
-    return {"documents": len(drawn), "chars": int(drawn["n_chars"].sum())}
+        for name, path in sorted(shards.items()):
+            wanted = {d.sha256 for d in drawn.values() if d.shard == name}
+            if wanted:
+                for row in read_documents(path / "documents.parquet", DOCUMENTS.names):
+                    if row["sha256"] in wanted:
+                        writer.add({**row, "shard": name}, len(row["text"]))
+    return {"documents": len(drawn), "chars": sum(d.chars for d in drawn.values())}
+
+
+class _Drawn(NamedTuple):
+    shard: str
+    sha256: str
+    chars: int
+
+
+def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
+    """The documents of lowest lot until they hold `chars` characters."""
+    kept, held = {}, 0
+    for lot, document in sorted(drawn.items()):
+        if held >= chars:
+            break
+        kept[lot] = document
+        held += document.chars
+    return kept
 
 
 def draw_lot(seed: int, sha256: str) -> bytes:

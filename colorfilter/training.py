@@ -37,7 +37,7 @@ from colorfilter.tokens import Encoder, open_tokens, real_tokens
 
 MICRO_BATCH_TOKENS = 16_384
 CHECKPOINT_SECONDS = 30.0
-CURVE_POINTS = 10
+CURVE_POINTS = 5
 
 
 @dataclass(frozen=True)
