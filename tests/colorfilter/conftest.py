@@ -56,7 +56,7 @@ def as_documents(texts: list[str]) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    return make_texts(60, 0)
+    return make_texts(61, 0)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,505 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colorfilter import models, training
+from colorfilter.recipe import Model, Training
+from colorfilter.training import TrainSpec, held_out_loss, learning_rate, planned_tokens, train
+
+ENDPOINTS = (40, 60)
+STEPS = 18  # 10 steps to the first end point, and to the second 4 of the trunk and 4 of decay
+
+
+@pytest.fixture(scope="module")
+def spec(
+    packed: Path,
+    held_out: Path,
+    tokenizer_folder: Path,
+    tiny: Model,
+    quick_training: Training,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainSpec:
+    dropping = tiny.model_copy(update={"config": {**tiny.config, "hidden_dropout": 0.1}})
+    return TrainSpec(
+        start=dropping,
+        tokens=packed,
+        tokenizer=tokenizer_folder,
+        training=quick_training,
+        seed=5,
+        endpoints=ENDPOINTS,
+        out=tmp_path_factory.mktemp("spec"),
+        held_out=held_out,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(replace(spec, out=out))
+    return out
+
+
+def sizes(spec: TrainSpec) -> np.ndarray:
+    n = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"].to_numpy()
+    return n[np.random.default_rng(spec.seed).permutation(len(n))]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    names = {p.name for p in one.iterdir()}
+    assert names == {p.name for p in other.iterdir()}
+    for folder in (p for p in one.iterdir() if p.is_dir()):
+        mine, theirs = weights(folder), weights(other / folder.name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert pl.read_parquet(one / "curve.parquet").equals(pl.read_parquet(other / "curve.parquet"))
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killer:
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, _: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KilledError
+
+
+def killed(spec: TrainSpec, after: int) -> None:
+    with pytest.raises(KilledError):
+        train(spec, progress=Killer(after))
+
+
+# What training does --------------------------------------------------------------------------
+
+
+def test_the_loss_goes_down(spec: TrainSpec, tmp_path: Path) -> None:
+    n = len(sizes(spec))
+    (checkpoint,) = train(replace(spec, endpoints=(n,), out=tmp_path))
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert curve["loss"][0] == pytest.approx(math.log(280), abs=0.2)
+    assert curve["loss"].tail(5).mean() < curve["loss"][0] - 1
+    held_out = curve["held_out_loss"].drop_nulls()
+    assert held_out[-1] < held_out[0]
+    assert spec.held_out is not None
+    assert held_out_loss(models.load(checkpoint.path), spec.held_out) == pytest.approx(
+        held_out[-1], abs=1e-6
+    )
+
+
+def test_the_first_loss_of_the_curve_is_that_of_the_fresh_model_on_the_first_batch(
+    spec: TrainSpec, tiny: Model, tmp_path: Path
+) -> None:
+    train(replace(spec, start=tiny, endpoints=(8,), out=tmp_path))
+    rows = np.load(spec.tokens / "tokens.npy")
+    n_tokens = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"].to_numpy()
+    first = np.random.default_rng(spec.seed).permutation(len(rows))[:4]
+    model = models.build(tiny, 280, 16, spec.seed).eval().double()
+    total, labels = 0.0, 0
+    with torch.no_grad():
+        for row, n in zip(rows[first], n_tokens[first], strict=True):
+            ids = torch.tensor([row[:n].tolist()])
+            logits = model(input_ids=ids).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            labels += n - 1
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert curve["loss"][0] == pytest.approx(total / labels, abs=1e-5)
+
+
+def test_every_sequence_is_seen_once_in_an_order_that_the_seed_fixes(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    step = training._Run._step
+
+    def recording(self: object, rows: np.ndarray, *more: object) -> float:
+        seen.extend(rows.tolist())
+        return step(self, rows, *more)
+
+    monkeypatch.setattr(training._Run, "_step", recording)
+    n = len(sizes(spec))
+    orders = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        seen.clear()
+        train(replace(spec, seed=seed, endpoints=(n,), held_out=None, out=tmp_path / name))
+        assert sorted(seen) == list(range(n))
+        orders.append(list(seen))
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_initial_weights_depend_on_the_seed(spec: TrainSpec, tmp_path: Path) -> None:
+    frozen = spec.training.model_copy(update={"learning_rate": 1e-30, "weight_decay": 0.0})
+    ends = [
+        train(replace(spec, seed=seed, training=frozen, endpoints=(8,), out=tmp_path / str(seed)))
+        for seed in (1, 2)
+    ]
+    one, two = (weights(e[0].path) for e in ends)
+    assert not all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_training_goes_on_from_a_given_checkpoint(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path
+) -> None:
+    start = next(p for p in undisturbed.iterdir() if p.is_dir())
+    frozen = spec.training.model_copy(update={"learning_rate": 1e-30, "weight_decay": 0.0})
+    (end,) = train(
+        replace(spec, start=str(start), training=frozen, endpoints=(8,), out=tmp_path)
+    )
+    before, after = weights(start), weights(end.path)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_batch_in_parts_trains_as_the_whole_batch(
+    spec: TrainSpec, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(spec, start=tiny, endpoints=(24,), out=tmp_path / "whole")
+    train(whole)
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 1)
+    train(replace(whole, out=tmp_path / "parts"))
+    one, other = (
+        pl.read_parquet(tmp_path / name / "curve.parquet")["loss"].to_numpy()
+        for name in ("whole", "parts")
+    )
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_weight_decay_spares_vectors(
+    spec: TrainSpec, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training.torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, _: [p.grad.zero_() for p in parameters if p.grad is not None],
+    )
+    heavy = spec.training.model_copy(update={"weight_decay": 1.0, "warmup": 0.0})
+    (end,) = train(replace(spec, start=tiny, training=heavy, endpoints=(8,), out=tmp_path))
+    before = weights_of_fresh(tiny, spec.seed)
+    after = weights(end.path)
+    for name, value in before.items():
+        if value.ndim < 2:
+            assert torch.equal(after[name], value), name
+        else:
+            assert after[name].norm() < value.norm(), name
+
+
+def weights_of_fresh(model: Model, seed: int) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in models.build(model, 280, 16, seed).named_parameters()}
+
+
+# End points ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("endpoints", [(8,), (10, 17), ENDPOINTS])
+def test_the_tokens_of_an_end_point_are_those_of_its_sequences(
+    spec: TrainSpec, tmp_path: Path, endpoints: tuple[int, ...]
+) -> None:
+    checkpoints = train(replace(spec, endpoints=endpoints, held_out=None, out=tmp_path))
+    expected = [int(sizes(spec)[:n].sum()) for n in endpoints]
+    assert [c.tokens for c in checkpoints] == expected
+    assert [c.path.name for c in checkpoints] == [f"tokens-{n}" for n in expected]
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    ends = curve.filter(pl.col("tokens") == pl.col("endpoint"))
+    assert ends["tokens"].to_list() == expected
+
+
+def test_every_end_point_has_its_held_out_loss(spec: TrainSpec, undisturbed: Path) -> None:
+    curve = pl.read_parquet(undisturbed / "curve.parquet")
+    ends = curve.filter(pl.col("tokens") == pl.col("endpoint"))
+    assert spec.held_out is not None
+    assert len(ends) == len(ENDPOINTS)
+    for tokens, value in ends.select("tokens", "held_out_loss").rows():
+        model = models.load(undisturbed / f"tokens-{tokens}")
+        assert held_out_loss(model, spec.held_out) == pytest.approx(value, abs=1e-6)
+
+
+def test_the_first_end_point_is_that_of_a_run_to_it_alone(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path
+) -> None:
+    (alone,) = train(replace(spec, endpoints=ENDPOINTS[:1], out=tmp_path))
+    one, other = weights(alone.path), weights(undisturbed / alone.path.name)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    curve = pl.read_parquet(undisturbed / "curve.parquet")
+    assert curve.head(10).equals(pl.read_parquet(tmp_path / "curve.parquet"))
+
+
+def test_the_trunk_goes_on_as_if_the_branch_had_not_been(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path
+) -> None:
+    earlier = (39, 60)
+    train(replace(spec, endpoints=earlier, out=tmp_path))
+    last = max(int(p.name.removeprefix("tokens-")) for p in tmp_path.iterdir() if p.is_dir())
+    one, other = weights(tmp_path / f"tokens-{last}"), weights(undisturbed / f"tokens-{last}")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_with_a_cosine_each_end_point_is_a_run_of_its_own(spec: TrainSpec, tmp_path: Path) -> None:
+    cosine = spec.training.model_copy(update={"schedule": "cosine", "warmup": 0.0})
+    both = train(replace(spec, training=cosine, endpoints=(20, 32), out=tmp_path / "both"))
+    for n, checkpoint in zip((20, 32), both, strict=True):
+        (alone,) = train(
+            replace(spec, training=cosine, endpoints=(n,), out=tmp_path / f"alone{n}")
+        )
+        one, other = weights(alone.path), weights(checkpoint.path)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("decay", [0.01, 1.0])
+def test_the_shortest_and_the_longest_decay_train(
+    spec: TrainSpec, tmp_path: Path, decay: float
+) -> None:
+    changed = spec.training.model_copy(update={"decay": decay})
+    checkpoints = train(replace(spec, training=changed, endpoints=(20, 32), out=tmp_path))
+    assert len(checkpoints) == 2
+    rates = pl.read_parquet(tmp_path / "curve.parquet")["learning_rate"]
+    assert rates[-1] < spec.training.learning_rate
+
+
+@pytest.mark.parametrize("endpoints", [(10,), (16,), (10, 17), ENDPOINTS])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_planned_tokens_are_those_that_are_trained_on(
+    spec: TrainSpec, tmp_path: Path, endpoints: tuple[int, ...], schedule: str
+) -> None:
+    changed = spec.training.model_copy(update={"schedule": schedule})
+    run = replace(spec, training=changed, endpoints=endpoints, held_out=None, out=tmp_path)
+    done: list[int] = []
+    train(run, progress=done.append)
+    padding = len(endpoints) * (16 - int(sizes(spec).min()))
+    assert sum(done) <= planned_tokens(run) <= sum(done) + padding
+
+
+def test_more_than_the_data_holds_is_refused(spec: TrainSpec, tmp_path: Path) -> None:
+    n = len(sizes(spec))
+    with pytest.raises(ValueError, match=f"{n + 1} sequences asked for, {n} there"):
+        train(replace(spec, endpoints=(8, n + 1), out=tmp_path))
+
+
+# Killed and gone on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 8, 9, 10, 11, 13, 14, 15, 17, STEPS])
+def test_a_killed_run_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    killed(run, after)
+    done: list[int] = []
+    train(run, progress=done.append)
+    assert len(done) == STEPS - after + 1
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    for _ in range(5):
+        killed(run, 4)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("after", [5, 12])
+def test_a_run_killed_before_its_first_state_begins_anew(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, after: int
+) -> None:
+    run = replace(spec, out=tmp_path)
+    killed(run, after)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("nth", [0, 5, 12])
+def test_a_run_killed_while_it_saves_its_state_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nth: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    left = nth
+
+    def torn(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
+        nonlocal left
+        if left == 0:
+            Path(path).write_bytes(b"torn")
+            raise KilledError
+        left -= 1
+        save(tensors, path, **_)
+
+    save = safetensors.torch.save_file
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(training.safetensors.torch, "save_file", torn)
+        train(run)
+    train(run)
+    for leftover in tmp_path.glob("*.tmp"):
+        leftover.unlink()
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_run_killed_while_it_writes_a_model_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nth: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    left = nth
+
+    def torn(model: object, folder: Path, tokenizer: Path) -> None:
+        nonlocal left
+        save(model, folder, tokenizer)
+        if left == 0:
+            (folder / "model.safetensors").write_bytes(b"torn")
+            raise KilledError
+        left -= 1
+
+    save = models.save
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(training.models, "save", torn)
+        train(run)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_cosine_run_killed_in_its_second_half_ends_with_the_same_bits(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    cosine = spec.training.model_copy(update={"schedule": "cosine"})
+    run = replace(spec, training=cosine, endpoints=(20, 32), out=tmp_path / "whole")
+    train(run)
+    for after in (3, 6, 9):
+        again = replace(run, out=tmp_path / str(after))
+        killed(again, after)
+        train(again)
+        assert_same_result(again.out, run.out)
+
+
+def test_a_finished_run_is_not_run_again(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(spec, endpoints=(8, 16), out=tmp_path)
+    first = train(run)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done: list[int] = []
+    assert train(run, progress=done.append) == first
+    assert done == []
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_no_pickle_is_written_and_no_state_is_left(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    killed(run, 9)
+    assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk.safetensors"}
+    train(run)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".parquet"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"curve.parquet"}
+
+
+def test_saving_states_changes_nothing(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    train(replace(spec, out=tmp_path))
+    assert_same_result(tmp_path, undisturbed)
+
+
+# The learning rate ---------------------------------------------------------------------------
+
+PEAK = 0.5
+WSD = Training(learning_rate=PEAK, batch_sequences=1, warmup=0.1, decay=0.2)
+COSINE = Training(
+    learning_rate=PEAK, batch_sequences=1, schedule="cosine", warmup=0.1, final_learning_rate=0.1
+)
+
+
+def test_the_rate_warms_up_stays_and_decays_to_nearly_nothing() -> None:
+    trunk = [learning_rate(WSD, s, 100, 100, branch=False) for s in range(80)]
+    branch = [learning_rate(WSD, s, 100, 100, branch=True) for s in range(80, 100)]
+    assert trunk[:10] == pytest.approx([PEAK * (s + 1) / 10 for s in range(10)])
+    assert trunk[9:] == pytest.approx([PEAK] * 71)
+    assert branch == pytest.approx([PEAK * left / 21 for left in range(20, 0, -1)])
+
+
+def test_the_trunk_is_the_same_for_every_end_point() -> None:
+    first = [learning_rate(WSD, s, 100, 100, branch=False) for s in range(80)]
+    second = [learning_rate(WSD, s, 100, 200, branch=False) for s in range(80)]
+    assert first == second
+
+
+def test_a_later_end_point_has_a_full_decay_of_its_own() -> None:
+    branch = [learning_rate(WSD, s, 100, 200, branch=True) for s in range(160, 200)]
+    assert branch == pytest.approx([PEAK * left / 41 for left in range(40, 0, -1)])
+
+
+def test_the_cosine_falls_from_the_peak_to_its_share() -> None:
+    rates = [learning_rate(COSINE, s, 100, 100, branch=True) for s in range(100)]
+    assert rates[:10] == pytest.approx([PEAK * (s + 1) / 10 for s in range(10)])
+    assert rates[10] == pytest.approx(PEAK)
+    assert rates[55] == pytest.approx(PEAK * 0.55)
+    assert rates[-1] == pytest.approx(0.1 * PEAK, rel=0.01)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@given(
+    st.sampled_from(["wsd", "cosine"]),
+    st.integers(1, 60),
+    st.floats(0, 0.9),
+    st.floats(0.01, 1),
+)
+def test_the_rate_is_positive_and_never_above_the_peak(
+    schedule: str, end: int, warmup: float, decay: float
+) -> None:
+    shape = Training(
+        learning_rate=PEAK, batch_sequences=1, schedule=schedule, warmup=warmup, decay=decay
+    )
+    fork = end - math.ceil(decay * end)
+    for step in range(end):
+        rate = learning_rate(shape, step, end, end, branch=step >= fork)
+        assert 0 < rate <= PEAK * (1 + 1e-9)
+
+
+def test_the_curve_holds_the_rates_of_the_schedule(spec: TrainSpec, undisturbed: Path) -> None:
+    curve = pl.read_parquet(undisturbed / "curve.parquet")
+    steps = [*range(1, 11), *range(8, 16)]
+    ends = [10] * 10 + [15] * 8
+    assert curve["step"].to_list() == steps
+    branches = curve["endpoint"].is_not_null().to_list()
+    assert branches == [False] * 7 + [True] * 3 + [False] * 4 + [True] * 4
+    assert curve["learning_rate"].to_list() == pytest.approx(
+        [
+            learning_rate(spec.training, s - 1, 10, end, b)
+            for s, end, b in zip(steps, ends, branches, strict=True)
+        ]
+    )
