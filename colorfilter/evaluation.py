@@ -50,12 +50,12 @@ def tokens_to_match(
     first_tokens, first_loss = endpoints[0]
     if loss > first_loss:
         return TokensToMatch(first_tokens / tokens, "<")
+    if loss == first_loss:
+        return TokensToMatch(first_tokens / tokens, "=")
     for (n0, loss0), (n1, loss1) in itertools.pairwise(endpoints):
         if loss0 >= loss >= loss1 and loss0 > loss1:
             share = (loss0 - loss) / (loss0 - loss1)
             return TokensToMatch(n0 * (n1 / n0) ** share / tokens, "=")
-    if loss == first_loss:
-        return TokensToMatch(first_tokens / tokens, "=")
     return TokensToMatch(endpoints[-1][0] / tokens, ">")
 
 

@@ -31,6 +31,7 @@ class ArmLine:
     losses: list[float]
     bits_per_byte: Summary
     matches: list[TokensToMatch]
+    match_seeds: list[int]
 
     @property
     def held_out_loss(self) -> Summary:
@@ -48,12 +49,13 @@ def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
     lines = []
     for (arm, tokens), part in losses.group_by(["arm", "tokens"], maintain_order=True):
         bytes_part = bits.filter((pl.col("arm") == arm) & (pl.col("tokens") == tokens))
-        matches = []
+        matches, match_seeds = [], []
         for seed, loss in zip(part["seed"], part["value"], strict=True):
             points = random.filter(pl.col("seed") == seed).sort("tokens")
             if arm != "random" and len(points):
                 endpoints = list(zip(points["tokens"], points["value"], strict=True))
                 matches.append(tokens_to_match(loss, int(str(tokens)), endpoints))
+                match_seeds.append(seed)
         lines.append(
             ArmLine(
                 str(arm),
@@ -61,6 +63,7 @@ def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
                 list(part["value"]),
                 summarize(list(bytes_part["value"])),
                 matches,
+                match_seeds,
             )
         )
     return lines
@@ -73,7 +76,6 @@ def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
         ">": "tokens_to_match_more_than",
         "<": "tokens_to_match_less_than",
     }
-    seeds = sorted(evaluations.filter(pl.col("metric") == "held_out_loss")["seed"].unique())
     return [
         {
             "domain": evaluations["domain"][0],
@@ -84,7 +86,7 @@ def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
             "value": match.ratio,
         }
         for line in arm_lines(evaluations)
-        for seed, match in zip(seeds, line.matches, strict=False)
+        for seed, match in zip(line.match_seeds, line.matches, strict=True)
     ]
 
 
@@ -133,6 +135,8 @@ def extremes(
 
 def excerpts(table: pl.DataFrame, documents: Mapping[str, Path], chars: int = 160) -> pl.DataFrame:
     """Add `excerpt`, the beginning of each document's text, on one line."""
+    if table.is_empty():
+        return table.with_columns(excerpt=pl.lit("", dtype=pl.String))
     parts = []
     for (shard,), part in table.group_by(["shard"], maintain_order=True):
         texts = (

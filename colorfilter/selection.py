@@ -170,6 +170,14 @@ def write_selected_text(
     return counts
 
 
+# Weighted by tokens; null where a sequence was not scored.
+MEAN_COLOR = (
+    pl.when(pl.col("color").null_count() == 0)
+    .then((pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum())
+    .otherwise(None)
+)
+
+
 def _runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
     """Unbroken runs of selected spans: doc_id, char_start, char_end, n_tokens, color, fraction."""
     size = spans.group_by("doc_id").agg(document_tokens=pl.col("n_tokens").sum())
@@ -184,7 +192,7 @@ def _runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
         .agg(
             pl.col("char_start").first(),
             pl.col("char_end").last(),
-            color=(pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum(),
+            color=MEAN_COLOR,
             n_tokens=pl.col("n_tokens").sum().cast(pl.Int64),
         )
         .join(size, on="doc_id", maintain_order="left")
@@ -203,7 +211,7 @@ def _whole(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
         .agg(
             pl.col("fraction").first(),
             char_start=pl.lit(0, dtype=pl.Int64),
-            color=(pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum(),
+            color=MEAN_COLOR,
         )
         .join(whole, on="doc_id", maintain_order="left")
         .rename({"whole_tokens": "n_tokens"})

@@ -25,6 +25,7 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
     )
     begun: dict[str, float] = {}
     tasks: dict[str, TaskID] = {}
+    checked: set[str | None] = set()
 
     def work(asset: str, done: int, total: int, unit: str) -> None:
         if asset not in tasks:
@@ -38,11 +39,11 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
         happened = entry.dagster_event
         if happened is None:
             return
-        if happened.event_type_value == "ASSET_MATERIALIZATION_PLANNED":
-            return
         if happened.event_type_value == "STEP_START":
             begun[_asset(happened.step_key)] = time.monotonic()
         elif happened.event_type_value in {"STEP_SUCCESS", "STEP_FAILURE"}:
+            if happened.step_key in checked:
+                return
             asset = _asset(happened.step_key)
             if asset in tasks:
                 bar.remove_task(tasks.pop(asset))
@@ -51,6 +52,7 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             mark = "[green]done  [/]" if ended else "[red]failed[/]"
             console.print(f"{mark} {asset:<44} {seconds:7.1f} s", highlight=False)
         elif happened.event_type_value == "ASSET_CHECK_EVALUATION":
+            checked.add(happened.step_key)
             check: Any = happened.event_specific_data
             mark = "[green]passed[/]" if check.passed else "[red]failed[/]"
             words = f"check {check.check_name}: {check.description}"
