@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -90,7 +91,7 @@ def status(
     artifacts = _artifacts(place)
     entries = artifacts.entries()
     shards = shard_names(artifacts, plan) if place.shards() else []
-    table = Table("asset", "stands", "behind", "last recorded")
+    table = Table("asset", "stands", "behind", "last recorded", box=box.SIMPLE)
     graph = build_definitions(plan, str(place.root)).resolve_asset_graph()
     for key in graph.toposorted_asset_keys:
         asset = key.to_user_string()
@@ -161,9 +162,12 @@ def _print_report(plan: "Recipe", place: "Home") -> None:
         report = artifacts.current(f"{domain.name}/report")
         rows = pl.read_parquet(report.path / "evaluations.parquet")
         measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
-        table = Table(*COMPARISON_HEADER, title=f"{domain.name}: held-out loss, nats per token")
+        # Without bits per byte, which the report has, the table fits 80 columns.
+        shown = [i for i, name in enumerate(COMPARISON_HEADER) if name != "bits/byte"]
+        title = f"{domain.name}: held-out loss, nats per token, lower is better"
+        table = Table(*(COMPARISON_HEADER[i] for i in shown), title=title, box=box.SIMPLE)
         for line in comparison_rows(arm_lines(measured)):
-            table.add_row(*line)
+            table.add_row(*(line[i] for i in shown))
         console.print(table)
         for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
             console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")
