@@ -54,26 +54,54 @@ def code_version(code: int, *sections: Section | int | str) -> str:
 
 
 def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.MaterializeResult:
-    """What an asset returns: its data version is the hash of its artefacts' fingerprints."""
-    fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
-    version = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
-    shown = dict(metadata)
+    """What an unsharded asset returns: its data version is the hash of its fingerprints."""
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in metadata.items()}
     if len(artifacts) == 1:
         shown["fingerprint"] = artifacts[0].fingerprint
         shown["folder"] = dg.MetadataValue.path(str(artifacts[0].path))
     standing = sum(a.reused for a in artifacts)
     shown["computed"] = len(artifacts) - standing
     shown["found standing"] = standing
-    return dg.MaterializeResult(metadata=shown, data_version=dg.DataVersion(version))
+    return dg.MaterializeResult(metadata=shown, data_version=_data_version(artifacts))
 
 
-def describe_shards(context: Context, artifacts: Sequence[Artifact], facts: Sequence[str]) -> None:
-    """Enter each shard's own facts as metadata of its partition."""
-    for artifact in artifacts:
+def sharded_result(
+    context: Context,
+    store: ArtifactStore,
+    made: Sequence[Artifact],
+    facts: Sequence[str],
+    rows: str,
+) -> dg.MaterializeResult:
+    """What a sharded asset returns: each shard's own facts, totals in the run's log.
+
+    Dagster gives all partitions of a run one data version. It is the hash over all the asset's
+    shards, in this run or not, so that it only changes when one of them does. `rows` names the
+    fact that counts rows.
+    """
+    for artifact in made:
         shown = {name: artifact.facts[name] for name in facts}
+        shown["dagster/row_count"] = artifact.facts[rows]
         shown["fingerprint"] = artifact.fingerprint
+        shown["folder"] = dg.MetadataValue.path(str(artifact.path))
         shown["computed"] = 0 if artifact.reused else 1
         context.add_asset_metadata(shown, partition_key=artifact.partition)
+    summed = [name for name in facts if not name.endswith("_per_second")]
+    totals = ", ".join(f"{total(made, name):,} {name}" for name in summed)
+    standing = sum(a.reused for a in made)
+    context.log.info(f"{len(made)} shards, {standing} of them found standing: {totals}")
+    wanted = {s.name for s in store.at.shards()} | {str(a.partition) for a in made}
+    asset = made[0].asset
+    others = [
+        store.current(asset, partition)
+        for (name, partition) in store.entries()
+        if name == asset and partition in wanted
+    ]
+    return dg.MaterializeResult(data_version=_data_version(others))
+
+
+def _data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
+    fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
+    return dg.DataVersion(hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
 
 
 def total(artifacts: Sequence[Artifact], fact: str) -> int:

@@ -15,16 +15,17 @@ from assets.common import (
     Progress,
     all_of,
     code_version,
-    describe_shards,
     make_in_processes,
     probe_shard,
     result,
     same_shard,
     shard_names,
+    sharded_result,
     total,
 )
-from colorfilter import documents, tokens
+from colorfilter import documents, sampling, tokens
 from colorfilter.errors import InputError
+from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Domain, Recipe, Source
 from resources.artifacts import Artifact, ArtifactStore, Work
 
@@ -57,17 +58,21 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             if name in planned:
                 files = planned[name].files
                 source = sources[files[0].source]
-                facts = source.model_dump(include={"name", "format", "text_field"})
+                read = source.model_dump(include={"name", "format", "text_field"})
                 works.append(
                     Work(
                         "raw_corpus",
                         name,
-                        recipe={**facts, "files": [[f.path, f.size, f.version] for f in files]},
+                        recipe={**read, "files": [[f.path, f.size, f.version] for f in files]},
                     )
                 )
             else:
-                domain = next(d.name for d in recipe.domains if probe_shard(d.name) == name)
-                text = artifacts.current(f"{domain}/domain_text")
+                domain = next((d for d in recipe.domains if probe_shard(d.name) == name), None)
+                if domain is None:
+                    raise InputError(
+                        f"no shard named '{name}' is planned; shards come from the recipe's sources"
+                    )
+                text = artifacts.current(f"{domain.name}/domain_text")
                 made.append(_probe_documents(artifacts, name, text))
         size = sum(f.size for w in works for f in planned[str(w.partition)].files)
         progress = Progress(context, size, "bytes")
@@ -79,17 +84,10 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             lambda a: progress(sum(f.size for f in planned[str(a.partition)].files)),
         )
         _refuse_empty_sources(recipe, artifacts, made)
-        shown = ("documents", "chars", "duplicates", "rejects")
-        describe_shards(context, made, shown)
-        return result(
-            made,
-            {
-                "shards": len(made),
-                **{name: total(made, name) for name in shown},
-                "rejected for": dg.MetadataValue.md(_reject_reasons(made)),
-                "dagster/row_count": total(made, "documents"),
-            },
-        )
+        for reason, count in _reject_reasons(made):
+            context.log.warning(f"{count:,} rejected: {reason}")
+        facts = ("documents", "chars", "duplicates", "rejects")
+        return sharded_result(context, artifacts, made, facts, "documents")
 
     @dg.asset(
         deps=[all_of("raw_corpus")],
@@ -112,7 +110,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         )
         plan = artifacts.make(
             work,
-            lambda folder: documents.draw_sample(
+            lambda folder: sampling.draw_sample(
                 {str(a.partition): a.path for a in raw},
                 recipe.seed,
                 recipe.prior.sample_chars,
@@ -190,16 +188,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             lambda a: progress(raw[str(a.partition)].facts["chars"]),
         )
         facts = ("documents", "left_out", "tokens", "sequences")
-        describe_shards(context, made, facts)
-        return result(
-            made,
-            {
-                "shards": len(made),
-                **{name: total(made, name) for name in facts},
-                "characters per second": round(progress.rate),
-                "dagster/row_count": total(made, "sequences"),
-            },
-        )
+        return sharded_result(context, artifacts, made, facts, "sequences")
 
     per_domain = [asset for d in recipe.domains for asset in domain_assets(recipe, d)]
     return [raw_corpus, sample_plan, tokenizer, corpus_tokens, *per_domain]
@@ -225,7 +214,7 @@ def domain_assets(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
             counts = documents.write_documents(files, domain.sources, folder, progress)
             whole = folder / "documents.parquet"
             try:
-                parts = documents.split_domain(
+                parts = sampling.split_domain(
                     whole, recipe.seed, domain.held_out, domain.probe, folder
                 )
             except InputError as error:
@@ -301,12 +290,12 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
         texts = {}
         for domain in recipe.domains:
             text = artifacts.current(f"{domain.name}/domain_text")
-            for split in documents.SPLITS:
+            for split in sampling.SPLITS:
                 texts[f"{domain.name}/{split}"] = text.path / split / "documents.parquet"
-        shared = documents.shared_documents(corpus, texts)
+        shared = sampling.shared_documents(corpus, texts)
         for name, path in texts.items():
             others = {n: p for n, p in texts.items() if n != name}
-            shared += documents.shared_documents({name: path}, others)
+            shared += sampling.shared_documents({name: path}, others)
         description = "no document stands in two places"
         if shared:
             first = shared[0]
@@ -352,7 +341,7 @@ def pack_shard(
 def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Artifact:
     def build(folder: Path) -> dict[str, int]:
         counts = {"documents": 0, "chars": 0, "bytes": 0, "duplicates": 0, "rejects": 0}
-        with documents.TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
+        with TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
             path = text.path / "probe" / "documents.parquet"
             for row in documents.read_documents(path, documents.DOCUMENTS.names):
                 writer.add(row, len(row["text"]))
@@ -378,10 +367,11 @@ def _refuse_empty_sources(
             )
 
 
-def _reject_reasons(made: Sequence[Artifact]) -> str:
-    files = [a.path / "rejects.parquet" for a in made if (a.path / "rejects.parquet").exists()]
-    if not files:
-        return "nothing"
-    counts = pl.scan_parquet(files).group_by("reason").len().sort("len", descending=True).collect()
-    lines = [f"| {row['reason']} | {row['len']} |" for row in counts.iter_rows(named=True)]
-    return "\n".join(["| reason | count |", "|---|---|", *lines]) if lines else "nothing"
+def _reject_reasons(made: Sequence[Artifact]) -> list[tuple[str, int]]:
+    """Reasons for rejects with their counts, most frequent first, of what was made just now."""
+    files = [a.path / "rejects.parquet" for a in made if not a.reused]
+    there = [f for f in files if f.exists()]
+    if not there:
+        return []
+    counts = pl.scan_parquet(there).group_by("reason").len().sort("len", descending=True)
+    return counts.collect().rows()

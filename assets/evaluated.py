@@ -1,5 +1,6 @@
 """Stage 5: target models trained on what each arm selected, evaluated and compared."""
 
+import base64
 import json
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,11 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     name = "/".join(prefix)
     seeds = [f"seed_{seed}" for seed in recipe.evaluation.seeds]
 
+    what = f"{arm.name} for {domain.name}:"
+
     @dg.asset(
+        description=f"{what} a fresh model per seed, trained in a single pass over the filtered "
+        "dataset. Of several end points each is a branch of one trunk, with a full decay.",
         key_prefix=prefix,
         deps=[
             dg.AssetKey([*prefix, "filtered_dataset"]),
@@ -50,10 +55,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1, recipe.target, recipe.evaluation),
     )
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-        """A fresh model per seed, trained in a single pass over the arm's filtered dataset.
-
-        With random's several end points one trunk is branched with a full decay at each.
-        """
         dataset = artifacts.current(f"{name}/filtered_dataset")
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
@@ -108,6 +109,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         )
 
     @dg.asset(
+        description=f"{what} held-out loss and bits per byte of every target model; where text of "
+        "the domain ranks against the corpus (the probe).",
         key_prefix=prefix,
         deps=[target_model, dg.AssetKey([domain.name, "domain_tokens"]), "score_tables"],
         group_name=GROUP,
@@ -119,7 +122,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     def evaluation(
         artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
-        """Held-out loss and bits per byte of every target model; the probe's rank, where scored."""
         from colorfilter import evaluation as method
         from colorfilter.report import EVALUATIONS
 
@@ -161,8 +163,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         made = artifacts.make(
             Work(f"{name}/evaluation", inputs=[*targets, held_out, text, *scores]), build
         )
-        rows = pl.read_parquet(made.path / "evaluations.parquet").to_dicts()
-        return result([made], {"evaluations": table(rows)})
+        rows = pl.read_parquet(made.path / "evaluations.parquet").drop("domain", "arm")
+        return result([made], {"evaluations": table(rows.to_dicts())})
 
     return [target_model, evaluation]
 
@@ -180,7 +182,10 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         code_version=code_version(1),
     )
     def report(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        """All arms compared, for people (`report.md`) and as tables (`results.duckdb`)."""
+        """All arms compared, for people (`report.md`) and as tables (`results.duckdb`).
+
+        tokens-to-match above 1: random needs that many times the tokens for the same loss.
+        """
         from colorfilter import report as method
 
         evaluated = [artifacts.current(f"{name}/evaluation") for name in names]
@@ -209,11 +214,20 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 "comparison": table(
                     [dict(zip(method.COMPARISON_HEADER, line, strict=True)) for line in lines]
                 ),
-                "report": dg.MetadataValue.path(str(made.path / "report.md")),
+                "report": dg.MetadataValue.md(_with_pictures(made.path)),
             },
         )
 
     return report
+
+
+def _with_pictures(folder: Path) -> str:
+    """The report's Markdown with its pictures within it, for the web UI."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    for picture in folder.glob("*.png"):
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        text = text.replace(f"({picture.name})", f"(data:image/png;base64,{encoded})")
+    return text
 
 
 def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> list[Any]:

@@ -18,12 +18,12 @@ def curve_metadata(folder: Path) -> dict[str, Any]:
         return {}
     curve = pl.read_parquet(path)
     shown: dict[str, Any] = {
-        "learning curve": picture(_thin(list(curve["loss"]), 40), "training loss")
+        "training loss": picture(_thin(list(curve["loss"]), 40), "training loss")
     }
     held_out = curve.drop_nulls("held_out_loss")
     if len(held_out):
-        shown["held-out curve"] = picture(list(held_out["held_out_loss"]), "held-out loss")
-        shown["curve"] = table(held_out.drop("endpoint").to_dicts())
+        shown["held-out loss"] = picture(list(held_out["held_out_loss"]), "held-out loss")
+        shown["losses by step"] = table(held_out.drop("endpoint").to_dicts())
     return shown
 
 
@@ -48,7 +48,9 @@ def histogram(counts: Sequence[int], low: float, high: float) -> dg.MarkdownMeta
     path = "".join(
         f"M{round(i * width)} {HEIGHT}V{y}h{width:.0f}V{HEIGHT}" for i, y in enumerate(tops)
     )
-    return _inline(f'<path fill="#36c" d="{path}"/>', f"{low:.2f} to {high:.2f} nats per token")
+    return _inline(
+        f'<path fill="#36c" d="{path}"/>', f"{low:.2f} to {high:.2f} nats per token; left is better"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
@@ -63,7 +65,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 
 def _inline(drawing: str, label: str) -> dg.MarkdownMetadataValue:
     svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}">{drawing}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}">{drawing}</svg>'
     )
     encoded = base64.b64encode(svg.encode()).decode()
     return dg.MetadataValue.md(f"![{label}](data:image/svg+xml;base64,{encoded})\n\n{label}")

@@ -40,7 +40,11 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     prefix = [domain.name, arm.name]
     name = "/".join(prefix)
 
+    what = f"{arm.name} for {domain.name}:"
+
     @dg.asset(
+        description=f"{what} the selected sequences with rank and score; lower is better. "
+        "No model is loaded.",
         key_prefix=prefix,
         deps=["score_tables", all_of("raw_corpus")],
         group_name=GROUP,
@@ -50,7 +54,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        """The selected sequences with rank and score; lower is better. No model is loaded."""
         scores = artifacts.current("score_tables")
         needed = endpoints(recipe, arm)[-1]
 
@@ -105,6 +108,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         return result([made], {**made.facts, **_documents(made.path)})
 
     @dg.asset(
+        description=f"{what} what the target model trains on (`tokens/`), and the same as text "
+        "(`documents/`).",
         key_prefix=prefix,
         deps=[selection, all_of("corpus_tokens"), all_of("raw_corpus")],
         group_name=GROUP,
@@ -113,7 +118,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1, recipe.filtered, recipe.seed),
     )
     def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """What the target model trains on (`tokens/`), and the same as text (`documents/`)."""
         chosen = artifacts.current(f"{name}/selection")
         rows = pl.read_parquet(chosen.path / "selection.parquet")
         shards = sorted(rows["shard"].unique())
@@ -156,7 +160,12 @@ def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:
     path = folder / "samples.parquet"
     if not path.exists():
         return {}
-    shown = pl.read_parquet(path).select("place", "color", "source_file", "excerpt")
+    shown = pl.read_parquet(path).select(
+        "place",
+        "color",
+        file=pl.col("source_file").str.split("/").list.last(),
+        begins=pl.col("excerpt").str.slice(0, 70),
+    )
     return {"documents": table(shown.to_dicts())}
 
 
@@ -167,7 +176,7 @@ def _sample(folder: Path) -> dg.TableMetadataValue:
         pl.scan_parquet(files)
         .filter(pl.col("n_tokens") > 32)
         .bottom_k(5, by="color")
-        .select(pl.col("text").str.slice(0, 200), "color", "fraction", "source", "doc_id")
+        .select("color", "fraction", "source", begins=pl.col("text").str.slice(0, 90))
         .collect()
     )
     return table(best.to_dicts())

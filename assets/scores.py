@@ -17,11 +17,11 @@ from assets.common import (
     Progress,
     all_of,
     code_version,
-    describe_shards,
     probe_shard,
     result,
     same_shard,
     shard_names,
+    sharded_result,
     total,
 )
 from assets.figures import histogram
@@ -98,6 +98,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         shown: dict[str, Any] = dict(rows)
         for domain in recipe.domains:
             shown |= _picture(score_store, domain.name)
+        shown["dagster/row_count"] = rows["losses"]
         shown["file"] = dg.MetadataValue.path(str(artifacts.at.scores))
         return result([made], shown)
 
@@ -119,6 +120,10 @@ def _score(
             "chunks": len(receipts),
             "sequences": sum(r.sequences for r in receipts),
             "tokens": sum(r.tokens for r in receipts),
+            "tokens_per_second": round(
+                sum(r.tokens for r in receipts if r.seconds)
+                / (sum(r.seconds for r in receipts) or 1.0)
+            ),
         }
 
     made = []
@@ -128,18 +133,8 @@ def _score(
         if artifact.reused:
             progress(source.facts["tokens"])
         made.append(artifact)
-    facts = ("sequences", "tokens", "chunks")
-    describe_shards(context, made, facts)
-    return result(
-        made,
-        {
-            "shards": len(made),
-            **{name: total(made, name) for name in facts},
-            "tokens per second": round(progress.rate),
-            "precision": gpu.precision,
-            "dagster/row_count": total(made, "sequences"),
-        },
-    )
+    facts = ("sequences", "tokens", "chunks", "tokens_per_second")
+    return sharded_result(context, artifacts, made, facts, "sequences")
 
 
 def _parts(
@@ -183,11 +178,11 @@ def _publication(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int])
 
 
 def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
-    """A histogram of color over the corpus, and the text at its quantiles."""
+    """A histogram of color over the corpus, its outermost hundredths in the outermost bars."""
     with score_store.read() as connection:
         low, high = fetch_row(
             connection,
-            "SELECT quantile_cont(color, 0.001), quantile_cont(color, 0.999) FROM color "
+            "SELECT quantile_cont(color, 0.01), quantile_cont(color, 0.99) FROM color "
             "WHERE domain = ? AND NOT starts_with(shard, '_')",
             [domain],
         )
@@ -200,7 +195,11 @@ def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
             [low, width, bins - 1, domain],
         )
     counts = dict(found)
-    return {f"{domain} color": histogram([counts.get(i, 0) for i in range(bins)], low, high)}
+    return {
+        f"color of the corpus for {domain}": histogram(
+            [counts.get(i, 0) for i in range(bins)], low, high
+        )
+    }
 
 
 def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:

@@ -7,27 +7,28 @@ is kept in a rejects table with the reason; exact duplicates within a shard go t
 """
 
 import ast
-import contextlib
 import fnmatch
+import gzip
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from colorfilter.errors import InputError
+from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Source
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
-BATCH_BYTES = 8 * 2**20
 
 DOCUMENTS = pa.schema(
     [
@@ -41,7 +42,6 @@ DOCUMENTS = pa.schema(
         ("text", pa.string()),
     ]
 )
-SAMPLE = DOCUMENTS.append(pa.field("shard", pa.string()))
 REJECTS = pa.schema(
     [
         ("source_file", pa.string()),
@@ -60,6 +60,14 @@ SUFFIXES = {
     ".txt": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    zlib.error,
+    pa.ArrowException,
+)
 
 
 @dataclass(frozen=True)
@@ -202,13 +210,22 @@ def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
         )
     read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "python_dict": _python_dict}[kind]
     try:
-        with fsspec.open(file.uri, "rb", compression=compression) as stream:
+        with fsspec.open(file.uri, "rb") as raw, _decompressed(raw, compression) as stream:
             yield from read(stream, file.uri, source.text_field)
-    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"source {source.name}: {file.uri} cannot be read ({_one_line(error)}); mend or "
             "exclude it"
         ) from error
+
+
+def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    if compression == "gzip":
+        return cast("BinaryIO", gzip.open(raw))
+    if compression == "zstd":
+        # Unlike zstandard's own reader, Arrow's notices a file that was cut off.
+        return cast("BinaryIO", io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
+    return raw
 
 
 def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
@@ -224,7 +241,7 @@ def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             yield Reject(uri, number, "not UTF-8", _excerpt(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             blank = not line.strip()
             yield Reject(uri, number, "blank line" if blank else "not JSON", _excerpt(line))
         else:
@@ -332,7 +349,7 @@ def write_documents(
                                 "source": file.source,
                                 "n_chars": len(item.text),
                                 "sha256": sha256,
-                                "extra": json.dumps(item.extra, default=str, ensure_ascii=False),
+                                "extra": json.dumps(item.extra, default=str),
                                 "text": item.text,
                             },
                             size,
@@ -356,155 +373,9 @@ def write_documents(
     return counts
 
 
-class TableWriter:
-    """Rows to a Parquet file in batches of bounded size, so that memory stays flat."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._schema = schema
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
-
-    def __enter__(self) -> "TableWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def add(self, row: dict[str, Any], size: int = 100) -> None:
-        """Append a row; `size` is its rough size in bytes."""
-        self._rows.append(row)
-        self._bytes += size
-        if self._bytes >= BATCH_BYTES or len(self._rows) >= 50_000:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows, self._bytes = [], 0
-
-
 def read_documents(
     path: Path, columns: Sequence[str] = ("doc_id", "sha256", "text")
 ) -> Iterator[dict[str, Any]]:
     """Stream rows of a documents table."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns)):
         yield from batch.to_pylist()
-
-
-def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path) -> dict[str, int]:
-    """Draw documents at random from shards (name -> folder) until they hold `chars` characters.
-
-    The draw depends on the texts and the seed alone, not on how they lie in shards; memory grows
-    with the sample and not with the corpus. Writes `documents.parquet`, the documents with their
-    shard, and returns counts. Raises InputError where the corpus holds no more than that.
-    """
-    drawn: dict[bytes, _Drawn] = {}
-    passed_over = 0
-    for name, path in sorted(shards.items()):
-        for row in read_documents(path / "documents.parquet", ["sha256", "n_chars"]):
-            lot = draw_lot(seed, row["sha256"])
-            drawn.setdefault(lot, _Drawn(name, row["sha256"], row["n_chars"]))
-        kept = _lowest(drawn, chars)
-        passed_over += len(drawn) - len(kept)
-        drawn = kept
-    if chars and not passed_over:
-        raise InputError(
-            f"prior.sample_chars: {chars} characters are wanted for D_prior, but the whole corpus "
-            f"holds {sum(d.chars for d in drawn.values())}; add to the corpus or lower it"
-        )
-    with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
-        for name, path in sorted(shards.items()):
-            wanted = {d.sha256 for d in drawn.values() if d.shard == name}
-            if wanted:
-                for row in read_documents(path / "documents.parquet", DOCUMENTS.names):
-                    if row["sha256"] in wanted:
-                        writer.add({**row, "shard": name}, len(row["text"]))
-    return {"documents": len(drawn), "chars": sum(d.chars for d in drawn.values())}
-
-
-class _Drawn(NamedTuple):
-    shard: str
-    sha256: str
-    chars: int
-
-
-def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
-    """The documents of lowest lot until they hold `chars` characters."""
-    kept, held = {}, 0
-    for lot, document in sorted(drawn.items()):
-        if held >= chars:
-            break
-        kept[lot] = document
-        held += document.chars
-    return kept
-
-
-def draw_lot(seed: int, sha256: str) -> bytes:
-    """A document's place in a random order that the seed fixes."""
-    return hashlib.sha256(f"{seed}|{sha256}".encode()).digest()[:8]
-
-
-SPLITS = ("held_out", "probe", "down")
-
-
-def split_domain(
-    documents: Path, seed: int, held_out: float, probe: float, folder: Path
-) -> dict[str, int]:
-    """Split a domain's documents at random into held-out, probe and D_down, by characters.
-
-    Writes `<split>/documents.parquet` for each, whole documents only, and returns their numbers
-    of documents and characters. Raises InputError where a split would be empty.
-    """
-    table = pl.read_parquet(documents, columns=["sha256", "n_chars"])
-    table = table.with_columns(
-        lot=pl.Series([draw_lot(seed, s) for s in table["sha256"]], dtype=pl.Binary)
-    ).sort("lot")
-    before = table["n_chars"].cum_sum().shift(1, fill_value=0) / max(1, table["n_chars"].sum())
-    split_of = {
-        sha256: "held_out" if share < held_out else "probe" if share < held_out + probe else "down"
-        for sha256, share in zip(table["sha256"], before, strict=True)
-    }
-    counts = dict.fromkeys([f"{s}_{unit}" for s in SPLITS for unit in ("documents", "chars")], 0)
-    with contextlib.ExitStack() as stack:
-        writers = {}
-        for split in SPLITS:
-            (folder / split).mkdir(exist_ok=True)
-            path = folder / split / "documents.parquet"
-            writers[split] = stack.enter_context(TableWriter(path, DOCUMENTS))
-        for row in read_documents(documents, DOCUMENTS.names):
-            split = split_of[row["sha256"]]
-            writers[split].add(row, len(row["text"]))
-            counts[f"{split}_documents"] += 1
-            counts[f"{split}_chars"] += row["n_chars"]
-    empty = [s for s in SPLITS if counts[f"{s}_documents"] == 0]
-    if empty:
-        raise InputError(
-            f"{len(table)} documents are too few to split into D_down, held-out and probe "
-            f"({' and '.join(empty)} would be empty); add documents or cut them smaller"
-        )
-    return counts
-
-
-def shared_documents(corpus: Mapping[str, Path], texts: Mapping[str, Path]) -> list[dict[str, str]]:
-    """Documents of the corpus that also stand in one of `texts` (name -> documents table).
-
-    Compared by the sha256 of the text. Returns source_file, source_line, text (which one).
-    """
-    known: dict[str, str] = {}
-    for name, path in texts.items():
-        known |= dict.fromkeys(pl.read_parquet(path, columns=["sha256"])["sha256"], name)
-    wanted = pl.LazyFrame({"sha256": list(known), "text": list(known.values())})
-    return [
-        row
-        for path in corpus.values()
-        for row in pl.scan_parquet(path)
-        .select("sha256", "source_file", "source_line")
-        .join(wanted, on="sha256")
-        .collect()
-        .to_dicts()
-    ]

@@ -15,8 +15,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colorfilter.documents import TableWriter
 from colorfilter.errors import InputError
+from colorfilter.parquet import TableWriter
 from colorfilter.tables import fetch_frame, fetch_row
 from colorfilter.tokens import open_tokens
 

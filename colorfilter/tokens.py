@@ -24,8 +24,8 @@ import polars as pl
 import pyarrow as pa
 import tokenizers
 
-from colorfilter.documents import TableWriter
 from colorfilter.errors import InputError
+from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
 
 END_OF_TEXT = "<|endoftext|>"
@@ -190,9 +190,10 @@ class _Packer:
 
     def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding) -> None:
         ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
-        # Asking for the offsets of one token at a time takes time in the document's length.
-        offsets = [*encoding.offsets, (n_chars, n_chars)]
-        start = 0
+        # Asking for the end of one token at a time takes time in the document's length. The
+        # end-of-text token, and whatever a tokenizer strips behind the last word, end the text.
+        ends = [end for _, end in encoding.offsets[:-1]] + [n_chars, n_chars]
+        start = char_start = 0
         while start < len(ids):
             take = min(len(self._row) - self._used, len(ids) - start)
             end = start + take
@@ -204,12 +205,12 @@ class _Packer:
                     "doc_id": doc_id,
                     "doc_start": start,
                     "n_tokens": take,
-                    "char_start": offsets[start][0],
-                    "char_end": offsets[end - 1][1],
+                    "char_start": char_start,
+                    "char_end": ends[end - 1],
                 }
             )
             self._used += take
-            start = end
+            start, char_start = end, ends[end - 1]
             if self._used == len(self._row):
                 self._emit()
 

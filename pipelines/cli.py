@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -126,11 +127,25 @@ def ui(
 
     plan, place = _open(recipe, home)
     plan_shards(plan, place)
+    _refuse_taken(port)
+    # Dagster's own: that `dagster dev` has a successor, that backfill policies are beta.
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
+    )
     workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
     console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
     command += ["-h", "127.0.0.1", "-p", str(port)]
     os.execv(sys.executable, command)  # noqa: S606
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(f"port {port} is in use; name another with --port") from error
 
 
 def _open(recipe: str, home: Path) -> tuple["Recipe", "Home"]:

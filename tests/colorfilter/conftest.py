@@ -4,11 +4,14 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
+import polars as pl
 import pytest
 from hypothesis import settings
 
 from colorfilter import documents, tokens
 from colorfilter.recipe import Model, Training
+from resources.score_store import SCHEMA
 
 settings.register_profile("small", max_examples=40, derandomize=True, deadline=None, database=None)
 settings.load_profile("small")
@@ -104,3 +107,64 @@ def tiny() -> Model:
 @pytest.fixture(scope="session")
 def quick_training() -> Training:
     return Training(learning_rate=1e-2, batch_sequences=4, warmup=0.1, decay=0.25)
+
+
+class Store:
+    """Score tables in memory: losses by a prior and a conditional of the domain `books`."""
+
+    def __init__(self) -> None:
+        self.connection = duckdb.connect()
+        self.connection.execute(SCHEMA)
+        for model in (
+            ("prior", "prior", None, True),
+            ("old_prior", "prior", None, False),
+            ("conditional", "conditional", "books", True),
+            ("old_conditional", "conditional", "books", False),
+            ("other", "conditional", "code", True),
+        ):
+            self.connection.execute("INSERT INTO models VALUES (?, ?, ?, '', ?)", model)
+
+    def insert(self, table: str, frame: pl.DataFrame) -> None:
+        rows = frame.to_arrow()  # noqa: F841  (read by name below)
+        self.connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows")
+
+    def add_sequences(self, shard: str, n_tokens: list[int]) -> None:
+        positions = range(len(n_tokens))
+        frame = pl.DataFrame({"shard": shard, "position": positions, "n_tokens": n_tokens})
+        self.insert("sequences", frame)
+
+    def add_losses(self, model: str, shard: str, losses: dict[int, float]) -> None:
+        frame = pl.DataFrame(
+            {"position": losses.keys(), "loss": losses.values()},
+            schema={"position": pl.Int64, "loss": pl.Float32},
+        )
+        labels = {"model": model, "shard": shard, "precision": "float32"}
+        self.insert("losses", frame.with_columns(**{k: pl.lit(v) for k, v in labels.items()}))
+
+    def add_colors(self, shard: str, colors: dict[int, float], prior: float = 4.0) -> None:
+        """Losses whose difference is `colors`, and others by models that do not count."""
+        self.add_losses("prior", shard, dict.fromkeys(colors, prior))
+        self.add_losses("conditional", shard, {p: prior + c for p, c in colors.items()})
+        for model in ("old_prior", "old_conditional", "other"):
+            self.add_losses(model, shard, {p: 9.0 - c for p, c in colors.items()})
+
+    def add_document(
+        self, shard: str, doc_id: str, sha256: str, spans: list[tuple[int, int]]
+    ) -> None:
+        """A document with spans (position, n_tokens)."""
+        total = sum(n for _, n in spans)
+        self.connection.execute(
+            "INSERT INTO documents VALUES (?, ?, ?, 1, 'web', 1, ?, ?, '{}')",
+            [doc_id, shard, f"/data/{doc_id}", total, sha256],
+        )
+        for position, n in spans:
+            self.connection.execute(
+                "INSERT INTO spans VALUES (?, ?, 0, ?, 0, ?, 0, 1)", [shard, position, doc_id, n]
+            )
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    made = Store()
+    yield made
+    made.connection.close()

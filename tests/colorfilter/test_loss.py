@@ -1,10 +1,12 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colorfilter import loss
 from colorfilter.loss import IGNORED, logits_nll, sequence_nll, shifted_labels
@@ -142,6 +144,27 @@ def test_full_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) ->
     expected, _ = reference(logits.double().numpy(), labels.numpy())
     nll, _ = logits_nll(logits, labels)
     np.testing.assert_allclose(nll.numpy(), expected, rtol=0, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+def test_the_full_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = make_case(4, 128, 6, 1000, 1.0, 0.0, 0)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64_000)
+    with LargestTensor() as largest:
+        sequence_nll(hidden, weight, labels)
+    assert largest.numel == 64_000
 
 
 def test_labels_are_the_following_tokens_of_the_real_part() -> None:

@@ -57,7 +57,6 @@ def test_a_fresh_model_has_the_vocabulary_and_sizes_asked_for(tiny: Model) -> No
         (Model(type="gpt_neox", config={**SMALL, "vocab_size": 300}), "vocab_size"),
         (Model(type="gpt_neox", config={**SMALL, "hidden_size": "big"}), "hidden_size"),
         (Model(type="gpt_neox", config={**SMALL, "num_attention_heads": 3}), "gpt_neox"),
-        (Model(type="bert", config={**SMALL, "is_decoder": False}), "bert"),
         (Model(type="vit", config={}), "vit"),
     ],
     ids=lambda value: value.type if isinstance(value, Model) else None,

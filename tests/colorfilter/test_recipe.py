@@ -236,7 +236,7 @@ def test_facts_are_plain_values_that_load_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tau", [1, 2.5, 16, 1_000_000])
 def test_an_arms_name_can_name_an_asset(tau: float) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_]+", Arm(method="color", tau=tau).name)
+    assert re.fullmatch(r"[A-Za-z0-9_.]+", Arm(method="color", tau=tau).name)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)

@@ -212,7 +212,7 @@ def test_memory_of_packing_does_not_grow_with_the_corpus(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARS", 2_000)
-    monkeypatch.setattr("colorfilter.documents.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("colorfilter.parquet.BATCH_BYTES", 20_000)
     text = "time year people way day man " * 10
 
     def peak(n: int) -> int:

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from resources.artifacts import ArtifactStore
+from resources.home import Home
 from tests.conftest import MODULES, Project, recipe_facts, write_corpus
 
 
@@ -162,6 +166,35 @@ def test_a_home_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
     done = colorfilter("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
     assert done.returncode == 2
     assert "cannot be used" in done.stderr
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_path: Path) -> None:
+    arguments = ["run", "--recipe", str(finished.path), "--home", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    chunks = tmp_path / "artifacts" / "prior_scores"
+    while not list(chunks.rglob("losses-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    written = {path.name for path in chunks.rglob("losses-*.parquet")}
+    assert colorfilter(*arguments).returncode == 0
+    assert written <= {path.name for path in chunks.rglob("losses-*.parquet")}
+    made = Home(tmp_path).kernel_runs.read_text().splitlines()
+    scored = [r["chunk"] for r in map(json.loads, made) if r["verb"] == "score"]
+    assert len(scored) == len(set(scored))
+    for arm in ("color_tau4", "random"):
+        asset = f"reference/{arm}/selection"
+        before, after = (
+            ArtifactStore(home=str(home)).current(asset).fingerprint
+            for home in (finished.home.root, tmp_path)
+        )
+        assert before == after
 
 
 def test_status_tells_what_stands(finished: Project) -> None:

@@ -39,5 +39,6 @@ def test_the_workspace_works_from_any_folder() -> None:
     assert entry["python_file"] == {
         "relative_path": "pipelines/definitions.py",
         "working_directory": ".",
+        "location_name": "colorfilter",
     }
     assert (ROOT / entry["python_file"]["relative_path"]).is_file()

@@ -1,0 +1,51 @@
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from colorfilter.files import file_sha256, write_atomically, write_text_atomically
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", b"\x00\xff" * 300_000])
+def test_the_hash_is_of_the_whole_content(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a").write_bytes(data)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_temporary_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "a.tmp").write_text("new")
+    write_atomically(tmp_path / "a.tmp", tmp_path / "a")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new"}
+
+
+def test_the_content_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.tmp").write_text("new")
+    synced: list[bool] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((tmp_path / "a").exists())
+        assert os.fstat(descriptor).st_ino == (tmp_path / "a.tmp").stat().st_ino
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "a.tmp", tmp_path / "a")
+    assert synced[:1] == [False]
+
+
+def test_a_text_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_text_atomically(path, "größe\n")
+    assert path.read_bytes() == "größe\n".encode()
+
+    def full(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomically(path, "other")
+    assert path.read_bytes() == "größe\n".encode()

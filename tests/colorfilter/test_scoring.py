@@ -1,0 +1,379 @@
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from colorfilter import loss, models, scoring
+from colorfilter.files import file_sha256
+from colorfilter.recipe import Model
+from colorfilter.scoring import Receipt, Scorer, chunk_ranges, score_shard, sequence_losses
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
+MODELS = {
+    "gpt_neox": Model(type="gpt_neox", config=SMALL),
+    "llama": Model(type="llama", config={**SMALL, "tie_word_embeddings": True}),
+    "gemma2": Model(type="gemma2", config={**SMALL, **GEMMA}),
+    "cohere": Model(type="cohere", config={**SMALL, "logit_scale": 0.25}),
+}
+
+
+@torch.no_grad()
+def lively(model: Model, seed: int, vocab_size: int = 280) -> PreTrainedModel:
+    """A fresh model with embeddings large enough for losses to differ by much."""
+    built = models.build(model, vocab_size, 16, seed).eval()
+    for weight in {built.get_input_embeddings().weight, built.get_output_embeddings().weight}:
+        weight.mul_(20)
+    return built
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return lively(MODELS["gpt_neox"], 0)
+
+
+@pytest.fixture(scope="module")
+def other_model() -> PreTrainedModel:
+    return lively(MODELS["gpt_neox"], 1)
+
+
+def reference(model: PreTrainedModel, rows: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+    exact = copy.deepcopy(model).double()
+    losses = []
+    with torch.no_grad():
+        for row, n in zip(rows, n_tokens, strict=True):
+            ids = torch.tensor([row[:n].tolist()])
+            logits = exact(input_ids=ids).logits[0, :-1].double()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+    return np.array(losses)
+
+
+def write_packed(folder: Path, n_tokens: list[int], length: int = 16) -> tuple[Path, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(n_tokens))
+    rows = rng.integers(1, 280, size=(len(n_tokens), length)).astype(np.uint16)
+    for row, n in zip(rows, n_tokens, strict=True):
+        row[n:] = 0
+    np.save(folder / "tokens.npy", rows)
+    pl.DataFrame(
+        {"position": range(len(n_tokens)), "n_tokens": n_tokens},
+        schema={"position": pl.Int64, "n_tokens": pl.Int32},
+    ).write_parquet(folder / "sequences.parquet")
+    return folder, rows
+
+
+def read_chunks(out: Path) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(p) for p in sorted(out.glob("*.parquet"))])
+
+
+# Losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_of_each_sequence_alone_in_float64(name: str, tmp_path: Path) -> None:
+    n_tokens = [16] * 20 + [9, 2]
+    folder, rows = write_packed(tmp_path / "tokens", n_tokens)
+    model = lively(MODELS[name], 0)
+    plain = models.head_weight(model) is not None
+    assert plain == (name in {"gpt_neox", "llama"})
+    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32")
+    table = read_chunks(tmp_path / "out")
+    assert table["position"].to_list() == list(range(22))
+    assert table["n_tokens"].to_list() == [n - 1 for n in n_tokens]
+    expected = reference(model, rows, np.array(n_tokens))
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(table["loss"].to_numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_losses_agree_with_those_of_transformers(model: PreTrainedModel, packed: Path) -> None:
+    rows = np.load(packed / "tokens.npy")[:10].astype(np.int64)
+    nll, _ = Scorer(model).losses(rows, np.full(10, 16))
+    with torch.no_grad():
+        for row, value in zip(torch.from_numpy(rows)[:, None], nll, strict=True):
+            assert model(input_ids=row, labels=row).loss.item() == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_losses_keep_their_tolerance(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    _, rows = write_packed(tmp_path, [64] * 12, length=64)
+    model = models.build(MODELS[name], 280, 64, seed=0).eval().to(dtype)
+    nll, _ = Scorer(model).losses(rows, np.full(12, 64))
+    assert nll.dtype == np.float32
+    expected = reference(model, rows, np.full(12, 64))
+    np.testing.assert_allclose(nll, expected, rtol=0, atol=5e-3)
+
+
+def test_a_loss_does_not_depend_on_batch_size_or_place(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_tokens = np.array([16, 16, 5, 16, 2, 16, 16, 11, 16])
+    _, rows = write_packed(tmp_path, n_tokens.tolist())
+    scorer = Scorer(model)
+    found = []
+    for batch in (1, 48, 10_000):
+        monkeypatch.setattr(scoring, "BATCH_TOKENS", batch)
+        found.append(sequence_losses(scorer, rows, n_tokens)[0])
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=0, atol=1e-5)
+    backwards, _ = sequence_losses(scorer, rows[::-1].copy(), n_tokens[::-1].copy())
+    np.testing.assert_allclose(backwards[::-1], found[0], rtol=0, atol=1e-5)
+
+
+def test_what_stands_in_the_padding_does_not_count(model: PreTrainedModel, tmp_path: Path) -> None:
+    n_tokens = np.array([9])
+    _, rows = write_packed(tmp_path, [9])
+    nll, n = Scorer(model).losses(rows, n_tokens)
+    rows[0, 9:] = 77
+    padded, _ = Scorer(model).losses(rows, n_tokens)
+    assert n.tolist() == [8]
+    assert padded[0] == pytest.approx(nll[0], abs=1e-6)
+
+
+def test_a_model_that_was_training_is_scored_without_dropout(tmp_path: Path) -> None:
+    dropping = Model(type="gpt_neox", config={**SMALL, "hidden_dropout": 0.5})
+    model = models.build(dropping, 280, 16, seed=0).train()
+    _, rows = write_packed(tmp_path, [16] * 4)
+    scorer = Scorer(model)
+    one, _ = scorer.losses(rows, np.full(4, 16))
+    two, _ = scorer.losses(rows, np.full(4, 16))
+    assert (one == two).all()
+
+
+# Chunks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "CHUNK_SEQUENCES", 5)
+
+
+class Counting(Scorer):
+    """Counts the sequences that it scores."""
+
+    scored = 0
+
+    def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.scored += len(tokens)
+        return super().losses(tokens, n_tokens)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 6, 17])
+def test_chunks_cover_the_sequences_once_and_in_order(n: int, small_chunks: None) -> None:
+    ranges = chunk_ranges(n)
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(n))
+    assert all(0 < stop - start <= 5 for start, stop in ranges)
+
+
+def test_chunks_hold_each_sequence_once_per_model_and_receipts_say_what(
+    model: PreTrainedModel, tmp_path: Path, small_chunks: None
+) -> None:
+    folder, _ = write_packed(tmp_path / "tokens", [16] * 11 + [7])
+    receipts = score_shard({"m": Scorer(model)}, folder, "web-1", tmp_path / "out", "float32")
+    assert [(r.start, r.stop, r.sequences, r.tokens) for r in receipts] == [
+        (0, 5, 5, 80),
+        (5, 10, 5, 80),
+        (10, 12, 2, 23),
+    ]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [r.file for r in receipts]
+    for r in receipts:
+        assert r.seconds > 0
+        assert file_sha256(tmp_path / "out" / r.file) == r.sha256
+        assert r.sha256[:16] in r.file
+    table = read_chunks(tmp_path / "out")
+    assert dict(table.schema) == {
+        "model": pl.String,
+        "shard": pl.String,
+        "position": pl.Int64,
+        "loss": pl.Float32,
+        "n_tokens": pl.Int32,
+        "precision": pl.String,
+    }
+    assert table["position"].to_list() == list(range(12))
+    assert table.select("model", "shard", "precision").unique().rows() == [
+        ("m", "web-1", "float32")
+    ]
+
+
+def test_several_models_are_scored_in_one_pass(
+    model: PreTrainedModel, other_model: PreTrainedModel, tmp_path: Path, small_chunks: None
+) -> None:
+    folder, rows = write_packed(tmp_path / "tokens", [16] * 7)
+    scorers = {"one": Scorer(model), "two": Scorer(other_model)}
+    receipts = score_shard(scorers, folder, "s", tmp_path / "out", "float32")
+    assert len(receipts) == 2
+    table = read_chunks(tmp_path / "out")
+    assert len(table) == 14
+    for name, m in (("one", model), ("two", other_model)):
+        mine = table.filter(pl.col("model") == name).sort("position")
+        assert mine["position"].to_list() == list(range(7))
+        expected = reference(m, rows, np.full(7, 16))
+        np.testing.assert_allclose(mine["loss"].to_numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_sequence_of_one_token_gets_no_row(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder, _ = write_packed(tmp_path / "tokens", [16, 16, 1])
+    (receipt,) = score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32")
+    table = read_chunks(tmp_path / "out")
+    assert table["position"].to_list() == [0, 1]
+    assert table["loss"].is_finite().all()
+    assert receipt.sequences == 3
+
+
+def test_a_shard_without_sequences_has_no_chunks(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder, _ = write_packed(tmp_path / "tokens", [])
+    assert score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32") == []
+
+
+@pytest.fixture
+def scored(
+    model: PreTrainedModel, tmp_path: Path, small_chunks: None
+) -> tuple[Path, Path, list[Receipt]]:
+    folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
+    out = tmp_path / "out"
+    return folder, out, score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_what_stands_is_not_scored_again(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
+) -> None:
+    folder, out, receipts = scored
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    scorer = Counting(model)
+    again = score_shard({"m": scorer}, folder, "s", out, "float32")
+    assert scorer.scored == 0
+    assert [(r.file, r.sha256, r.tokens) for r in again] == [
+        (r.file, r.sha256, r.tokens) for r in receipts
+    ]
+    assert [r.seconds for r in again] == [0.0] * 4
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("lost", [[1], [0, 3], [2, 3]])
+def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]], lost: list[int]
+) -> None:
+    folder, out, receipts = scored
+    before = contents(out)
+    for i in lost:
+        (out / receipts[i].file).unlink()
+    scorer = Counting(model)
+    again = score_shard({"m": scorer}, folder, "s", out, "float32")
+    assert scorer.scored == sum(receipts[i].sequences for i in lost)
+    assert [r.seconds > 0 for r in again] == [i in lost for i in range(4)]
+    assert contents(out) == before
+
+
+def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 16)
+    folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
+    calls = 0
+
+    def killing(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", killing)
+    assert len(contents(tmp_path / "out")) == 2
+    scorer = Counting(model)
+    score_shard({"m": scorer}, folder, "s", tmp_path / "out", "float32")
+    assert scorer.scored == 7
+    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "whole", "float32")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_chunk_is_scored_again(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
+) -> None:
+    folder, out, receipts = scored
+    before = contents(out)
+    path = out / receipts[2].file
+    path.write_bytes(before[path.name][:-20] + b"x" * 20)
+    scorer = Counting(model)
+    score_shard({"m": scorer}, folder, "s", out, "float32")
+    assert scorer.scored == receipts[2].sequences
+    assert contents(out) == before
+
+
+def test_a_damaged_chunk_of_another_name_does_not_stay_beside_the_new_one(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
+) -> None:
+    folder, out, receipts = scored
+    before = contents(out)
+    path = out / receipts[2].file
+    path.rename(out / f"{path.stem[:-16]}{'0' * 16}.parquet")
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+    assert contents(out) == before
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_not_read(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
+) -> None:
+    folder, out, receipts = scored
+    before = contents(out)
+    (out / receipts[1].file).unlink()
+    (out / "losses-0000000005-0000000010.tmp").write_bytes(b"half a file")
+    (out / "losses-0000000099-0000000100.tmp").write_bytes(b"")
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_progress_adds_up_to_the_tokens_per_model(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]], damaged: bool
+) -> None:
+    folder, out, receipts = scored
+    (out / receipts[0].file).unlink()
+    if damaged:
+        (out / receipts[1].file).write_bytes(b"damaged")
+    done: list[int] = []
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", done.append)
+    assert sum(done) == 17 * 16
+
+
+# Memory --------------------------------------------------------------------------------------
+
+GROWTH_LIMIT = 16 * 2**20
+
+
+def test_memory_stays_flat_over_thousands_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**18)
+    vocab_size = 4096
+    wide = Model(type="gpt_neox", config={**SMALL, "hidden_size": 64})
+    scorer = Scorer(lively(wide, 0, vocab_size))
+    rng = np.random.default_rng(0)
+    process = psutil.Process(os.getpid())
+
+    def batches(n: int) -> None:
+        for _ in range(n):
+            size, length = rng.integers(1, 9), rng.integers(2, 49)
+            rows = rng.integers(0, vocab_size, size=(size, length))
+            scorer.losses(rows, np.full(size, length))
+
+    batches(500)
+    before = process.memory_info().rss
+    batches(2000)
+    assert process.memory_info().rss - before < GROWTH_LIMIT

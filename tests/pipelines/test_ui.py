@@ -1,0 +1,351 @@
+"""The web UI as a person meets it: the real server, a real browser, clicks; runs by GraphQL."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+import pytest
+
+from resources.artifacts import ArtifactStore
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TINY = REPOSITORY / "tests" / "tiny.yaml"
+GROUPS = ["corpus", "auxiliary", "scores", "filtered", "evaluated"]
+T = TypeVar("T")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *arguments]
+
+
+def wait_for(what: str, look: Callable[[], T | None], seconds: float) -> T:
+    """The first thing that `look` finds. Fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = look()
+        if found is not None:
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"no {what} after {seconds:.0f} s")
+
+
+@dataclass
+class Server:
+    """`colorfilter ui` at work over a home."""
+
+    process: psutil.Process
+    port: int
+    home: Path
+    log: Path
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def processes(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
+    def answers(self) -> bool | None:
+        """True once it does; None until then."""
+        assert self.process.is_running(), self.log.read_text()
+        assert self.process.status() != psutil.STATUS_ZOMBIE, self.log.read_text()
+        try:
+            with urllib.request.urlopen(self.address, timeout=10) as response:
+                return True if response.status == 200 else None
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return None
+
+    def ask(self, query: str) -> dict[str, Any]:
+        """Answer to a GraphQL query."""
+        request = urllib.request.Request(
+            f"{self.address}/graphql",
+            json.dumps({"query": query}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer = json.load(response)
+        assert "errors" not in answer, answer
+        return answer["data"]
+
+    def locations(self) -> list[dict[str, Any]] | None:
+        """The code locations once all are loaded."""
+        query = """
+            {workspaceOrError {... on Workspace {locationEntries {
+                name loadStatus locationOrLoadError {__typename ... on PythonError {message}}
+            }}}}
+        """
+        entries = self.ask(query)["workspaceOrError"]["locationEntries"]
+        return entries if entries and all(e["loadStatus"] == "LOADED" for e in entries) else None
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        query = """
+            {runsOrError {... on Runs {results {
+                runId status jobName assetSelection {path} tags {key value}
+            }}}}
+        """
+        return {run["runId"]: run for run in self.ask(query)["runsOrError"]["results"]}
+
+    def new_run_succeeds(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The one run not known yet, once it has succeeded."""
+
+        def ended() -> dict[str, Any] | None:
+            new = [run for name, run in self.runs().items() if name not in known]
+            assert len(new) <= 1
+            if not new or new[0]["status"] not in {"SUCCESS", "FAILURE", "CANCELED"}:
+                return None
+            return new[0]
+
+        run = wait_for("ended run", ended, seconds)
+        assert run["status"] == "SUCCESS", self.log.read_text()[-5000:]
+        return run
+
+    def stop_as_by_ctrl_c(self) -> list[psutil.Process]:
+        """Interrupt the foreground group; returns what had to be killed after half a minute."""
+        there = self.processes()
+        os.killpg(self.process.pid, signal.SIGINT)
+        _, left = psutil.wait_procs(there, timeout=30)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=10)
+        return left
+
+
+@pytest.fixture(scope="session")
+def run_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the command line has run the tiny recipe."""
+    home = tmp_path_factory.mktemp("ui") / "home"
+    done = subprocess.run(
+        command("run", "--recipe", str(TINY), "--home", str(home)),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(run_home: Path) -> Iterator[Server]:
+    """The web UI over that home, its code loaded; in the end nothing of it may be left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    log = run_home.parent / "ui.log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command("ui", "--recipe", str(TINY), "--home", str(run_home), "--port", str(port)),
+            cwd=run_home.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(psutil.Process(started.pid), port, run_home, log)
+    try:
+        wait_for("answer", server.answers, 90)
+        (location,) = wait_for("loaded code location", server.locations, 60)
+        loaded = location["locationOrLoadError"]
+        assert loaded["__typename"] == "RepositoryLocation", loaded
+        yield server
+    finally:
+        left = server.stop_as_by_ctrl_c()
+        started.wait(10)
+    assert not left, f"Ctrl-C did not end {left}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Watch:
+    """What a browser context complains about, and whom it calls besides the server."""
+
+    server: Server
+    errors: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    def attach(self, context: "BrowserContext") -> None:
+        context.on("console", self._console)
+        context.on("weberror", lambda e: self.errors.append(str(e.error)))
+        context.on("request", self._request)
+        context.on("page", lambda p: p.on("websocket", lambda w: self._address(w.url)))
+
+    def _console(self, message: "ConsoleMessage") -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+    def _request(self, request: "Request") -> None:
+        self._address(request.url)
+
+    def _address(self, url: str) -> None:
+        own = re.compile(rf"(http|ws)://127\.0\.0\.1:{self.server.port}/|data:|blob:")
+        if not own.match(url):
+            self.elsewhere.append(url)
+
+
+@pytest.fixture
+def page(server: Server, browser: "Browser") -> Iterator["Page"]:
+    """A fresh page; no test may leave an error in its console or call another host."""
+    context = browser.new_context(base_url=server.address, viewport={"width": 1600, "height": 1000})
+    watch = Watch(server)
+    watch.attach(context)
+    context.set_default_timeout(30_000)
+    yield context.new_page()
+    context.close()
+    assert watch.errors == []
+    assert watch.elsewhere == []
+
+
+def see(page: "Page", text: str | re.Pattern[str]) -> None:
+    """A text is to be seen on the page, within the time that a busy machine needs."""
+    sync_api.expect(page.get_by_text(text).filter(visible=True).first).to_be_visible(timeout=30_000)
+
+
+def drawn_pictures(page: "Page", at_least: int) -> list[str]:
+    """Labels of the pictures in the metadata, all of which the browser could draw."""
+    pictures = page.locator("table img")
+    sync_api.expect(pictures.nth(at_least - 1)).to_be_visible(timeout=30_000)
+    labels = []
+    for picture in pictures.all():
+        width, height = picture.evaluate("i => [i.naturalWidth, i.naturalHeight]")
+        assert width >= 100
+        assert height >= 40
+        labels.append(picture.get_attribute("alt") or "")
+    return labels
+
+
+def test_the_graph_shows_the_stages(page: "Page") -> None:
+    page.goto("/asset-groups")
+    for group in GROUPS:
+        node = page.locator("svg foreignObject").get_by_text(group, exact=True)
+        sync_api.expect(node).to_be_visible(timeout=30_000)
+
+
+def test_what_the_command_line_ran_is_seen(page: "Page", server: Server) -> None:
+    (run,) = [run for run in server.runs().values() if run["jobName"] == "everything"]
+    page.goto(f"/runs/{run['runId']}")
+    for fact in ("everything", "Success", "reference__report"):
+        see(page, fact)
+
+
+def test_score_tables_show_what_they_are_and_how_color_is_distributed(
+    page: "Page", server: Server
+) -> None:
+    page.goto("/assets/score_tables")
+    see(page, "The losses joined to sequences, spans and documents")
+    for key in ("documents", "spans", "sequences", "losses", "fingerprint"):
+        sync_api.expect(page.get_by_role("cell", name=key, exact=True)).to_be_visible()
+    see(page, str(server.home / "scores.duckdb"))
+    (label,) = drawn_pictures(page, 1)
+    assert "nats per token" in label
+    for fact in ("Latest materialization", "pretraining-data", "DuckDB"):
+        see(page, fact)
+
+
+def test_a_target_model_shows_its_learning_curves(page: "Page") -> None:
+    page.goto("/assets/reference/color_tau8/target_model")
+    see(page, "A fresh model per seed")
+    labels = drawn_pictures(page, 2)
+    assert any(label.startswith("training loss") for label in labels)
+    assert any(label.startswith("held-out loss") for label in labels)
+
+
+def test_the_report_compares_the_arms(page: "Page") -> None:
+    page.goto("/assets/reference/report")
+    for fact in ("color_tau8", "random", "loss by seed", "report.md"):
+        see(page, fact)
+
+
+def test_every_shard_is_a_partition_that_stands(page: "Page", server: Server) -> None:
+    shards = [shard.name for shard in ArtifactStore(home=str(server.home)).at.shards()]
+    page.goto("/assets/raw_corpus?view=partitions")
+    for shard in (*shards, "_probe_reference"):
+        see(page, shard)
+    see(page, f"Materialized ({len(shards) + 1})")
+
+
+def test_the_checks_are_seen_to_have_passed(page: "Page") -> None:
+    page.goto("/assets/score_tables?view=checks")
+    for fact in ("reference_below_corpus", "scores_complete", "mean color", "Passed"):
+        see(page, fact)
+
+
+def test_an_asset_is_materialized_by_a_click(page: "Page", server: Server) -> None:
+    known = server.runs()
+    page.goto("/assets/reference/report")
+    page.get_by_role("button", name="Materialize").first.click()
+    run = server.new_run_succeeds(known, 60)
+    assert run["assetSelection"] == [{"path": ["reference", "report"]}]
+    row = page.get_by_role("row").filter(has=page.get_by_role("cell", name="found standing"))
+    sync_api.expect(row.get_by_role("cell").last).to_have_text("1", timeout=30_000)
+
+
+def test_all_shards_are_materialized_in_one_run_and_a_lost_one_is_made_again(
+    page: "Page", server: Server
+) -> None:
+    """The run is a process that the server started, and starts processes that read the shards."""
+    artifacts = ArtifactStore(home=str(server.home))
+    first = artifacts.at.shards()[0].name
+    lost = artifacts.current("raw_corpus", first)
+    shutil.rmtree(lost.path)
+    known = server.runs()
+    page.goto("/assets/raw_corpus")
+    page.get_by_role("button", name="Materialize").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="All", exact=True).click()
+    dialog.get_by_role("button", name="Launch backfill").click()
+    run = server.new_run_succeeds(known, 120)  # the daemon looks for backfills every 30 s
+    assert run["assetSelection"] == [{"path": ["raw_corpus"]}]
+    again = artifacts.current("raw_corpus", first)
+    assert (again.path, again.fingerprint) == (lost.path, lost.fingerprint)
+
+
+def test_only_this_machine_can_reach_the_server(server: Server) -> None:
+    listening = set()
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening.add((connection.laddr.ip, connection.laddr.port))
+    assert ("127.0.0.1", server.port) in listening
+    assert all(ip_address(ip).is_loopback for ip, _ in listening)
