@@ -7,6 +7,7 @@ is kept in a rejects table with the reason; exact duplicates within a shard go t
 """
 
 import ast
+import codecs
 import fnmatch
 import gzip
 import hashlib
@@ -23,7 +24,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, one_line
 from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Source
@@ -214,7 +215,7 @@ def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
             yield from read(stream, file.uri, source.text_field)
     except UNREADABLE as error:
         raise InputError(
-            f"source {source.name}: {file.uri} cannot be read ({_one_line(error)}); mend or "
+            f"source {source.name}: {file.uri} cannot be read ({one_line(error)}); mend or "
             "exclude it"
         ) from error
 
@@ -232,6 +233,8 @@ def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) > MAX_DOCUMENT_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_DOCUMENT_BYTES)
@@ -262,7 +265,7 @@ def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]
         yield Reject(uri, 1, "longer than 16 MiB", _excerpt(data[:200]))
         return
     try:
-        yield _document(uri, 1, {field: data.decode("utf-8")}, field)
+        yield _document(uri, 1, {field: data.decode("utf-8-sig")}, field)
     except UnicodeDecodeError:
         yield Reject(uri, 1, "not UTF-8", _excerpt(data[:200]))
 
@@ -296,10 +299,6 @@ def _document(uri: str, line: int, row: object, field: str) -> Document | Reject
 def _excerpt(value: str | bytes) -> str:
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return text[:200].encode("utf-8", "replace").decode("utf-8")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def text_sha256(text: str) -> str:

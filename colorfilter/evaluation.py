@@ -126,5 +126,5 @@ def summarize(values: Sequence[float]) -> Summary:
     if n < 2:
         return Summary(mean, math.nan, n)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    t = T95[n - 2] if n - 2 < len(T95) else 1.96
+    t = T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.4 / (n - 1)
     return Summary(mean, t * deviation / math.sqrt(n), n)

@@ -29,7 +29,7 @@ def sequence_nll(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean negative log-likelihood of each sequence under logits `hidden @ head_weight.T`.
 
-    hidden [B, T, D], head_weight [V, D], labels int64 [B, T] with IGNORED left out
+    hidden [B, T, D], head_weight float32 [V, D], labels int64 [B, T] with IGNORED left out
     -> (float32 [B] nats per token, int32 [B] number of labels). A row without labels is NaN.
 
     The logits are made for some rows at a time in one buffer that is used again: full logits
@@ -39,10 +39,10 @@ def sequence_nll(
     rows, targets = hidden.flatten(0, 1), labels.flatten()
     weight = head_weight.T
     step = max(1, CHUNK_LOGITS // head_weight.shape[0])
-    buffer = hidden.new_empty(min(step, len(rows)), head_weight.shape[0])
+    buffer = weight.new_empty(min(step, len(rows)), head_weight.shape[0])
     nll = torch.zeros(len(rows), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(rows), step):
-        chunk = rows[start : start + step]
+        chunk = rows[start : start + step].to(weight.dtype)
         logits = torch.mm(chunk, weight, out=buffer[: len(chunk)])
         nll[start : start + step] = _token_nll(logits, targets[start : start + step])
     return _mean(nll.view_as(labels), labels)

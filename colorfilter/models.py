@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, one_line
 from colorfilter.recipe import Model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -28,21 +30,23 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
     Raises InputError for a type that transformers does not know, a key that its configuration
     does not have (transformers itself would take it in silence), or too short a context.
     """
+    own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
     try:
         known = AutoConfig.for_model(model.type).to_dict()
         for key in model.config:
+            if key in own:
+                raise InputError(f"model.config.{key}: comes from the tokenizer; remove it")
             if key not in known:
                 raise InputError(f"model.config.{key}: not a setting of {model.type}; remove it")
-        config = AutoConfig.for_model(
-            model.type, **model.config, vocab_size=vocab_size, bos_token_id=None, eos_token_id=0
-        )
+        config = AutoConfig.for_model(model.type, **model.config, **own)
         _check_context(config, sequence_length, f"a {model.type} of this configuration")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            return fresh
-    except ValueError as error:
-        raise InputError(f"model of type {model.type}: {str(error).splitlines()[0]}") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"model of type {model.type}: {one_line(error)}") from error
+    _refuse_not_causal(fresh, f"a model of type {model.type}")
+    return fresh
 
 
 def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
@@ -54,10 +58,23 @@ def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[precision], use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model at {path}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"no model at {path}: {one_line(error)}") from error
     model.eval()
+    _refuse_not_causal(model, f"the model at {path}")
     return model
+
+
+@torch.inference_mode()
+def _refuse_not_causal(model: PreTrainedModel, which: str) -> None:
+    """A model whose first logits depend on what follows would see its own labels."""
+    training = model.training
+    model.eval()
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
+    first = model(input_ids=tokens).logits[:, 0].float()
+    model.train(training)
+    if not torch.allclose(first[0], first[1], atol=1e-2, equal_nan=True):
+        raise InputError(f"{which} is no causal language model: it looks ahead; name another type")
 
 
 def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
@@ -68,9 +85,7 @@ def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"prior.path: no model at {path} ({str(error).splitlines()[0]})"
-        ) from error
+        raise InputError(f"prior.path: no model at {path} ({one_line(error)})") from error
     text = config.get_text_config()
     if vocab_size > text.vocab_size:
         raise InputError(
@@ -116,19 +131,24 @@ def n_parameters(model: PreTrainedModel) -> dict[str, int]:
 def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
     """The head's weight [V, D] where logits are `hidden @ weight.T` and nothing else, else None.
 
-    Tried on a few tokens and not believed: some architectures scale, cap or shift their logits.
+    Tried on a few tokens and not believed: some architectures scale, cap or shift what goes into
+    the head or comes out of it. In a plain one both pass through it unchanged.
     """
     head = model.get_output_embeddings()
     weight: Any = getattr(head, "weight", None)
-    if weight is None:
+    if weight is None or getattr(head, "bias", None) is not None:
         return None
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(_module: object, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen["input"], seen["output"] = arguments[0], output
+
     tokens = torch.arange(8, device=weight.device)[None]
-    hidden = model.base_model(input_ids=tokens).last_hidden_state
-    logits = model(input_ids=tokens).logits
-    if hidden.shape[-1] != weight.shape[-1] or logits.shape[-1] != weight.shape[0]:
-        return None
-    plain = (hidden @ weight.T).float()
-    scale = logits.float().abs().max().item()
-    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-    same = torch.allclose(plain, logits.float(), rtol=0, atol=tolerance * max(scale, 1.0))
-    return weight if same else None
+    hook = head.register_forward_hook(look)
+    try:
+        logits = model(input_ids=tokens).logits
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+    finally:
+        hook.remove()
+    plain = torch.equal(seen["input"], hidden) and torch.equal(seen["output"], logits)
+    return weight if plain else None

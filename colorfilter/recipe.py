@@ -5,6 +5,7 @@ Unknown keys and impossible values are refused with the field's path and the men
 are relative to the recipe's folder.
 """
 
+import glob
 import os
 import re
 import sysconfig
@@ -18,13 +19,14 @@ from colorfilter.errors import InputError
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Format = Literal["jsonl", "parquet", "text", "python_dict"]
 
 
 class Section(BaseModel):
     """A part of the recipe. Frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def facts(self) -> dict[str, Any]:
         """The section as plain JSON values: what enters an artefact's key."""
@@ -75,7 +77,7 @@ class Training(Section):
     decay: float = Field(0.2, gt=0, le=1, description="share of the tokens at the end (wsd)")
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak (cosine)")
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
@@ -136,7 +138,9 @@ class Arm(Section):
 
     @property
     def name(self) -> str:
-        return self.method if self.tau is None else f"{self.method}_tau{self.tau:g}"
+        if self.tau is None:
+            return self.method
+        return f"{self.method}_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
 
 
 class Filtered(Section):
@@ -275,9 +279,10 @@ def _unique_names(section: S, *fields: str) -> S:
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Expand variables and anchor relative paths, so that the recipe means one thing anywhere."""
+    beside = Path(glob.escape(str(folder)))
 
     def source(s: Source, where: str) -> Source:
-        return s.model_copy(update={"files": _expand(s.files, folder, f"{where}.{s.name}.files")})
+        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
     def local(path: str | None, where: str) -> str | None:
         # A hub name such as 'EleutherAI/pythia-160m' has no leading dot or slash and stays.

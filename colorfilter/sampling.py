@@ -39,8 +39,8 @@ def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path)
         drawn = kept
     if chars and not passed_over:
         raise InputError(
-            f"prior.sample_chars: {chars} characters are wanted for D_prior, but the whole corpus "
-            f"holds {sum(d.chars for d in drawn.values())}; add to the corpus or lower it"
+            f"prior.sample_chars: {chars} characters are wanted for D_prior, which would take the "
+            f"whole corpus ({sum(d.chars for d in drawn.values())}); add to the corpus or lower it"
         )
     with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
         for name, path in sorted(shards.items()):

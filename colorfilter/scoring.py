@@ -43,7 +43,8 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
-        self._weight = head_weight(model)
+        weight = head_weight(model)
+        self._weight = None if weight is None else weight.float()
 
     @torch.inference_mode()
     def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 import tokenizers
 
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, one_line
 from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
 
@@ -81,16 +81,10 @@ def copy_tokenizer(path: str, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"tokenizer.path: no tokenizer at {path} ({_first_line(error)})"
-        ) from error
+        raise InputError(f"tokenizer.path: no tokenizer at {path} ({one_line(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise InputError(f"tokenizer.path: {path} needs a tokenizer.json and an eos_token")
     tokenizer.save_pretrained(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class Encoder:

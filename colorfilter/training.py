@@ -100,7 +100,10 @@ def planned_tokens(spec: TrainSpec) -> int:
     length = open_tokens(spec.tokens).shape[1]
     size = spec.training.batch_sequences
     phases = _phases(spec)
-    sequences = sum(min((p.stop - p.start) * size, spec.endpoints[p.target]) for p in phases)
+    sequences = 0
+    for phase in phases:
+        last = spec.endpoints[phase.target]
+        sequences += min(phase.stop * size, last) - min(phase.start * size, last)
     return sequences * int(length)
 
 
@@ -150,9 +153,13 @@ class _Run:
 
     def _initial_model(self) -> PreTrainedModel:
         if isinstance(self.spec.start, Model):
-            vocab_size = Encoder(self.spec.tokenizer).vocab_size
+            encoder = Encoder(self.spec.tokenizer)
             length = self.tokens.shape[1]
-            return models.build(self.spec.start, vocab_size, length, self.spec.seed)
+            model = models.build(self.spec.start, encoder.vocab_size, length, self.spec.seed)
+            model.config.eos_token_id = encoder.end_of_text
+            if model.generation_config is not None:
+                model.generation_config.eos_token_id = encoder.end_of_text
+            return model
         return models.load(self.spec.start)
 
     def _optimizer(self) -> torch.optim.AdamW:
