@@ -1,5 +1,6 @@
 """Run the graph through Dagster from a program, in this process."""
 
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from resources.home import Home
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
+PROCESS = "colorfilter/process"
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,38 @@ def execute(
     job = build_definitions(recipe, str(home.root)).resolve_job_def(EVERYTHING)
     run_id = str(uuid.uuid4())
     with dg.DagsterInstance.get() as instance:
+        _bury_the_dead(instance)
         instance.add_event_listener(run_id, on_event)
         result = job.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_id=run_id,
-            tags={RANGE_START: shards[0], RANGE_END: shards[-1]},
+            tags={RANGE_START: shards[0], RANGE_END: shards[-1], PROCESS: str(os.getpid())},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
         return None if result.success else _failure(result)
+
+
+def _bury_the_dead(instance: dg.DagsterInstance) -> None:
+    """Fail the runs of processes that were killed, and free the pools they still hold.
+
+    Otherwise a killed run counts as started for ever, and the next one waits for its device.
+    """
+    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        process = run.tags.get(PROCESS)
+        if process and not _alive(int(process)):
+            instance.report_run_failed(run, "its process is gone; another run goes on from there")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's, so alive
+    return True
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> Failure:

@@ -109,6 +109,9 @@ class Attempt:
     def abandon(self) -> None:
         """Remove what was built: the input was bad, so there is nothing to go on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # as far up as nothing else is there
+            for parent in self.folder.parents:
+                parent.rmdir()
         self.release()
 
     def release(self) -> None:

@@ -5,7 +5,6 @@ device opened at the first call; loaded models are kept by fingerprint within th
 freed in teardown. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
-import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
 
     from colorfilter.scoring import Receipt, Scorer
     from colorfilter.training import Checkpoint, TrainSpec
-
-
-# Read by OpenMP when torch is loaded: threads that spin while they wait halve the speed of
-# training on a machine where anything else runs (measured with one of two cores busy).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class Gpu(dg.ConfigurableResource):
