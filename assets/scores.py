@@ -186,7 +186,7 @@ def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
             "WHERE domain = ? AND NOT starts_with(shard, '_')",
             [domain],
         )
-        bins = 40
+        bins = 28
         width = (high - low) / bins or 1.0
         found = fetch(
             connection,

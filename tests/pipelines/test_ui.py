@@ -284,7 +284,7 @@ def test_score_tables_show_what_they_are_and_how_color_is_distributed(
 
 def test_a_target_model_shows_its_learning_curves(page: "Page") -> None:
     page.goto("/assets/reference/color_tau8/target_model")
-    see(page, "A fresh model per seed")
+    see(page, "a fresh model per seed")
     labels = drawn_pictures(page, 2)
     assert any(label.startswith("training loss") for label in labels)
     assert any(label.startswith("held-out loss") for label in labels)

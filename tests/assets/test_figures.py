@@ -1,0 +1,14 @@
+from assets.figures import histogram, picture
+
+INLINE = 1_000  # characters of Markdown up to which the web UI draws a picture in the table
+
+
+def test_pictures_are_small_enough_to_be_drawn_inline() -> None:
+    curve = picture([10.0 - 0.1234 * i for i in range(40)], "training loss")
+    bars = histogram([i * 7919 % 1000 for i in range(28)], -123.45, 123.45)
+    assert len(str(curve.value)) < INLINE
+    assert len(str(bars.value)) < INLINE
+
+
+def test_a_flat_curve_is_drawn() -> None:
+    assert "loss: 1.000 to 1.000" in str(picture([1.0, 1.0], "loss").value)
