@@ -23,7 +23,7 @@ from assets.common import (
     sharded_result,
     total,
 )
-from colorfilter import documents, sampling, tokens
+from colorfilter import documents, sampling, shards, tokens
 from colorfilter.errors import InputError
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Domain, Recipe, Source
@@ -207,7 +207,7 @@ def domain_assets(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
     )
     def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """The domain's documents, split once into D_down, held-out and probe."""
-        files = documents.list_files(domain.sources)
+        files = shards.list_files(domain.sources)
 
         def build(folder: Path) -> dict[str, int]:
             progress = Progress(context, sum(f.size for f in files), "bytes")
@@ -312,14 +312,14 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
 
 def plan(artifacts: ArtifactStore, recipe: Recipe) -> list[str]:
     """Plan shards for what the sources match now, and return all shards' names."""
-    files = documents.list_files(recipe.corpus.sources)
+    files = shards.list_files(recipe.corpus.sources)
     home = artifacts.at
-    home.write_shards(documents.plan_shards(files, recipe.corpus.shard_bytes, home.shards()))
+    home.write_shards(shards.plan_shards(files, recipe.corpus.shard_bytes, home.shards()))
     return shard_names(artifacts, recipe)
 
 
 def read_shard(
-    folder: Path, files: Sequence[documents.InputFile], sources: Sequence[Source]
+    folder: Path, files: Sequence[shards.InputFile], sources: Sequence[Source]
 ) -> dict[str, int]:
     """Build one shard of `raw_corpus` (in a process of its own)."""
     return documents.write_documents(files, sources, folder)

@@ -29,7 +29,7 @@ from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
 
 END_OF_TEXT = "<|endoftext|>"
-BATCH_CHARS = 2_000_000
+BATCH_CHARS = 250_000
 
 SEQUENCES = pa.schema([("position", pa.int64()), ("n_tokens", pa.int32()), ("sha256", pa.string())])
 SPANS = pa.schema(

@@ -180,7 +180,12 @@ def _print_report(plan: "Recipe", place: "Home") -> None:
         # Without bits per byte, which the report has, the table fits 80 columns.
         shown = [i for i, name in enumerate(COMPARISON_HEADER) if name != "bits/byte"]
         title = f"{domain.name}: held-out loss, nats per token, lower is better"
-        table = Table(*(COMPARISON_HEADER[i] for i in shown), title=title, box=box.SIMPLE)
+        table = Table(
+            *(COMPARISON_HEADER[i] for i in shown),
+            title=title,
+            box=box.SIMPLE,
+            pad_edge=False,
+        )
         for line in comparison_rows(arm_lines(measured)):
             table.add_row(*(line[i] for i in shown))
         console.print(table)

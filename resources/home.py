@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from colorfilter.documents import Shard
 from colorfilter.errors import InputError
 from colorfilter.files import write_text_atomically
+from colorfilter.shards import Shard
 
 DAGSTER_YAML = """\
 telemetry: {enabled: false}

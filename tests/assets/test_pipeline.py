@@ -28,6 +28,17 @@ def copy_of(project: Project, root: Path) -> Project:
     return copied
 
 
+@pytest.fixture
+def movable(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The finished project over a corpus of its own, which a test may change."""
+    write_corpus(tmp_path / "corpus", MODULES)
+    project = copy_of(finished, tmp_path)
+    project.facts = recipe_facts(tmp_path / "corpus")
+    project.write()
+    assert project.run(monkeypatch) is None
+    return project
+
+
 def selection(project: Project, arm: str) -> pl.DataFrame:
     artifact = ArtifactStore(home=str(project.home.root)).current(f"reference/{arm}/selection")
     return pl.read_parquet(artifact.path / "selection.parquet")
@@ -71,19 +82,14 @@ def test_two_homes_select_the_same(
 
 
 def test_a_new_file_costs_its_own_scoring_and_nothing_else(
-    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_corpus(tmp_path / "corpus", MODULES)
-    project = copy_of(finished, tmp_path)
-    project.facts = recipe_facts(tmp_path / "corpus")
-    project.write()
-    assert project.run(monkeypatch) is None
-    before = len(project.ledger())
+    before = len(movable.ledger())
     write_corpus(tmp_path / "corpus", ["textwrap"])
-    standing = {s.name for s in project.home.shards()}
-    assert project.run(monkeypatch) is None
-    (new,) = {s.name for s in project.home.shards()} - standing
-    made = made_since(project, before)
+    standing = {s.name for s in movable.home.shards()}
+    assert movable.run(monkeypatch) is None
+    (new,) = {s.name for s in movable.home.shards()} - standing
+    made = made_since(movable, before)
     for asset in ("raw_corpus", "corpus_tokens", "prior_scores", "reference/conditional_scores"):
         assert made[asset] == {new}
     trained = {"sample_plan", "tokenizer", "prior_model", "reference/conditional_model"}
@@ -91,18 +97,13 @@ def test_a_new_file_costs_its_own_scoring_and_nothing_else(
 
 
 def test_a_touched_file_is_read_again_and_nothing_else(
-    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_corpus(tmp_path / "corpus", MODULES)
-    project = copy_of(finished, tmp_path)
-    project.facts = recipe_facts(tmp_path / "corpus")
-    project.write()
-    assert project.run(monkeypatch) is None
-    before = len(project.ledger())
+    before = len(movable.ledger())
     for file in (tmp_path / "corpus").iterdir():
         os.utime(file, (1, 1))
-    assert project.run(monkeypatch) is None
-    assert set(made_since(project, before)) == {"raw_corpus"}
+    assert movable.run(monkeypatch) is None
+    assert set(made_since(movable, before)) == {"raw_corpus"}
 
 
 def test_scoring_goes_on_after_a_kill(

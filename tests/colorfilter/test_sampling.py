@@ -6,10 +6,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from colorfilter.documents import list_files, write_documents
+from colorfilter.documents import write_documents
 from colorfilter.errors import InputError
 from colorfilter.recipe import Source
 from colorfilter.sampling import draw_sample, shared_documents, split_domain
+from colorfilter.shards import list_files
 
 
 def documents_table(folder: Path, texts: list[str], name: str = "a") -> Path:

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from colorfilter import selection
-from colorfilter.documents import list_files, write_documents
+from colorfilter.documents import write_documents
 from colorfilter.errors import InputError
 from colorfilter.recipe import Source
 from colorfilter.selection import (
@@ -19,6 +19,7 @@ from colorfilter.selection import (
     write_selected_text,
     write_tokens,
 )
+from colorfilter.shards import list_files
 from colorfilter.tokens import Encoder, open_tokens, pack, real_tokens
 
 LENGTH = 16

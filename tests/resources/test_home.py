@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from colorfilter.documents import InputFile, Shard
 from colorfilter.errors import InputError
+from colorfilter.shards import InputFile, Shard
 from resources.home import Home
 
 
