@@ -120,8 +120,7 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             facts = _train(context, gpu, spec)
             held_out = packed.path / "held_out"
             own = folder / facts["checkpoint"]
-            before = gpu.evaluate(prior.fingerprint, checkpoint(prior), held_out)
-            after = gpu.evaluate(f"unfinished {folder.name}", own, held_out)
+            before, after = gpu.evaluate([checkpoint(prior), own], held_out)
             color = (after[0].astype("float64") - before[0])[before[1] > 0]
             return {
                 **facts,
@@ -171,6 +170,7 @@ def _train(context: Context, gpu: Gpu, spec: Any) -> dict[str, Any]:
     from colorfilter import models, training
 
     progress = Progress(context, training.planned_tokens(spec), "tokens")
-    done = gpu.train(spec, progress)[-1]
+    ((_, checkpoints),) = gpu.train([spec], progress=progress)
+    done = checkpoints[-1]
     sizes = models.n_parameters(models.load(done.path))
     return {"checkpoint": done.path.name, "tokens": done.tokens, **sizes}

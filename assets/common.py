@@ -1,12 +1,9 @@
 """What the stages share: the partitions, names, progress, and how a result is shown."""
 
 import hashlib
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
 import dagster as dg
@@ -14,7 +11,8 @@ import dagster as dg
 from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe, Section
-from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.workers import Workers
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")
 ONE_RUN = dg.BackfillPolicy.single_run()
@@ -156,45 +154,14 @@ def make_in_processes(
     `done` is called as each stands. Raises what a build raises; after an InputError nothing of
     that artefact is left.
     """
-    made: dict[int, Artifact] = {}
-    missing: dict[int, Attempt] = {}
-    for i, work in enumerate(works):
-        attempt = store.attempt(work)
-        if attempt.standing:
-            made[i] = attempt.standing
-            done(attempt.standing)
-        else:
-            missing[i] = attempt
-    if missing:
-        workers = min(len(missing), os.cpu_count() or 1)
-        spawn = multiprocessing.get_context("spawn")
-        error: InputError | None = None
-        with ProcessPoolExecutor(workers, spawn, initializer=_die_with_parent) as pool:
-            futures: dict[Future[Mapping[str, Any]], int] = {
-                pool.submit(build, attempt.folder, *arguments(attempt.work)): i
-                for i, attempt in missing.items()
-            }
-            for future in as_completed(futures):
-                i = futures[future]
-                try:
-                    made[i] = missing[i].commit(future.result())
-                    done(made[i])
-                except (InputError, CancelledError) as failed:
-                    missing[i].abandon()
-                    error = error or (failed if isinstance(failed, InputError) else None)
-                    pool.shutdown(wait=False, cancel_futures=True)
-        if error:
-            raise error
-    return [made[i] for i in range(len(works))]
-
-
-def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, be it killed."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    with store.attempts(works) as attempts:
+        for attempt in attempts:
+            if attempt.standing:
+                done(attempt.standing)
+        missing = [a for a in attempts if not a.standing]
+        if missing:
+            with Workers(min(len(missing), os.cpu_count() or 1)) as workers:
+                calls = [(a.folder, *arguments(a.work)) for a in missing]
+                for i, facts in workers.run(build, calls):
+                    done(missing[i].commit(facts))
+        return [a.artifact for a in attempts]

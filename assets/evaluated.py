@@ -2,7 +2,6 @@
 
 import base64
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,54 +54,58 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1, recipe.target, recipe.evaluation),
     )
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
+        from colorfilter.models import load, n_parameters
+        from colorfilter.training import TrainSpec, planned_tokens
+
         dataset = artifacts.current(f"{name}/filtered_dataset")
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
-        progress: Progress | None = None
-
-        def build(folder: Path, seed: int) -> dict[str, Any]:
-            nonlocal progress
-            from colorfilter import models, training
-
-            spec = training.TrainSpec(
-                start=recipe.target.model,
-                tokens=dataset.path / "tokens",
-                tokenizer=encoder.path,
-                training=recipe.target.training,
+        works = [
+            Work(
+                f"{name}/target_model",
+                f"seed_{seed}",
+                inputs=[dataset, held_out, encoder],
+                recipe={
+                    "model": recipe.target.model.facts(),
+                    "training": recipe.target.training.facts(),
+                    "endpoints": endpoints(recipe, arm),
+                },
                 seed=seed,
-                endpoints=endpoints(recipe, arm),
-                out=folder,
-                held_out=held_out.path / "held_out",
-            )
-            if progress is None:
-                size = training.planned_tokens(spec) * len(recipe.evaluation.seeds)
-                progress = Progress(context, size, "tokens")
-            done = gpu.train(spec, progress)
-            return {
-                "seed": seed,
-                "checkpoints": {str(c.tokens): c.path.name for c in done},
-                **models.n_parameters(models.load(done[0].path)),
-            }
-
-        made = [
-            artifacts.make(
-                Work(
-                    f"{name}/target_model",
-                    f"seed_{seed}",
-                    inputs=[dataset, held_out, encoder],
-                    recipe={
-                        "model": recipe.target.model.facts(),
-                        "training": recipe.target.training.facts(),
-                        "endpoints": endpoints(recipe, arm),
-                    },
-                    seed=seed,
-                ),
-                partial(build, seed=seed),
             )
             for seed in recipe.evaluation.seeds
         ]
+        with artifacts.attempts(works) as attempts:
+            missing = [
+                (seed, attempt)
+                for seed, attempt in zip(recipe.evaluation.seeds, attempts, strict=True)
+                if not attempt.standing
+            ]
+            specs = [
+                TrainSpec(
+                    start=recipe.target.model,
+                    tokens=dataset.path / "tokens",
+                    tokenizer=encoder.path,
+                    training=recipe.target.training,
+                    seed=seed,
+                    endpoints=endpoints(recipe, arm),
+                    out=attempt.folder,
+                    held_out=held_out.path / "held_out",
+                )
+                for seed, attempt in missing
+            ]
+            progress = Progress(context, sum(planned_tokens(s) for s in specs), "tokens")
+            for i, checkpoints in gpu.train(specs, share=len(works), progress=progress):
+                seed, attempt = missing[i]
+                attempt.commit(
+                    {
+                        "seed": seed,
+                        "checkpoints": {str(c.tokens): c.path.name for c in checkpoints},
+                        **n_parameters(load(checkpoints[0].path)),
+                    }
+                )
+            made = [a.artifact for a in attempts]
         shown = curve_metadata(made[0].path)
-        if progress is not None:
+        if specs:
             shown["tokens per second"] = round(progress.rate)
         return result(
             made, {"seeds": len(made), "parameters": made[0].facts["parameters"], **shown}
@@ -131,23 +134,21 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         targets = [artifacts.current(f"{name}/target_model", seed) for seed in seeds]
 
         def build(folder: Path) -> dict[str, Any]:
+            split = held_out.path / "held_out"
             rows: list[tuple[str, str, int | None, int | None, str, float]] = []
             texts = pl.read_parquet(text.path / "held_out" / "documents.parquet", columns=["text"])
             n_bytes = int(texts["text"].str.len_bytes().sum())
-            for target in targets:
-                for tokens, place in target.facts["checkpoints"].items():
-                    nll, n = gpu.evaluate(
-                        f"{target.fingerprint}/{place}",
-                        target.path / place,
-                        held_out.path / "held_out",
-                    )
-                    loss = method.mean_loss(nll, n)
-                    bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
-                    where = (domain.name, arm.name, target.facts["seed"], int(tokens))
-                    rows += [
-                        (*where, "held_out_loss", loss),
-                        (*where, "bits_per_byte", bits),
-                    ]
+            ends = [
+                (target, int(tokens), place)
+                for target in targets
+                for tokens, place in target.facts["checkpoints"].items()
+            ]
+            losses = gpu.evaluate([t.path / place for t, _, place in ends], split)
+            for (target, tokens, _), (nll, n) in zip(ends, losses, strict=True):
+                loss = method.mean_loss(nll, n)
+                bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
+                where = (domain.name, arm.name, target.facts["seed"], tokens)
+                rows += [(*where, "held_out_loss", loss), (*where, "bits_per_byte", bits)]
             if arm.method != "random":
                 with score_store.read() as connection:
                     probe = method.probe(

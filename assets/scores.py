@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -28,8 +27,11 @@ from assets.figures import histogram
 from colorfilter.recipe import Domain, Recipe
 from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.gpu import Gpu
+from resources.gpu import Gpu, ScoreJob
 from resources.score_store import Part, PublishedModel, ScoreStore
+
+if TYPE_CHECKING:
+    from colorfilter.scoring import Receipt
 
 GROUP = "scores"
 
@@ -111,30 +113,43 @@ def _score(
     model = artifacts.current(model_asset)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
     progress = Progress(context, total(list(packed.values()), "tokens"), "tokens")
-
-    def build(folder: Path, shard: str) -> dict[str, int]:
-        receipts = gpu.score(
-            {model.fingerprint: checkpoint(model)}, packed[shard].path, shard, folder, progress
-        )
-        return {
-            "chunks": len(receipts),
-            "sequences": sum(r.sequences for r in receipts),
-            "tokens": sum(r.tokens for r in receipts),
-            "tokens_per_second": round(
-                sum(r.tokens for r in receipts if r.seconds)
-                / (sum(r.seconds for r in receipts) or 1.0)
-            ),
-        }
-
-    made = []
-    for shard, source in packed.items():
-        work = Work(asset, shard, inputs=[model, source], precision=gpu.precision)
-        artifact = artifacts.make(work, partial(build, shard=shard))
-        if artifact.reused:
-            progress(source.facts["tokens"])
-        made.append(artifact)
+    works = [
+        Work(asset, shard, inputs=[model, source], precision=gpu.precision)
+        for shard, source in packed.items()
+    ]
+    with artifacts.attempts(works) as attempts:
+        jobs = []
+        for attempt in attempts:
+            source = packed[str(attempt.work.partition)]
+            if attempt.standing:
+                progress(source.facts["tokens"])
+            else:
+                jobs.append(
+                    ScoreJob(
+                        models={model.fingerprint: checkpoint(model)},
+                        parameters=model.facts["parameters"],
+                        tokens=source.path,
+                        shard=str(source.partition),
+                        out=attempt.folder,
+                    )
+                )
+        by_folder = {a.folder: a for a in attempts}
+        for job, receipts in gpu.score(jobs, progress):
+            by_folder[job.out].commit(_facts(receipts))
+        made = [a.artifact for a in attempts]
     facts = ("sequences", "tokens", "chunks", "tokens_per_second")
     return sharded_result(context, artifacts, made, facts, "sequences")
+
+
+def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:
+    seconds = sum(r.seconds for r in receipts)
+    timed = sum(r.tokens for r in receipts if r.seconds)
+    return {
+        "chunks": len(receipts),
+        "sequences": sum(r.sequences for r in receipts),
+        "tokens": sum(r.tokens for r in receipts),
+        "tokens_per_second": round(timed / seconds) if seconds else 0,
+    }
 
 
 def _parts(

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH_BYTES = 8 * 2**20
+BATCH_ROWS = 8_192  # as Python objects they take ten times their bytes
 
 
 class TableWriter:
@@ -32,7 +33,7 @@ class TableWriter:
         """Append a row; `size` is its rough size in bytes."""
         self._rows.append(row)
         self._bytes += size
-        if self._bytes >= BATCH_BYTES or len(self._rows) >= 50_000:
+        if self._bytes >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:

@@ -1,8 +1,9 @@
 """Stream packed sequences through models and commit their losses chunk by chunk.
 
 A chunk is a Parquet file of consecutive sequences, written under a temporary name, flushed to disk
-and renamed, its own sha256 in its name. So a killed worker loses at most one chunk, a rerun goes
-on behind the last committed one, and each loss stands exactly once. Nothing is locked.
+and renamed, its own sha256 in its name. Chunks need nothing of each other: any process may score
+any of them, a killed one loses the chunk it was at, a rerun scores what is missing, and each loss
+stands exactly once. Nothing is locked.
 """
 
 import time
@@ -21,8 +22,11 @@ from colorfilter.models import head_weight
 from colorfilter.progress import Progress, silent
 from colorfilter.tokens import open_tokens, real_tokens
 
-CHUNK_SEQUENCES = 16_384
 BATCH_TOKENS = 2_048
+# Of the model's arithmetic, a chunk by kind of device; about a minute on one core or one device.
+FLOPS_PER_CHUNK = {"cpu": 4e12, "cuda": 1.5e16}
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -84,65 +88,82 @@ def score_shard(
     shard: str,
     out: Path,
     precision: str,
+    chunk: int,
     progress: Progress = silent,
 ) -> list[Receipt]:
-    """Score a folder of packed tokens by every model, into chunks in `out`.
+    """Score a folder of packed tokens by every model, into chunks of so many sequences in `out`.
 
-    Chunks hold `model, shard, position, loss, n_tokens, precision`; `loss` is float32 nats per
-    token, `n_tokens` the labels it is the mean of. A sequence of fewer than two tokens has no
-    label and gets no row. `progress` is called with sequence tokens done, per model.
+    What stands there is not scored again. `progress` as in score_chunk.
+    """
+    standing, missing = plan_chunks(tokens, out, chunk)
+    progress(len(models) * sum(r.tokens for r in standing))
+    done = [
+        score_chunk(models, tokens, shard, start, stop, out, precision, progress)
+        for start, stop in missing
+    ]
+    return sorted([*standing, *done], key=lambda r: r.start)
+
+
+def chunk_sequences(parameters: int, length: int, device: str) -> int:
+    """Sequences in a chunk, so that one takes about a minute on a device of its kind.
+
+    Decided from the sizes alone and not from the clock, so that chunks of the same scores are the
+    same files everywhere.
+    """
+    return max(1, int(FLOPS_PER_CHUNK.get(device, 1e14) / (2 * parameters * length)))
+
+
+def plan_chunks(tokens: Path, out: Path, chunk: int) -> tuple[list[Receipt], list[Range]]:
+    """The receipts of the chunks that stand in `out`, and the ranges of those that are missing.
+
+    What a killed run left half-written, and chunks that were damaged since, are removed.
     """
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
-    rows = open_tokens(tokens)
     n_tokens = real_tokens(tokens)
-    return [
-        _standing(out, start, stop, n_tokens[start:stop], progress, len(models))
-        or _score_chunk(models, rows, n_tokens, shard, start, stop, out, precision, progress)
-        for start, stop in chunk_ranges(len(rows))
-    ]
+    standing, missing = [], []
+    for start in range(0, len(n_tokens), chunk):
+        stop = min(start + chunk, len(n_tokens))
+        receipt = _standing(out, start, stop, n_tokens[start:stop])
+        if receipt:
+            standing.append(receipt)
+        else:
+            missing.append((start, stop))
+    return standing, missing
 
 
-def chunk_ranges(n_sequences: int) -> list[tuple[int, int]]:
-    """Where chunks begin and end; a matter of the number of sequences alone."""
-    starts = range(0, n_sequences, CHUNK_SEQUENCES)
-    return [(start, min(start + CHUNK_SEQUENCES, n_sequences)) for start in starts]
-
-
-def _standing(
-    out: Path,
-    start: int,
-    stop: int,
-    n_tokens: np.ndarray,
-    progress: Progress,
-    n_models: int,
-) -> Receipt | None:
+def _standing(out: Path, start: int, stop: int, n_tokens: np.ndarray) -> Receipt | None:
     for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
         sha256 = file_sha256(path)
-        if not sha256.startswith(path.stem.rpartition("-")[2]):
-            path.unlink()  # damaged since it was written
-        else:
-            progress(int(n_tokens.sum()) * n_models)
+        if sha256.startswith(path.stem.rpartition("-")[2]):
             return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), 0.0)
+        path.unlink()
     return None
 
 
-def _score_chunk(
+def score_chunk(
     models: Mapping[str, Scorer],
-    rows: np.ndarray,
-    n_tokens: np.ndarray,
+    tokens: Path,
     shard: str,
     start: int,
     stop: int,
     out: Path,
     precision: str,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> Receipt:
+    """Score sequences [start, stop) by every model and commit their losses to a file in `out`.
+
+    It holds `model, shard, position, loss, n_tokens, precision`; `loss` is float32 nats per token,
+    `n_tokens` the labels it is the mean of. A sequence of fewer than two tokens has no label and
+    gets no row. `progress` is called with sequence tokens done, per model.
+    """
     begun = time.perf_counter()
+    rows = open_tokens(tokens)[start:stop]
+    n_tokens = real_tokens(tokens)[start:stop]
     tables = []
     for name, scorer in models.items():
-        nll, n = sequence_losses(scorer, rows[start:stop], n_tokens[start:stop], progress)
+        nll, n = sequence_losses(scorer, rows, n_tokens, progress)
         tables.append(
             pl.DataFrame(
                 {
@@ -156,14 +177,12 @@ def _score_chunk(
             ).filter(pl.col("n_tokens") > 0)
         )
     seconds = time.perf_counter() - begun
-    table = pl.concat(tables)
     temporary = out / f"{_stem(start, stop)}.tmp"
-    table.write_parquet(temporary, compression="zstd")
+    pl.concat(tables).write_parquet(temporary, compression="zstd")
     sha256 = file_sha256(temporary)
     path = out / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
     write_atomically(temporary, path)
-    tokens = int(n_tokens[start:stop].sum())
-    return Receipt(path.name, sha256, start, stop, stop - start, tokens, seconds)
+    return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), seconds)
 
 
 def _stem(start: int, stop: int) -> str:

@@ -90,10 +90,16 @@ class Attempt:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def artifact(self) -> Artifact:
+        """What stands, found or committed."""
+        assert self.standing is not None
+        return self.standing
+
     def commit(self, facts: Mapping[str, Any]) -> Artifact:
         """Close the folder with its manifest and enter it in the ledger."""
         fingerprint = provenance.write_manifest(self.folder, facts)
-        artifact = Artifact(
+        self.standing = Artifact(
             self.work.asset,
             self.work.partition,
             self.key,
@@ -102,9 +108,9 @@ class Attempt:
             dict(facts),
             self.work.input_fingerprints,
         )
-        self._store.record(self.work, artifact)
+        self._store.record(self.work, self.standing)
         self.release()
-        return artifact
+        return self.standing
 
     def abandon(self) -> None:
         """Remove what was built: the input was bad, so there is nothing to go on from."""
@@ -139,20 +145,28 @@ class ArtifactStore(dg.ConfigurableResource):
         build that raises InputError leaves nothing behind; any other failure leaves the folder
         for the next attempt to go on from.
         """
-        attempt = Attempt(self, work)
-        if attempt.standing:
-            return attempt.standing
-        try:
-            return attempt.commit(build(attempt.folder))
-        except InputError:
-            attempt.abandon()
-            raise
-        finally:
-            attempt.release()
+        with self.attempts([work]) as (attempt,):
+            return attempt.standing or attempt.commit(build(attempt.folder))
 
-    def attempt(self, work: Work) -> Attempt:
-        """For work that is built elsewhere (in another process): commit or abandon it."""
-        return Attempt(self, work)
+    @contextlib.contextmanager
+    def attempts(self, works: Sequence[Work]) -> Iterator[list[Attempt]]:
+        """Attempts at several works, for the caller to build and commit, under their leases.
+
+        An InputError abandons those that are not committed; after any other failure their folders
+        stay for the next attempt.
+        """
+        with contextlib.ExitStack() as leases:
+            attempts = []
+            for work in works:
+                attempts.append(Attempt(self, work))
+                leases.callback(attempts[-1].release)
+            try:
+                yield attempts
+            except InputError:
+                for attempt in attempts:
+                    if not attempt.standing:
+                        attempt.abandon()
+                raise
 
     def standing(self, work: Work, key: str, folder: Path) -> Artifact | None:
         if not provenance.stands(folder):

@@ -1,13 +1,16 @@
-"""The one way from an asset to torch: three verbs on whatever device there is.
+"""The one way from an asset to torch: three verbs on whatever devices there are.
 
-`score`, `train` and `evaluate` hold alike locally and on a cluster. torch is imported and the
-device opened at the first call; loaded models are kept by fingerprint within the process and
-freed in teardown. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
+`score`, `train` and `evaluate` hold alike locally and on a cluster. Locally the work is done in
+worker processes, one per CUDA device, or one per CPU core: a core each does more than all cores at
+one small matrix, and does not stand still when another program takes one of them. Every kernel
+run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
-import time
+import os
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,107 +19,103 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
-from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
 from resources.artifacts import append_line
 from resources.home import Home
+from resources.workers import Workers
 
 if TYPE_CHECKING:
-    import torch
-
-    from colorfilter.scoring import Receipt, Scorer
+    from colorfilter.scoring import Receipt
     from colorfilter.training import Checkpoint, TrainSpec
+    from resources.kernel import Losses
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """A shard to score: its packed tokens, by models (fingerprint -> checkpoint), into `out`."""
+
+    models: Mapping[str, Path]
+    parameters: int
+    tokens: Path
+    shard: str
+    out: Path
 
 
 class Gpu(dg.ConfigurableResource):
-    """The device that runs the loss kernel: CUDA, else MPS, else CPU."""
+    """The devices that run the loss kernel: CUDA, else MPS, else CPU."""
 
     home: str
     precision: str = "float32"
 
-    _scorers: dict[str, "Scorer"] = PrivateAttr(default_factory=dict)
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
-        if self._scorers:
-            self._scorers.clear()
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def device(self) -> "torch.device":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
-
     def score(
-        self,
-        models: Mapping[str, Path | str],
-        tokens: Path,
-        shard: str,
-        out: Path,
-        progress: Progress = silent,
-    ) -> list["Receipt"]:
-        """Score packed tokens by models (fingerprint -> checkpoint) into chunks in `out`."""
-        from colorfilter.scoring import score_shard
+        self, jobs: Sequence[ScoreJob], progress: Progress = silent
+    ) -> Iterator[tuple[ScoreJob, list["Receipt"]]]:
+        """Score shards chunk by chunk; gives each shard with its receipts once all stand."""
+        from colorfilter.scoring import chunk_sequences, plan_chunks
+        from colorfilter.tokens import open_tokens
+        from resources import kernel
 
-        scorers = {name: self._scorer(name, path) for name, path in models.items()}
-        receipts = score_shard(scorers, tokens, shard, out, self.precision, progress)
-        for receipt in receipts:
-            if receipt.seconds:
-                facts = {
-                    "shard": shard,
-                    "chunk": receipt.file,
-                    "sequences": receipt.sequences,
-                    "precision": self.precision,
-                }
-                self._record("score", ",".join(models), receipt.tokens, receipt.seconds, facts)
-        return receipts
+        receipts: list[list[Receipt]] = []
+        missing: list[tuple[int, tuple[int, int]]] = []
+        for i, job in enumerate(jobs):
+            length = int(open_tokens(job.tokens).shape[1])
+            chunk = chunk_sequences(job.parameters, length, _device_kind())
+            standing, ranges = plan_chunks(job.tokens, job.out, chunk)
+            progress(len(job.models) * sum(r.tokens for r in standing))
+            receipts.append(standing)
+            missing += [(i, r) for r in ranges]
+        left = Counter(i for i, _ in missing)
+        yield from ((job, receipts[i]) for i, job in enumerate(jobs) if not left[i])
+        calls = [
+            (jobs[i].models, jobs[i].tokens, jobs[i].shard, *r, jobs[i].out, self.precision)
+            for i, r in missing
+        ]
+        for task, receipt in _workers().run(kernel.score, calls, progress):
+            i = missing[task][0]
+            receipts[i].append(receipt)
+            self._record_chunk(jobs[i], receipt)
+            left[i] -= 1
+            if not left[i]:
+                yield jobs[i], sorted(receipts[i], key=lambda r: r.start)
 
-    def train(self, spec: "TrainSpec", progress: Progress = silent) -> list["Checkpoint"]:
-        """Train as the spec says; a checkpoint per end point."""
-        from colorfilter import training
+    def train(
+        self, specs: Sequence["TrainSpec"], share: int = 1, progress: Progress = silent
+    ) -> Iterator[tuple[int, list["Checkpoint"]]]:
+        """Train as the specs say; gives (index, a checkpoint per end point) as each is done.
 
-        done = 0
+        `share` is the number of runs between which the CPU's cores are divided. It is that of all
+        that belong together and not of those still missing, for the last bits depend on it.
+        """
+        from resources import kernel
 
-        def count(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(tokens)
+        threads = max(1, (os.cpu_count() or 1) // share)
+        calls = [(spec, threads) for spec in specs]
+        for i, (checkpoints, tokens, seconds) in _workers().run(kernel.train, calls, progress):
+            facts = {"precision": "float32", "seed": specs[i].seed}
+            self._record("train", str(specs[i].out), tokens, seconds, facts)
+            yield i, checkpoints
 
-        begun = time.perf_counter()
-        checkpoints = training.train(spec, self.device(), count)
-        seconds = time.perf_counter() - begun
-        facts = {"precision": "float32", "seed": spec.seed}
-        self._record("train", str(spec.out), done, seconds, facts)
-        return checkpoints
+    def evaluate(self, checkpoints: Sequence[Path], tokens: Path) -> list["Losses"]:
+        """Losses of packed tokens by each checkpoint.
 
-    def evaluate(
-        self, name: str, checkpoint: Path | str, tokens: Path, progress: Progress = silent
-    ) -> tuple[Any, Any]:
-        """Losses of packed tokens: float32 [n] nats per token, int32 [n] number of labels."""
-        from colorfilter.scoring import sequence_losses
-        from colorfilter.tokens import open_tokens, real_tokens
+        Each is float32 [n] nats per token, int32 [n] number of labels.
+        """
+        from resources import kernel
 
-        scorer = self._scorer(name, checkpoint)
-        return sequence_losses(scorer, open_tokens(tokens), real_tokens(tokens), progress)
+        calls = [(checkpoint, tokens, self.precision) for checkpoint in checkpoints]
+        done = dict(_workers().run(kernel.evaluate, calls))
+        return [done[i] for i in range(len(checkpoints))]
 
-    def _scorer(self, name: str, path: Path | str) -> "Scorer":
-        if name not in self._scorers:
-            from colorfilter import models
-            from colorfilter.scoring import Scorer
-
-            device = self.device()
-            if device.type == "cpu" and self.precision == "fp16":
-                raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
-            model = models.load(path, self.precision)
-            self._scorers[name] = Scorer(models.to_device(model, device))
-        return self._scorers[name]
+    def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
+        facts = {
+            "shard": job.shard,
+            "chunk": receipt.file,
+            "sequences": receipt.sequences,
+            "precision": self.precision,
+        }
+        self._record("score", ",".join(job.models), receipt.tokens, receipt.seconds, facts)
 
     def _record(
         self, verb: str, model: str, tokens: int, seconds: float, facts: Mapping[str, Any]
@@ -129,10 +128,31 @@ class Gpu(dg.ConfigurableResource):
             "chunk": None,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "device": str(self.device()),
+            "device": _device_kind(),
             "kernel": "torch",
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": provenance.environment(),
             **facts,
         }
         append_line(Home(self.home).kernel_runs, line)
+
+
+def _device_kind() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+_standing: list[Workers] = []
+
+
+def _workers() -> Workers:
+    """The workers of this process, kept from call to call: to load torch takes seconds."""
+    import torch
+
+    if not _standing or _standing[-1].broken:
+        counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}
+        _standing[:] = [Workers(counts[_device_kind()])]
+    return _standing[-1]

@@ -14,9 +14,10 @@ import pytest
 from assets.auxiliary import auxiliary_checks
 from assets.corpus import corpus_checks
 from assets.scores import score_checks
+from colorfilter.scoring import Receipt
 from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import ArtifactStore
-from resources.gpu import Gpu
+from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
 from tests.conftest import MODULES, Project, recipe_facts, write_corpus
 
@@ -110,23 +111,22 @@ def test_scoring_goes_on_after_a_kill(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project(tmp_path, finished.facts)
-    score = Gpu.score
-    calls = []
+    record = Gpu._record_chunk
+    finished_chunks = []
 
-    def dies(self, models, tokens, shard, out, progress):
-        receipts = score(self, models, tokens, shard, out, progress)
-        calls.append(shard)
-        if len(calls) == 3:
+    def dies(self: Gpu, job: ScoreJob, receipt: Receipt) -> None:
+        if len(finished_chunks) == 2:
             raise KeyboardInterrupt
-        return receipts
+        record(self, job, receipt)
+        finished_chunks.append(job.shard)
 
-    monkeypatch.setattr(Gpu, "score", dies)
+    monkeypatch.setattr(Gpu, "_record_chunk", dies)
     assert project.run(monkeypatch) is not None
-    monkeypatch.setattr(Gpu, "score", score)
+    monkeypatch.setattr(Gpu, "_record_chunk", record)
     before = len(project.ledger())
     assert project.run(monkeypatch) is None
     made = made_since(project, before)
-    assert not set(calls[:2]) & made["prior_scores"]
+    assert not set(finished_chunks) & made["prior_scores"]
     assert selection(project, "color_tau4").equals(selection(finished, "color_tau4"))
     chunks = [(r["model"], r["chunk"]) for r in project.kernel_runs() if r["verb"] == "score"]
     assert len(chunks) == len(set(chunks))

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from colorfilter import loss, models, scoring
 from colorfilter.files import file_sha256
 from colorfilter.recipe import Model
-from colorfilter.scoring import Receipt, Scorer, chunk_ranges, score_shard, sequence_losses
+from colorfilter.scoring import (
+    Receipt,
+    Scorer,
+    chunk_sequences,
+    plan_chunks,
+    score_shard,
+    sequence_losses,
+)
 
 SMALL = {
     "hidden_size": 16,
@@ -88,7 +95,7 @@ def test_losses_are_those_of_each_sequence_alone_in_float64(name: str, tmp_path:
     model = lively(MODELS[name], 0)
     plain = models.head_weight(model) is not None
     assert plain == (name in {"gpt_neox", "llama"})
-    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32")
+    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK)
     table = read_chunks(tmp_path / "out")
     assert table["position"].to_list() == list(range(22))
     assert table["n_tokens"].to_list() == [n - 1 for n in n_tokens]
@@ -157,9 +164,7 @@ def test_a_model_that_was_training_is_scored_without_dropout(tmp_path: Path) -> 
 # Chunks --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_SEQUENCES", 5)
+CHUNK = 5
 
 
 class Counting(Scorer):
@@ -173,17 +178,29 @@ class Counting(Scorer):
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 6, 17])
-def test_chunks_cover_the_sequences_once_and_in_order(n: int, small_chunks: None) -> None:
-    ranges = chunk_ranges(n)
+def test_chunks_cover_the_sequences_once_and_in_order(n: int, tmp_path: Path) -> None:
+    folder, _ = write_packed(tmp_path / "tokens", [16] * n)
+    standing, ranges = plan_chunks(folder, tmp_path / "out", CHUNK)
+    assert standing == []
     assert [i for start, stop in ranges for i in range(start, stop)] == list(range(n))
-    assert all(0 < stop - start <= 5 for start, stop in ranges)
+    assert all(0 < stop - start <= CHUNK for start, stop in ranges)
+
+
+def test_a_chunk_takes_about_a_minute() -> None:
+    """At 100 GFLOP/s a core and 300 TFLOP/s a device, what kernels of 150 M parameters reach."""
+    for device, rate in (("cpu", 1e11), ("cuda", 3e14)):
+        sequences = chunk_sequences(150_000_000, 512, device)
+        assert 30 < sequences * 512 * 2 * 150e6 / rate < 90
+    assert chunk_sequences(10**13, 10**6, "cpu") == 1
 
 
 def test_chunks_hold_each_sequence_once_per_model_and_receipts_say_what(
-    model: PreTrainedModel, tmp_path: Path, small_chunks: None
+    model: PreTrainedModel, tmp_path: Path
 ) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [16] * 11 + [7])
-    receipts = score_shard({"m": Scorer(model)}, folder, "web-1", tmp_path / "out", "float32")
+    receipts = score_shard(
+        {"m": Scorer(model)}, folder, "web-1", tmp_path / "out", "float32", CHUNK
+    )
     assert [(r.start, r.stop, r.sequences, r.tokens) for r in receipts] == [
         (0, 5, 5, 80),
         (5, 10, 5, 80),
@@ -210,11 +227,11 @@ def test_chunks_hold_each_sequence_once_per_model_and_receipts_say_what(
 
 
 def test_several_models_are_scored_in_one_pass(
-    model: PreTrainedModel, other_model: PreTrainedModel, tmp_path: Path, small_chunks: None
+    model: PreTrainedModel, other_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     folder, rows = write_packed(tmp_path / "tokens", [16] * 7)
     scorers = {"one": Scorer(model), "two": Scorer(other_model)}
-    receipts = score_shard(scorers, folder, "s", tmp_path / "out", "float32")
+    receipts = score_shard(scorers, folder, "s", tmp_path / "out", "float32", CHUNK)
     assert len(receipts) == 2
     table = read_chunks(tmp_path / "out")
     assert len(table) == 14
@@ -227,7 +244,7 @@ def test_several_models_are_scored_in_one_pass(
 
 def test_a_sequence_of_one_token_gets_no_row(model: PreTrainedModel, tmp_path: Path) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [16, 16, 1])
-    (receipt,) = score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32")
+    (receipt,) = score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK)
     table = read_chunks(tmp_path / "out")
     assert table["position"].to_list() == [0, 1]
     assert table["loss"].is_finite().all()
@@ -236,16 +253,14 @@ def test_a_sequence_of_one_token_gets_no_row(model: PreTrainedModel, tmp_path: P
 
 def test_a_shard_without_sequences_has_no_chunks(model: PreTrainedModel, tmp_path: Path) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [])
-    assert score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32") == []
+    assert score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK) == []
 
 
 @pytest.fixture
-def scored(
-    model: PreTrainedModel, tmp_path: Path, small_chunks: None
-) -> tuple[Path, Path, list[Receipt]]:
+def scored(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, list[Receipt]]:
     folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
     out = tmp_path / "out"
-    return folder, out, score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+    return folder, out, score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -258,7 +273,7 @@ def test_what_stands_is_not_scored_again(
     folder, out, receipts = scored
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     scorer = Counting(model)
-    again = score_shard({"m": scorer}, folder, "s", out, "float32")
+    again = score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
     assert scorer.scored == 0
     assert [(r.file, r.sha256, r.tokens) for r in again] == [
         (r.file, r.sha256, r.tokens) for r in receipts
@@ -276,14 +291,14 @@ def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(
     for i in lost:
         (out / receipts[i].file).unlink()
     scorer = Counting(model)
-    again = score_shard({"m": scorer}, folder, "s", out, "float32")
+    again = score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
     assert scorer.scored == sum(receipts[i].sequences for i in lost)
     assert [r.seconds > 0 for r in again] == [i in lost for i in range(4)]
     assert contents(out) == before
 
 
 def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 16)
     folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
@@ -296,12 +311,12 @@ def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", killing)
+        score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK, killing)
     assert len(contents(tmp_path / "out")) == 2
     scorer = Counting(model)
-    score_shard({"m": scorer}, folder, "s", tmp_path / "out", "float32")
+    score_shard({"m": scorer}, folder, "s", tmp_path / "out", "float32", CHUNK)
     assert scorer.scored == 7
-    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "whole", "float32")
+    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "whole", "float32", CHUNK)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -313,7 +328,7 @@ def test_a_damaged_chunk_is_scored_again(
     path = out / receipts[2].file
     path.write_bytes(before[path.name][:-20] + b"x" * 20)
     scorer = Counting(model)
-    score_shard({"m": scorer}, folder, "s", out, "float32")
+    score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
     assert scorer.scored == receipts[2].sequences
     assert contents(out) == before
 
@@ -325,7 +340,7 @@ def test_a_damaged_chunk_of_another_name_does_not_stay_beside_the_new_one(
     before = contents(out)
     path = out / receipts[2].file
     path.rename(out / f"{path.stem[:-16]}{'0' * 16}.parquet")
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
     assert contents(out) == before
 
 
@@ -337,7 +352,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_not_read(
     (out / receipts[1].file).unlink()
     (out / "losses-0000000005-0000000010.tmp").write_bytes(b"half a file")
     (out / "losses-0000000099-0000000100.tmp").write_bytes(b"")
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32")
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
     assert contents(out) == before
 
 
@@ -350,7 +365,7 @@ def test_progress_adds_up_to_the_tokens_per_model(
     if damaged:
         (out / receipts[1].file).write_bytes(b"damaged")
     done: list[int] = []
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", done.append)
+    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK, done.append)
     assert sum(done) == 17 * 16
 
 

@@ -95,6 +95,27 @@ def test_an_interrupted_build_is_gone_on_with(store: ArtifactStore) -> None:
     assert not store.make(Work("thing"), resumed).reused
 
 
+@pytest.mark.parametrize("error", [InputError("bad"), RuntimeError("other")])
+def test_of_several_works_what_is_committed_stands(store: ArtifactStore, error: Exception) -> None:
+    works = [Work("thing", name) for name in ("one", "two")]
+    folders: list[Path] = []
+
+    def fail_at_the_second() -> None:
+        with store.attempts(works) as attempts:
+            folders.extend(a.folder for a in attempts)
+            attempts[0].commit(write(folders[0]))
+            write(folders[1], "half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail_at_the_second()
+    assert [f.exists() for f in folders] == [True, not isinstance(error, InputError)]
+    with store.attempts(works) as again:
+        assert [a.standing is not None for a in again] == [True, False]
+        again[1].commit(write(again[1].folder))
+    assert [a.artifact.reused for a in again] == [True, False]
+
+
 def test_what_is_current_follows_the_last_request(store: ArtifactStore) -> None:
     one = store.make(Work("thing", seed=1), write)
     two = store.make(Work("thing", seed=2), lambda folder: write(folder, "else"))

@@ -1,0 +1,81 @@
+"""What is done in a worker process that has a device: chunks scored, models trained, evaluated."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from colorfilter import models, scoring, training
+from colorfilter.errors import InputError
+from colorfilter.scoring import Receipt, Scorer
+from colorfilter.tokens import open_tokens, real_tokens
+from colorfilter.training import Checkpoint, TrainSpec
+from resources import workers
+
+Losses = tuple[np.ndarray, np.ndarray]
+
+_loaded: dict[str, Scorer] = {}
+
+
+def device() -> torch.device:
+    """The worker's own CUDA device, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", workers.index() % torch.cuda.device_count())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def score(
+    checkpoints: Mapping[str, Path],
+    tokens: Path,
+    shard: str,
+    start: int,
+    stop: int,
+    out: Path,
+    precision: str,
+) -> Receipt:
+    """Score and commit a chunk, by models given as fingerprint -> checkpoint."""
+    scorers = _scorers(checkpoints, precision)
+    return scoring.score_chunk(scorers, tokens, shard, start, stop, out, precision, workers.report)
+
+
+def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
+    """Train as the spec says, on so many CPU threads; also the tokens and seconds it took."""
+    _loaded.clear()
+    torch.set_num_threads(threads)
+    tokens = 0
+
+    def count(amount: int) -> None:
+        nonlocal tokens
+        tokens += amount
+        workers.report(amount)
+
+    begun = time.perf_counter()
+    checkpoints = training.train(spec, device(), count)
+    return checkpoints, tokens, time.perf_counter() - begun
+
+
+def evaluate(checkpoint: Path, tokens: Path, precision: str) -> Losses:
+    """Losses of packed tokens by one checkpoint."""
+    torch.set_num_threads(1)
+    rows, n_tokens = open_tokens(tokens), real_tokens(tokens)
+    return scoring.sequence_losses(_load(checkpoint, precision), rows, n_tokens, workers.report)
+
+
+def _scorers(checkpoints: Mapping[str, Path], precision: str) -> dict[str, Scorer]:
+    """The models asked for, loaded once and kept until others are."""
+    torch.set_num_threads(1)
+    for gone in _loaded.keys() - checkpoints.keys():
+        del _loaded[gone]
+    for name in checkpoints.keys() - _loaded.keys():
+        _loaded[name] = _load(checkpoints[name], precision)
+    return {name: _loaded[name] for name in checkpoints}
+
+
+def _load(checkpoint: Path, precision: str) -> Scorer:
+    if device().type == "cpu" and precision == "fp16":
+        raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
+    return Scorer(models.to_device(models.load(checkpoint, precision), device()))

@@ -1,0 +1,128 @@
+"""Processes that do heavy work for this one, with its progress, and end when it ends."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from colorfilter.progress import Progress, silent
+
+POLL_SECONDS = 0.2
+
+
+class StoppedError(Exception):
+    """The work was called off by the process that wanted it."""
+
+
+class Workers:
+    """Some processes, started when first needed and kept until closed."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.count = count
+        self._done: Synchronized[int] = context.Value("q", 0)
+        self._stop = context.Event()
+        begun = context.Value("q", 0)
+        self._pool = ProcessPoolExecutor(
+            count, context, initializer=_begin, initargs=(self._done, self._stop, begun)
+        )
+        self.broken = False
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        progress: Progress = silent,
+    ) -> Iterator[tuple[int, Any]]:
+        """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
+
+        What the function passes to `report` comes to `progress` here. Raises what a call raises;
+        then, or where the caller leaves early, the other calls are stopped and waited for. Raises
+        RuntimeError where a process was killed.
+        """
+        reported = self._done.value
+        try:
+            pending = {self._pool.submit(function, *a): i for i, a in enumerate(arguments)}
+            yield from self._collect(pending, reported, progress)
+        except BrokenProcessPool as error:
+            self.broken = True
+            raise RuntimeError(
+                "a worker process was killed, for want of memory perhaps; run again to go on"
+            ) from error
+
+    def _collect(
+        self, pending: dict[Future[Any], int], reported: int, progress: Progress
+    ) -> Iterator[tuple[int, Any]]:
+        try:
+            while pending:
+                finished, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                if self._done.value > reported:
+                    progress(self._done.value - reported)
+                    reported = self._done.value
+                for future in finished:
+                    yield pending.pop(future), future.result()
+        finally:
+            if pending:
+                self._stop.set()
+                for future in pending:
+                    future.cancel()
+                wait(pending)
+                self._stop.clear()
+
+
+@dataclass
+class _Inside:
+    """What a worker knows of its pool."""
+
+    index: int
+    done: "Synchronized[int]"
+    stop: Event
+
+
+_inside: list[_Inside] = []
+
+
+def report(amount: int) -> None:
+    """In a worker: say how much was done just now.
+
+    Raises StoppedError if the work is no longer wanted.
+    """
+    (inside,) = _inside
+    if inside.stop.is_set():
+        raise StoppedError
+    with inside.done.get_lock():
+        inside.done.value += amount
+
+
+def index() -> int:
+    """In a worker: which one it is, counted from 0."""
+    return _inside[0].index
+
+
+def _begin(done: "Synchronized[int]", stop: Event, begun: "Synchronized[int]") -> None:
+    with begun.get_lock():
+        _inside[:] = [_Inside(begun.value, done, stop)]
+        begun.value += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End this worker when the process that started it is gone, be it killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

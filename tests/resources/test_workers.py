@@ -1,0 +1,113 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from resources import workers
+from resources.workers import Workers
+
+
+def count(upto: int) -> tuple[int, int]:
+    for _ in range(upto):
+        workers.report(1)
+    return upto, os.getpid()
+
+
+def fail() -> None:
+    raise ValueError("no good")
+
+
+def go_on_for_ever(begun: Path) -> None:
+    begun.touch()
+    while True:
+        workers.report(1)
+        time.sleep(0.01)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call(function: Callable[..., object], *arguments: object) -> object:
+    return function(*arguments)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def which_one() -> int:
+    time.sleep(0.5)
+    return workers.index()
+
+
+def test_every_call_is_made_once_in_other_processes_and_all_progress_is_told() -> None:
+    told: list[int] = []
+    with Workers(2) as two:
+        done = dict(two.run(count, [(n,) for n in (5, 0, 100, 7)], told.append))
+        assert {i: n for i, (n, _) in done.items()} == {0: 5, 1: 0, 2: 100, 3: 7}
+        assert os.getpid() not in {process for _, process in done.values()}
+        assert sum(told) == 112
+        told.clear()
+        assert len(list(two.run(count, [(3,)], told.append))) == 1
+        assert sum(told) == 3
+
+
+def test_each_worker_knows_which_one_it_is() -> None:
+    with Workers(2) as two:
+        assert {i for _, i in two.run(which_one, [(), ()])} == {0, 1}
+
+
+def test_a_failure_is_raised_and_the_other_calls_stop(tmp_path: Path) -> None:
+    with Workers(2) as two:
+        calls = two.run(call, [(go_on_for_ever, tmp_path / "begun"), (fail,)])
+        with pytest.raises(ValueError, match="no good"):
+            list(calls)
+        assert next(two.run(count, [(1,)]))[1][0] == 1
+
+
+def test_who_leaves_early_stops_the_other_calls(tmp_path: Path) -> None:
+    with Workers(2) as two:
+        for _ in two.run(call, [(count, 1), (go_on_for_ever, tmp_path / "begun")]):
+            break
+        assert next(two.run(count, [(1,)]))[1][0] == 1
+
+
+def test_a_killed_worker_is_told_of_and_the_pool_is_known_to_be_broken() -> None:
+    with Workers(1) as one:
+        with pytest.raises(RuntimeError, match="worker process was killed"):
+            list(one.run(kill_itself, [()]))
+        assert one.broken
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from resources.workers import Workers
+from tests.resources.test_workers import go_on_for_ever
+if __name__ == "__main__":
+    list(Workers(1).run(go_on_for_ever, [(Path(sys.argv[1]),)]))
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    begun, script = tmp_path / "begun", tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    parent = subprocess.Popen([sys.executable, script, begun], env=environment)
+    until(begun.exists)
+    started = psutil.Process(parent.pid).children(recursive=True)
+    assert started
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(p.is_running() and p.status() != "zombie" for p in started))
