@@ -11,8 +11,8 @@ import dagster as dg
 from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe, Section
+from colorfilter.workers import Workers
 from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.workers import Workers
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")
 ONE_RUN = dg.BackfillPolicy.single_run()

@@ -20,14 +20,14 @@ from pydantic import PrivateAttr
 
 from colorfilter import provenance
 from colorfilter.progress import Progress, silent
+from colorfilter.workers import Workers
 from resources.artifacts import append_line
 from resources.home import Home
-from resources.workers import Workers
 
 if TYPE_CHECKING:
+    from colorfilter.device import Losses
     from colorfilter.scoring import Receipt
     from colorfilter.training import Checkpoint, TrainSpec
-    from resources.kernel import Losses
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Gpu(dg.ConfigurableResource):
         self, jobs: Sequence[ScoreJob], progress: Progress = silent
     ) -> Iterator[tuple[ScoreJob, list["Receipt"]]]:
         """Score shards chunk by chunk; gives each shard with its receipts once all stand."""
+        from colorfilter import device
         from colorfilter.scoring import chunk_sequences, plan_chunks
         from colorfilter.tokens import open_tokens
-        from resources import kernel
 
         receipts: list[list[Receipt]] = []
         missing: list[tuple[int, tuple[int, int]]] = []
@@ -72,7 +72,7 @@ class Gpu(dg.ConfigurableResource):
             (jobs[i].models, jobs[i].tokens, jobs[i].shard, *r, jobs[i].out, self.precision)
             for i, r in missing
         ]
-        for task, receipt in _workers().run(kernel.score, calls, progress):
+        for task, receipt in _workers().run(device.score, calls, progress):
             i = missing[task][0]
             receipts[i].append(receipt)
             self._record_chunk(jobs[i], receipt)
@@ -88,11 +88,11 @@ class Gpu(dg.ConfigurableResource):
         `share` is the number of runs between which the CPU's cores are divided. It is that of all
         that belong together and not of those still missing, for the last bits depend on it.
         """
-        from resources import kernel
+        from colorfilter import device
 
         threads = max(1, (os.cpu_count() or 1) // share)
         calls = [(spec, threads) for spec in specs]
-        for i, (checkpoints, tokens, seconds) in _workers().run(kernel.train, calls, progress):
+        for i, (checkpoints, tokens, seconds) in _workers().run(device.train, calls, progress):
             facts = {"precision": "float32", "seed": specs[i].seed}
             self._record("train", str(specs[i].out), tokens, seconds, facts)
             yield i, checkpoints
@@ -102,10 +102,10 @@ class Gpu(dg.ConfigurableResource):
 
         Each is float32 [n] nats per token, int32 [n] number of labels.
         """
-        from resources import kernel
+        from colorfilter import device
 
         calls = [(checkpoint, tokens, self.precision) for checkpoint in checkpoints]
-        done = dict(_workers().run(kernel.evaluate, calls))
+        done = dict(_workers().run(device.evaluate, calls))
         return [done[i] for i in range(len(checkpoints))]
 
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:

@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from colorfilter import models, scoring, training
+from colorfilter import models, scoring, training, workers
 from colorfilter.errors import InputError
 from colorfilter.scoring import Receipt, Scorer
 from colorfilter.tokens import open_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
-from resources import workers
 
 Losses = tuple[np.ndarray, np.ndarray]
 
 _loaded: dict[str, Scorer] = {}
 
 
-def device() -> torch.device:
+def own_device() -> torch.device:
     """The worker's own CUDA device, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", workers.index() % torch.cuda.device_count())
@@ -54,7 +53,7 @@ def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
         workers.report(amount)
 
     begun = time.perf_counter()
-    checkpoints = training.train(spec, device(), count)
+    checkpoints = training.train(spec, own_device(), count)
     return checkpoints, tokens, time.perf_counter() - begun
 
 
@@ -76,6 +75,6 @@ def _scorers(checkpoints: Mapping[str, Path], precision: str) -> dict[str, Score
 
 
 def _load(checkpoint: Path, precision: str) -> Scorer:
-    if device().type == "cpu" and precision == "fp16":
+    if own_device().type == "cpu" and precision == "fp16":
         raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
-    return Scorer(models.to_device(models.load(checkpoint, precision), device()))
+    return Scorer(models.to_device(models.load(checkpoint, precision), own_device()))

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from resources import workers
-from resources.workers import Workers
+from colorfilter import workers
+from colorfilter.workers import Workers
 
 
 def count(upto: int) -> tuple[int, int]:
@@ -92,8 +92,8 @@ def test_a_killed_worker_is_told_of_and_the_pool_is_known_to_be_broken() -> None
 PROGRAM = """
 import sys
 from pathlib import Path
-from resources.workers import Workers
-from tests.resources.test_workers import go_on_for_ever
+from colorfilter.workers import Workers
+from tests.colorfilter.test_workers import go_on_for_ever
 if __name__ == "__main__":
     list(Workers(1).run(go_on_for_ever, [(Path(sys.argv[1]),)]))
 """
