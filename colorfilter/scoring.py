@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from colorfilter import loss
 from colorfilter.files import file_sha256, write_atomically
+from colorfilter.labels import shifted_labels
 from colorfilter.models import head_weight
 from colorfilter.progress import Progress, silent
 from colorfilter.tokens import open_tokens, real_tokens
@@ -47,15 +48,14 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
-        weight = head_weight(model)
-        self._weight = None if weight is None else weight.float()
+        self._weight = head_weight(model)
 
     @torch.inference_mode()
     def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
         device = self._model.device
         tokens_BxT = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        labels = loss.shifted_labels(tokens_BxT, torch.from_numpy(n_tokens).to(device))
+        labels = shifted_labels(tokens_BxT, torch.from_numpy(n_tokens).to(device))
         if self._weight is None:
             logits = self._model(input_ids=tokens_BxT, use_cache=False).logits
             nll, n = loss.logits_nll(logits, labels)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from colorfilter import models
 from colorfilter.evaluation import mean_loss
 from colorfilter.files import write_atomically
-from colorfilter.loss import IGNORED, shifted_labels
+from colorfilter.labels import IGNORED, shifted_labels
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colorfilter import loss
-from colorfilter.loss import IGNORED, logits_nll, sequence_nll, shifted_labels
+from colorfilter.kernels import chunked
+from colorfilter.labels import IGNORED
+from colorfilter.loss import KERNELS, logits_nll, sequence_nll
 
 
 def reference(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,17 +47,18 @@ cases = st.builds(
 )
 
 
-@given(cases, st.integers(1, 200))
-def test_losses_agree_with_float64_however_rows_are_chunked(
-    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], chunk: int
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(case=cases, block=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_losses_agree_with_float64_however_they_are_cut_into_blocks(
+    kernel: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], block: tuple[int, int]
 ) -> None:
     hidden, weight, labels = case
     expected, n_expected = reference(
         hidden.double().numpy() @ weight.double().numpy().T, labels.numpy()
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
-        nll, n = sequence_nll(hidden, weight, labels)
+        monkeypatch.setitem(chunked.BLOCKS, "cpu", block)
+        nll, n = sequence_nll(hidden, weight, labels, kernel)
     assert nll.dtype == torch.float32
     assert n.dtype == torch.int32
     np.testing.assert_allclose(nll.numpy(), expected, rtol=0, atol=1e-5)
@@ -161,26 +163,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_full_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = make_case(4, 128, 6, 1000, 1.0, 0.0, 0)
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64_000)
+    monkeypatch.setitem(chunked.BLOCKS, "cpu", (64, 250))
     with LargestTensor() as largest:
         sequence_nll(hidden, weight, labels)
-    assert largest.numel == 64_000
-
-
-def test_labels_are_the_following_tokens_of_the_real_part() -> None:
-    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [5, 0, 0, 0]])
-    labels = shifted_labels(tokens, torch.tensor([4, 2, 1]))
-    x = IGNORED
-    assert labels.tolist() == [[6, 7, 8, x], [6, x, x, x], [x, x, x, x]]
-    assert tokens.tolist() == [[5, 6, 7, 8], [5, 6, 0, 0], [5, 0, 0, 0]]
-
-
-@given(st.integers(1, 12), st.lists(st.integers(0, 12), min_size=1, max_size=5))
-def test_a_sequence_has_one_label_less_than_real_tokens(length: int, sizes: list[int]) -> None:
-    n_tokens = torch.tensor([min(n, length) for n in sizes])
-    tokens = torch.arange(len(sizes) * length).view(len(sizes), length)
-    labels = shifted_labels(tokens, n_tokens)
-    assert (labels != IGNORED).sum(1).tolist() == [max(0, n - 1) for n in n_tokens.tolist()]
-    for b, n in enumerate(n_tokens.tolist()):
-        if n > 1:
-            assert labels[b, : n - 1].tolist() == tokens[b, 1:n].tolist()
+    assert largest.numel == 64 * 250

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import loss, models, scoring
+from colorfilter import models, scoring
 from colorfilter.files import file_sha256
 from colorfilter.recipe import Model
 from colorfilter.scoring import (
@@ -374,8 +374,7 @@ def test_progress_adds_up_to_the_tokens_per_model(
 GROWTH_LIMIT = 16 * 2**20
 
 
-def test_memory_stays_flat_over_thousands_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**18)
+def test_memory_stays_flat_over_thousands_of_batches() -> None:
     vocab_size = 4096
     wide = Model(type="gpt_neox", config={**SMALL, "hidden_size": 64})
     scorer = Scorer(lively(wide, 0, vocab_size))
