@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from colorfilter import models, scoring, training, workers
+from colorfilter import body, models, scoring, training, workers
 from colorfilter.errors import InputError
 from colorfilter.scoring import Receipt, Scorer
 from colorfilter.tokens import open_tokens, real_tokens
@@ -45,6 +45,7 @@ def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
     """Train as the spec says, on so many CPU threads; also the tokens and seconds it took."""
     _loaded.clear()
     torch.set_num_threads(threads)
+    body.prefer_onednn()
     tokens = 0
 
     def count(amount: int) -> None:
@@ -75,6 +76,11 @@ def _scorers(checkpoints: Mapping[str, Path], precision: str) -> dict[str, Score
 
 
 def _load(checkpoint: Path, precision: str) -> Scorer:
-    if own_device().type == "cpu" and precision == "fp16":
+    device = own_device()
+    if device.type != "cpu":
+        return Scorer(models.to_device(models.load(checkpoint, precision), device))
+    if precision == "fp16":
         raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
-    return Scorer(models.to_device(models.load(checkpoint, precision), own_device()))
+    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise InputError("precision: this processor does not multiply in bf16; use float32")
+    return Scorer(body.prepare(models.load(checkpoint, precision)))

@@ -21,7 +21,9 @@ from colorfilter.files import write_atomically
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
 
-MEMORY_LIMIT = "1GB"
+# What DuckDB may hold of the tables before it spills to disk.
+READING_MEMORY = "1GB"
+PUBLISHING_MEMORY = "256MB"
 # The newest form that every supported DuckDB reads.
 STORAGE_VERSION = "v1.2.0"
 
@@ -116,7 +118,7 @@ class ScoreStore(dg.ConfigurableResource):
         if not path.exists():
             raise InputError(f"{path} is not there yet; materialize score_tables first")
         with contextlib.closing(duckdb.connect(str(path), read_only=True)) as connection:
-            _limit(connection, path)
+            _limit(connection, path, READING_MEMORY)
             yield connection
 
     def publish(self, parts: Sequence[Part], models: Sequence[PublishedModel]) -> dict[str, int]:
@@ -143,7 +145,6 @@ class ScoreStore(dg.ConfigurableResource):
                     "INSERT INTO models VALUES (?, ?, ?, ?, true)",
                     [m.model, m.role, m.domain, m.path],
                 )
-            _check(connection)
             return _row_counts(connection)
 
     def publish_selection(
@@ -210,7 +211,7 @@ class ScoreStore(dg.ConfigurableResource):
             shutil.copyfile(path, temporary)
         connection = duckdb.connect()
         try:
-            _limit(connection, path)
+            _limit(connection, path, PUBLISHING_MEMORY)
             place = str(temporary).replace("'", "''")
             connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE next")
@@ -228,8 +229,8 @@ class ScoreStore(dg.ConfigurableResource):
         write_atomically(temporary, path)
 
 
-def _limit(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    connection.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+def _limit(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
+    connection.execute(f"SET memory_limit = '{memory}'")
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
 
@@ -267,13 +268,7 @@ def _remove(
 
 def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
     if part.losses is not None:
-        files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
-        if files:
-            connection.execute(
-                "INSERT INTO losses BY NAME "
-                "SELECT * FROM read_parquet($files) WHERE model = $model",
-                {"files": files, "model": part.model},
-            )
+        _insert_losses(connection, part)
         return
     assert part.tokens is not None
     assert part.documents is not None
@@ -300,19 +295,30 @@ def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
     )
 
 
-def _check(connection: duckdb.DuckDBPyConnection) -> None:
-    bad = _count(connection, "SELECT count(*) FROM losses WHERE NOT isfinite(loss)")
-    if bad:
-        raise ValueError(f"{bad} losses are not finite; nothing was published")
-    twice = _count(
+def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
+    """Insert a model's losses over a shard, checked first.
+
+    Part by part, so that memory does not grow with the table.
+    """
+    assert part.losses is not None
+    files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
+    if not files:
+        return
+    wanted = {"files": files, "model": part.model, "shard": part.shard}
+    rows = "FROM read_parquet($files) WHERE model = $model AND shard = $shard"
+    bad, twice = fetch_row(
         connection,
-        "SELECT count(*) FROM "
-        "(SELECT 1 FROM losses GROUP BY model, shard, position HAVING count(*) > 1)",
+        "SELECT count(*) FILTER (NOT isfinite(loss)), count(*) - count(DISTINCT position) " + rows,
+        wanted,
     )
+    if bad:
+        raise ValueError(f"{bad} losses of {part.shard} are not finite; nothing was published")
     if twice:
         raise ValueError(
-            f"{twice} sequences have several losses by one model; nothing was published"
+            f"{twice} sequences of {part.shard} have several losses by one model; "
+            "nothing was published"
         )
+    connection.execute("INSERT INTO losses BY NAME SELECT * " + rows, wanted)
 
 
 def _count(

@@ -1,0 +1,79 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from colorfilter import body, models
+from colorfilter.recipe import Model
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+FAMILIES = {
+    "gpt_neox": {},
+    "llama": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 4},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 32},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 20},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def counting(function: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return function(*arguments, **named)
+
+    return counted
+
+
+def hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 5, 130, 512])
+def test_the_body_computes_what_it_did(
+    family: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "LEAST_ROWS", 16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    config = {**SMALL, **FAMILIES[family]}
+    model = models.build(Model(type=family, config=config), 100, 512, 0).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    tokens = torch.randint(0, 100, (3, length), generator=torch.Generator().manual_seed(length))
+    before = hidden(model, tokens)
+    ours: list[None] = []
+    monkeypatch.setattr(torch, "bmm", counting(torch.bmm, ours))
+    after = hidden(body.prepare(model), tokens)
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    plain = family not in {"mistral", "gemma2"} or (family == "mistral" and length <= 20)
+    assert bool(ours) == plain
+
+
+def test_a_later_token_changes_nothing_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "LEAST_ROWS", 4)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = body.prepare(models.build(Model(type="llama", config=SMALL), 100, 32, 0).eval())
+    tokens = torch.randint(0, 100, (1, 32), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 100
+    one, other = hidden(model, tokens), hidden(model, changed)
+    assert (one[:, :20] == other[:, :20]).all()
+    assert (one[:, 20:] != other[:, 20:]).any(dim=-1).all()
+
+
+def test_float32_stays_float32_whatever_onednn_does() -> None:
+    body.prefer_onednn()
+    left, right = torch.randn(300, 400), torch.randn(400, 200)
+    exact = left.double() @ right.double()
+    assert ((left @ right) - exact).abs().max() / exact.abs().max() < 1e-5
