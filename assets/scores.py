@@ -50,10 +50,13 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             kinds={"pytorch", "parquet"},
             owners=OWNERS,
             pool="gpu",
-            code_version=code_version(1, recipe.precision),
+            code_version=code_version(1, recipe.scoring),
         )
         def losses(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-            return _score(context, artifacts, gpu, "/".join(key), model)
+            encoder = artifacts.current("tokenizer")
+            masked = recipe.scoring.labels == "within_documents"
+            boundary = encoder.facts["end_of_text"] if masked else None
+            return _score(context, artifacts, gpu, "/".join(key), model, boundary)
 
         return losses
 
@@ -108,13 +111,24 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 
 def _score(
-    context: Context, artifacts: ArtifactStore, gpu: Gpu, asset: str, model_asset: str
+    context: Context,
+    artifacts: ArtifactStore,
+    gpu: Gpu,
+    asset: str,
+    model_asset: str,
+    boundary: int | None,
 ) -> dg.MaterializeResult:
     model = artifacts.current(model_asset)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
     progress = Progress(context, total(list(packed.values()), "tokens"), "tokens")
     works = [
-        Work(asset, shard, inputs=[model, source], precision=gpu.precision)
+        Work(
+            asset,
+            shard,
+            inputs=[model, source],
+            recipe={"boundary": boundary},
+            precision=gpu.precision,
+        )
         for shard, source in packed.items()
     ]
     with artifacts.attempts(works) as attempts:
@@ -131,13 +145,14 @@ def _score(
                         tokens=source.path,
                         shard=str(source.partition),
                         out=attempt.folder,
+                        boundary=boundary,
                     )
                 )
         by_folder = {a.folder: a for a in attempts}
         for job, receipts in gpu.score(jobs, progress):
             by_folder[job.out].commit(_facts(receipts))
         made = [a.artifact for a in attempts]
-    facts = ("sequences", "tokens", "chunks", "tokens_per_second")
+    facts = ("sequences", "unscored", "tokens", "chunks", "tokens_per_second")
     return sharded_result(context, artifacts, made, facts, "sequences")
 
 
@@ -147,6 +162,7 @@ def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:
     return {
         "chunks": len(receipts),
         "sequences": sum(r.sequences for r in receipts),
+        "unscored": sum(r.unscored for r in receipts),
         "tokens": sum(r.tokens for r in receipts),
         "tokens_per_second": round(timed / seconds) if seconds else 0,
     }
@@ -221,28 +237,33 @@ def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
     """What must hold of the score tables before anything is selected by them."""
 
     @dg.asset_check(asset="score_tables", blocking=True)
-    def scores_complete(score_store: ScoreStore) -> dg.AssetCheckResult:
-        """Every sequence of two tokens or more has one finite loss by every current model."""
+    def scores_complete(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.AssetCheckResult:
+        """Every sequence that has a label has one finite loss by every current model."""
+        assets = ["prior_scores", *(f"{d.name}/conditional_scores" for d in recipe.domains)]
+        shards = shard_names(artifacts, recipe)
+        unscored = total([artifacts.current(a, s) for a in assets for s in shards], "unscored")
         with score_store.read() as connection:
-            expected, scored, not_finite, stored = fetch_row(
+            wanted, short, scored, not_finite, stored = fetch_row(
                 connection,
                 """
-                WITH expected AS (
-                    SELECT m.model, s.shard, s.position
-                    FROM models AS m, sequences AS s WHERE m.current AND s.n_tokens > 1
+                WITH wanted AS (
+                    SELECT m.model, s.shard, s.position, s.n_tokens
+                    FROM models AS m, sequences AS s WHERE m.current
                 )
                 SELECT
-                    count(*), count(l.loss), count(*) FILTER (NOT isfinite(l.loss)),
-                    (SELECT count(*) FROM losses)
-                FROM expected LEFT JOIN losses AS l USING (model, shard, position)
+                    count(*), count(*) FILTER (w.n_tokens < 2), count(l.loss),
+                    count(*) FILTER (NOT isfinite(l.loss)), (SELECT count(*) FROM losses)
+                FROM wanted AS w LEFT JOIN losses AS l USING (model, shard, position)
                 """,
             )
-        passed = expected == scored == stored and not not_finite
+        masked = recipe.scoring.labels == "within_documents"
+        explained = unscored >= short if masked else unscored == short
+        passed = explained and scored == stored == wanted - unscored and not not_finite
         return dg.AssetCheckResult(
             passed=passed,
-            description=f"{scored:,} of {expected:,} losses stand, {not_finite} not finite, "
-            f"{stored - scored} without a sequence",
-            metadata={"expected": expected, "scored": scored, "not finite": not_finite},
+            description=f"{scored:,} of {wanted - unscored:,} losses stand, {not_finite} not "
+            f"finite, {stored - scored} without a sequence; {unscored} sequences without a label",
+            metadata={"scored": scored, "unscored": unscored, "not finite": not_finite},
         )
 
     return [scores_complete, *(_domain_below_corpus(d) for d in recipe.domains)]

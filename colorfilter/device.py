@@ -35,9 +35,10 @@ def score(
     stop: int,
     out: Path,
     precision: str,
+    boundary: int | None,
 ) -> Receipt:
     """Score and commit a chunk, by models given as fingerprint -> checkpoint."""
-    scorers = _scorers(checkpoints, precision)
+    scorers = _scorers(checkpoints, precision, boundary)
     return scoring.score_chunk(scorers, tokens, shard, start, stop, out, precision, workers.report)
 
 
@@ -65,22 +66,24 @@ def evaluate(checkpoint: Path, tokens: Path, precision: str) -> Losses:
     return scoring.sequence_losses(_load(checkpoint, precision), rows, n_tokens, workers.report)
 
 
-def _scorers(checkpoints: Mapping[str, Path], precision: str) -> dict[str, Scorer]:
+def _scorers(
+    checkpoints: Mapping[str, Path], precision: str, boundary: int | None
+) -> dict[str, Scorer]:
     """The models asked for, loaded once and kept until others are."""
     torch.set_num_threads(1)
     for gone in _loaded.keys() - checkpoints.keys():
         del _loaded[gone]
     for name in checkpoints.keys() - _loaded.keys():
-        _loaded[name] = _load(checkpoints[name], precision)
+        _loaded[name] = _load(checkpoints[name], precision, boundary)
     return {name: _loaded[name] for name in checkpoints}
 
 
-def _load(checkpoint: Path, precision: str) -> Scorer:
+def _load(checkpoint: Path, precision: str, boundary: int | None = None) -> Scorer:
     device = own_device()
     if device.type != "cpu":
-        return Scorer(models.to_device(models.load(checkpoint, precision), device))
+        return Scorer(models.to_device(models.load(checkpoint, precision), device), boundary)
     if precision == "fp16":
         raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise InputError("precision: this processor does not multiply in bf16; use float32")
-    return Scorer(body.prepare(models.load(checkpoint, precision)))
+    return Scorer(body.prepare(models.load(checkpoint, precision)), boundary)

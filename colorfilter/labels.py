@@ -5,15 +5,22 @@ import torch
 IGNORED = -100
 
 
-def shifted_labels(tokens: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
+def shifted_labels(
+    tokens: torch.Tensor, n_tokens: torch.Tensor, boundary: int | None = None
+) -> torch.Tensor:
     """Labels of next-token prediction.
 
     tokens int64 [B, T], n_tokens int64 [B] real tokens at the front of each row -> int64 [B, T]:
-    the token that follows each position, IGNORED where none does or it is padding.
+    the token that follows each position, IGNORED where none does or it is padding. With
+    `boundary`, the token that closes a document, also IGNORED behind it: what follows there is
+    the beginning of another document, which the context says nothing of.
     """
     labels = tokens.roll(-1, dims=1)
     following = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    return labels.masked_fill(following >= n_tokens[:, None], IGNORED)
+    ignored = following >= n_tokens[:, None]
+    if boundary is not None:
+        ignored |= tokens == boundary
+    return labels.masked_fill(ignored, IGNORED)
 
 
 def mean_over_labels(nll: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,6 +124,16 @@ class Domain(Section):
         return _unique_names(self)
 
 
+class Scoring(Section):
+    """How losses are computed, and over which labels."""
+
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    labels: Literal["all", "within_documents"] = Field(
+        "all",
+        description="all (the paper's way), or not those whose context ends in another document",
+    )
+
+
 class Arm(Section):
     """A method with its tau: one way of choosing what the target model trains on."""
 
@@ -187,11 +197,11 @@ class Recipe(Section):
     name: Name
     seed: int = Field(0, ge=0, description="fixes data, tokenizer and auxiliary models")
     sequence_length: int = Field(ge=8)
-    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="of scoring")
     corpus: Corpus
     tokenizer: Tokenizer
     prior: Prior
     domains: list[Domain] = Field(min_length=1)
+    scoring: Scoring = Scoring(labels="all")
     arms: list[Arm] = Field(min_length=1)
     target: Target
     evaluation: Evaluation

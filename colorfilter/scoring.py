@@ -32,13 +32,17 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed chunk holds and what it took; `seconds` is 0 for one found standing."""
+    """What a committed chunk holds and what it took; `seconds` is 0 for one found standing.
+
+    `unscored` of the sequences have no label and so no row.
+    """
 
     file: str
     sha256: str
     start: int
     stop: int
     sequences: int
+    unscored: int
     tokens: int
     seconds: float
 
@@ -46,8 +50,10 @@ class Receipt:
 class Scorer:
     """A model made ready for scoring: losses of batches of sequences."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, boundary: int | None = None) -> None:
+        """`boundary` as in labels.shifted_labels."""
         self._model = model.eval()
+        self._boundary = boundary
         self._weight = head_weight(model)
 
     @torch.inference_mode()
@@ -55,7 +61,8 @@ class Scorer:
         """Tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
         device = self._model.device
         tokens_BxT = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        labels = shifted_labels(tokens_BxT, torch.from_numpy(n_tokens).to(device))
+        n_tokens_B = torch.from_numpy(n_tokens).to(device)
+        labels = shifted_labels(tokens_BxT, n_tokens_B, self._boundary)
         if self._weight is None:
             logits = self._model(input_ids=tokens_BxT, use_cache=False).logits
             nll, n = loss.logits_nll(logits, labels)
@@ -137,7 +144,7 @@ def _standing(out: Path, start: int, stop: int, n_tokens: np.ndarray) -> Receipt
     for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
         sha256 = file_sha256(path)
         if sha256.startswith(path.stem.rpartition("-")[2]):
-            return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), 0.0)
+            return _receipt(path, sha256, start, stop, n_tokens, 0.0)
         path.unlink()
     return None
 
@@ -155,8 +162,8 @@ def score_chunk(
     """Score sequences [start, stop) by every model and commit their losses to a file in `out`.
 
     It holds `model, shard, position, loss, n_tokens, precision`; `loss` is float32 nats per token,
-    `n_tokens` the labels it is the mean of. A sequence of fewer than two tokens has no label and
-    gets no row. `progress` is called with sequence tokens done, per model.
+    `n_tokens` the labels it is the mean of. A sequence without labels, such as one of a single
+    token, gets no row. `progress` is called with sequence tokens done, per model.
     """
     begun = time.perf_counter()
     rows = open_tokens(tokens)[start:stop]
@@ -182,7 +189,16 @@ def score_chunk(
     sha256 = file_sha256(temporary)
     path = out / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
     write_atomically(temporary, path)
-    return Receipt(path.name, sha256, start, stop, stop - start, int(n_tokens.sum()), seconds)
+    return _receipt(path, sha256, start, stop, n_tokens, seconds)
+
+
+def _receipt(
+    path: Path, sha256: str, start: int, stop: int, n_tokens: np.ndarray, seconds: float
+) -> Receipt:
+    scored = pl.scan_parquet(path).select(pl.col("position").n_unique()).collect().item()
+    unscored = stop - start - scored
+    tokens = int(n_tokens.sum())
+    return Receipt(path.name, sha256, start, stop, stop - start, unscored, tokens, seconds)
 
 
 def _stem(start: int, stop: int) -> str:

@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A shard to score: its packed tokens, by models (fingerprint -> checkpoint), into `out`."""
+    """A shard to score: its packed tokens, by models (fingerprint -> checkpoint), into `out`.
+
+    `parameters` of the models decide the size of a chunk; `boundary` as in labels.shifted_labels.
+    """
 
     models: Mapping[str, Path]
     parameters: int
     tokens: Path
     shard: str
     out: Path
+    boundary: int | None = None
 
 
 class Gpu(dg.ConfigurableResource):
@@ -69,8 +73,8 @@ class Gpu(dg.ConfigurableResource):
         left = Counter(i for i, _ in missing)
         yield from ((job, receipts[i]) for i, job in enumerate(jobs) if not left[i])
         calls = [
-            (jobs[i].models, jobs[i].tokens, jobs[i].shard, *r, jobs[i].out, self.precision)
-            for i, r in missing
+            (job.models, job.tokens, job.shard, *r, job.out, self.precision, job.boundary)
+            for job, r in ((jobs[i], r) for i, r in missing)
         ]
         for task, receipt in _workers().run(device.score, calls, progress):
             i = missing[task][0]

@@ -107,6 +107,26 @@ def test_a_touched_file_is_read_again_and_nothing_else(
     assert set(made_since(movable, before)) == {"raw_corpus"}
 
 
+def test_other_labels_cost_the_scoring_alone(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path)
+    project.facts = {**finished.facts, "scoring": {"labels": "within_documents"}}
+    project.write()
+    before = len(project.ledger())
+    assert project.run(monkeypatch) is None
+    made = made_since(project, before)
+    assert {"prior_scores", "reference/conditional_scores", "score_tables"} <= made.keys()
+    assert not {"corpus_tokens", "prior_model", "reference/conditional_model"} & made.keys()
+    with duckdb.connect(str(project.home.scores), read_only=True) as connection:
+        (fewer,) = fetch_row(
+            connection,
+            "SELECT count(*) FROM losses JOIN sequences USING (shard, position) "
+            "WHERE losses.n_tokens < sequences.n_tokens - 1",
+        )
+    assert fewer > 0
+
+
 def test_scoring_goes_on_after_a_kill(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

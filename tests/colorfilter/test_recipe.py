@@ -16,6 +16,7 @@ RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 TRAINING = {"learning_rate": 1e-3, "batch_sequences": 8}
 MODEL = {"type": "gpt_neox", "config": {"hidden_size": 16, "max_position_embeddings": 128}}
 VALID: dict[str, Any] = {
+    "scoring": {},
     "name": "mine",
     "sequence_length": 128,
     "corpus": {"sources": [{"name": "web", "files": "data/*.jsonl"}]},
@@ -70,7 +71,7 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
     recipe = load_content(tmp_path, VALID)
     assert recipe.name == "mine"
     assert recipe.seed == 0
-    assert recipe.precision == "float32"
+    assert recipe.scoring.precision == "float32"
     assert recipe.evaluation.random_multiples == [1.0, 1.5, 2.0]
     assert recipe.domain("books").held_out == 0.15
     assert [a.name for a in recipe.arms] == ["color_tau8", "random"]
@@ -106,7 +107,7 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
         ("target.training.schedule", "cosine", "target.training.schedule"),
         ("target.training.learning_rate", math.nan, "target.training.learning_rate: "),
         ("name", "Has Spaces", "name: "),
-        ("precision", "fp8", "precision: "),
+        ("scoring.precision", "fp8", "scoring.precision: "),
         ("arms", [], "arms: "),
         ("corpus.sources", [], "corpus.sources: "),
         ("domains.1", VALID["domains"][0], "domains: the name books stands twice"),

@@ -161,6 +161,28 @@ def test_a_model_that_was_training_is_scored_without_dropout(tmp_path: Path) -> 
     assert (one == two).all()
 
 
+def test_labels_across_documents_can_be_left_out(tmp_path: Path) -> None:
+    end = 3
+    model = lively(MODELS["gpt_neox"], 0)
+    folder, rows = write_packed(tmp_path / "tokens", [16, 16, 2])
+    rows[0, 4], rows[2, 0] = end, end
+    np.save(folder / "tokens.npy", rows)
+    scorers = {"m": Scorer(model, boundary=end)}
+    (receipt,) = score_shard(scorers, folder, "s", tmp_path / "out", "float32", CHUNK)
+    table = read_chunks(tmp_path / "out")
+    within = (rows[:2, :-1] != end).sum(1)
+    assert within[0] < 15
+    assert table["n_tokens"].to_list() == within.tolist()
+    assert (receipt.sequences, receipt.unscored) == (3, 1)
+    exact = copy.deepcopy(model).double()
+    ids = torch.from_numpy(rows[:2].astype(np.int64))
+    with torch.no_grad():
+        nll = -exact(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    nll = nll.gather(2, ids[:, 1:, None])[..., 0].numpy()
+    expected = [nll[i][rows[i, :-1] != end].mean() for i in (0, 1)]
+    np.testing.assert_allclose(table["loss"].to_numpy(), expected, rtol=0, atol=1e-5)
+
+
 # Chunks --------------------------------------------------------------------------------------
 
 
