@@ -6,19 +6,15 @@ of a hundredth of the scores' spread moves about a hundredth of the selection: t
 the logits, the label's logit and the sum over tokens are float32 whatever the model's dtype.
 """
 
-from collections.abc import Callable
+import importlib
+import importlib.util
+import time
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from colorfilter.kernels import chunked, reference
 from colorfilter.labels import IGNORED, mean_over_labels
-
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-KERNELS: dict[str, Kernel] = {
-    "reference": reference.sequence_nll,
-    "chunked": chunked.sequence_nll,
-}
 
 
 def sequence_nll(
@@ -26,14 +22,31 @@ def sequence_nll(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean negative log-likelihood of each sequence under logits `hidden @ head_weight.T`.
 
-    hidden [B, T, D], head_weight [V, D], labels int64 [B, T] with IGNORED left out
+    hidden [B, T, D] and head_weight [V, D] of one dtype, labels int64 [B, T] with IGNORED left out
     -> (float32 [B] nats per token, int32 [B] number of labels). A row without labels is NaN; what
-    is not finite in `hidden` makes the loss of its own sequence not finite.
+    is not finite in `hidden` at a label makes the loss of its own sequence not finite.
 
-    The forms of the kernel: `reference`, float64 as it is written; `chunked`, library products on
-    any device.
+    The forms of the kernel, each a module of `colorfilter.kernels`: `reference`, float64 as it is
+    written; `chunked`, library products on any device; `triton`, fused, on CUDA.
     """
-    return KERNELS[kernel](hidden, head_weight, labels)
+    form: Any = importlib.import_module(f"colorfilter.kernels.{kernel}")
+    nll, n = form.sequence_nll(hidden, head_weight, labels)
+    return nll, n
+
+
+def fastest_kernel(hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor) -> str:
+    """The form to use for tensors such as these: on CUDA the faster of two, by measurement."""
+    if hidden.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "chunked"
+    seconds = {}
+    for kernel in ("triton", "chunked"):
+        for _ in range(3):  # the first compiles, the last counts
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            sequence_nll(hidden, head_weight, labels, kernel)
+            torch.cuda.synchronize()
+            seconds[kernel] = time.perf_counter() - begun
+    return min(seconds, key=lambda kernel: seconds[kernel])
 
 
 def logits_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

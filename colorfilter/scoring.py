@@ -8,7 +8,7 @@ stands exactly once. Nothing is locked.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ Range = tuple[int, int]
 class Receipt:
     """What a committed chunk holds and what it took; `seconds` is 0 for one found standing.
 
-    `unscored` of the sequences have no label and so no row.
+    `unscored` of the sequences have no label and so no row. `kernel` is the form that was used.
     """
 
     file: str
@@ -45,6 +45,7 @@ class Receipt:
     unscored: int
     tokens: int
     seconds: float
+    kernel: str | None = None
 
 
 class Scorer:
@@ -54,6 +55,7 @@ class Scorer:
         """`boundary` as in labels.shifted_labels."""
         self._model = model.eval()
         self._boundary = boundary
+        self.kernel: str | None = None  # chosen at the first batch
         self._weight = head_weight(model)
 
     @torch.inference_mode()
@@ -64,11 +66,15 @@ class Scorer:
         n_tokens_B = torch.from_numpy(n_tokens).to(device)
         labels = shifted_labels(tokens_BxT, n_tokens_B, self._boundary)
         if self._weight is None:
+            self.kernel = "full logits"
             logits = self._model(input_ids=tokens_BxT, use_cache=False).logits
             nll, n = loss.logits_nll(logits, labels)
         else:
             body = self._model.base_model(input_ids=tokens_BxT, use_cache=False)
-            nll, n = loss.sequence_nll(body.last_hidden_state, self._weight, labels)
+            inputs = body.last_hidden_state, self._weight, labels
+            if self.kernel is None:
+                self.kernel = loss.fastest_kernel(*inputs)
+            nll, n = loss.sequence_nll(*inputs, self.kernel)
         return nll.cpu().numpy(), n.cpu().numpy()
 
 
@@ -189,7 +195,9 @@ def score_chunk(
     sha256 = file_sha256(temporary)
     path = out / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
     write_atomically(temporary, path)
-    return _receipt(path, sha256, start, stop, n_tokens, seconds)
+    kernels = {str(scorer.kernel) for scorer in models.values()}
+    receipt = _receipt(path, sha256, start, stop, n_tokens, seconds)
+    return replace(receipt, kernel=", ".join(sorted(kernels)))
 
 
 def _receipt(

@@ -118,6 +118,7 @@ class Gpu(dg.ConfigurableResource):
             "chunk": receipt.file,
             "sequences": receipt.sequences,
             "precision": self.precision,
+            "kernel": receipt.kernel,
         }
         self._record("score", ",".join(job.models), receipt.tokens, receipt.seconds, facts)
 
@@ -133,7 +134,7 @@ class Gpu(dg.ConfigurableResource):
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "device": _device_kind(),
-            "kernel": "torch",
+            "kernel": None,
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": provenance.environment(),
             **facts,
