@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,6 +16,8 @@ from resources.home import Home
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+# Triton reads this once, when torch or transformers first import it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 MODEL = {
