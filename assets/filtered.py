@@ -54,7 +54,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        scores = artifacts.current("score_tables")
+        tables = artifacts.current("score_tables")
         needed = endpoints(recipe, arm)[-1]
 
         def build(folder: Path) -> dict[str, Any]:
@@ -62,9 +62,12 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                 candidates = method.count_candidates(connection, recipe.sequence_length)
                 fits = method.n_to_keep(candidates, arm.tau or 1, needed)
                 keep = needed if arm.method == "random" else fits
-                chosen = method.select(
-                    connection, arm.method, domain.name, recipe.sequence_length, keep, recipe.seed
-                )
+                scores = connection, arm.method, domain.name, recipe.sequence_length
+                if arm.tau and arm.batch:
+                    chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
+                    method.n_to_keep(len(chosen), 1, needed)
+                else:
+                    chosen = method.select(*scores, keep, recipe.seed)
                 if arm.tau:
                     found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
                     texts = {
@@ -83,13 +86,13 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         made = artifacts.make(
             Work(
                 f"{name}/selection",
-                inputs=[scores],
+                inputs=[tables],
                 recipe={
                     **arm.facts(),
                     "needed": needed,
                     "sequence_length": recipe.sequence_length,
                 },
-                seed=recipe.seed if arm.method == "random" else None,
+                seed=recipe.seed if arm.method == "random" or arm.batch else None,
             ),
             build,
         )

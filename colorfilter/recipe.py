@@ -139,18 +139,24 @@ class Arm(Section):
 
     method: Literal["color", "random"]
     tau: float | None = Field(None, ge=1, description="keep the best 1/tau of the corpus")
+    batch: int | None = Field(
+        None, ge=1, description="choose so many sequences from every random tau * batch"
+    )
 
     @model_validator(mode="after")
     def tau_where_it_counts(self) -> Self:
         if (self.method == "random") != (self.tau is None):
             raise ValueError("tau belongs to every method but random")
+        if self.batch is not None and self.tau is None:
+            raise ValueError("batch belongs to methods with a tau")
         return self
 
     @property
     def name(self) -> str:
         if self.tau is None:
             return self.method
-        return f"{self.method}_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
+        name = f"{self.method}_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
+        return name if self.batch is None else f"{name}_batch{self.batch}"
 
 
 class Filtered(Section):

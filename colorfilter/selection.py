@@ -37,15 +37,15 @@ CANDIDATES = """
     WHERE NOT starts_with(shard, '_') AND n_tokens = $length
 """
 
+# A number in [0, 1) from the sequence's place and the seed: the same in every version.
+LOT = """
+    md5_number_lower(concat_ws('|', $seed::VARCHAR, shard, position))::DOUBLE
+        / 18446744073709551616.0
+"""
+
 SCORES = {
     "color": "SELECT shard, position, color AS score FROM color WHERE domain = $domain",
-    # A number in [0, 1) from the sequence's place and the seed: the same in every version.
-    "random": """
-        SELECT shard, position,
-            md5_number_lower(concat_ws('|', $seed::VARCHAR, shard, position))::DOUBLE
-                / 18446744073709551616.0 AS score
-        FROM sequences
-    """,
+    "random": f"SELECT shard, position, {LOT} AS score FROM sequences",
 }
 
 SELECTION = """
@@ -56,6 +56,18 @@ SELECTION = """
     LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
     ORDER BY score, shard, position
     LIMIT $keep
+"""
+
+# The candidates in random order, cut into pools; the best 1/tau of each.
+BEST_OF_POOLS = """
+    SELECT shard, position FROM (
+        SELECT
+            shard, position, score,
+            (row_number() OVER (ORDER BY {lot}, shard, position) - 1) // $pool AS pool
+        FROM ({candidates}) JOIN ({scores}) USING (shard, position)
+    )
+    QUALIFY $tau * row_number() OVER (PARTITION BY pool ORDER BY score, shard, position)
+        <= count(*) OVER (PARTITION BY pool)
 """
 
 
@@ -77,10 +89,37 @@ def select(
 
     `rank` counts from 1; `score` is float64, lower is better; `color` is null where not scored.
     """
-    parameters: dict[str, int | str] = {"length": length, "domain": domain, "keep": keep}
+    parameters: dict[str, float | str] = {"length": length, "domain": domain, "keep": keep}
     if method == "random":
         parameters["seed"] = seed
     query = SELECTION.format(candidates=CANDIDATES, scores=SCORES[method])
+    return fetch_frame(connection, query, parameters)
+
+
+def select_by_batch(
+    connection: duckdb.DuckDBPyConnection,
+    method: str,
+    domain: str,
+    length: int,
+    tau: float,
+    batch: int,
+    seed: int,
+) -> pl.DataFrame:
+    """The best `batch` of every random `tau * batch` candidates: the paper's streaming form.
+
+    (arXiv 2406.10670, algorithm 1, with selection within a batch.) What is left over is a smaller
+    pool of its own. Columns and order as in `select`.
+    """
+    candidates = BEST_OF_POOLS.format(candidates=CANDIDATES, scores=SCORES[method], lot=LOT)
+    query = SELECTION.format(candidates=candidates, scores=SCORES[method])
+    parameters: dict[str, float | str] = {
+        "length": length,
+        "domain": domain,
+        "keep": 2**62,
+        "pool": max(1, int(tau * batch)),
+        "tau": tau,
+        "seed": seed,
+    }
     return fetch_frame(connection, query, parameters)
 
 

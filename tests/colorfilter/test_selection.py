@@ -15,6 +15,7 @@ from colorfilter.selection import (
     count_candidates,
     n_to_keep,
     select,
+    select_by_batch,
     write_card,
     write_selected_text,
     write_tokens,
@@ -58,6 +59,25 @@ def test_the_lowest_colors_are_kept_in_order_of_color_shard_and_position(
     assert table["rank"].to_list() == list(range(1, len(expected) + 1))
     assert table["color"].equals(table["score"], check_names=False)
     assert table.schema["score"] == pl.Float64
+
+
+@pytest.mark.parametrize(("tau", "batch"), [(4, 5), (4, 1), (2.5, 7), (8, 100), (1, 3)])
+def test_by_batch_the_lowest_of_each_random_pool_are_kept(
+    store: Any, tau: float, batch: int
+) -> None:
+    colors = fill(store)
+    lots = select(store.connection, "random", "books", LENGTH, len(colors), seed=3)
+    pool = int(tau * batch)
+    expected = []
+    for start in range(0, len(lots), pool):
+        places_there = places(lots[start : start + pool])
+        best = sorted((colors[p], *p) for p in places_there)
+        expected += best[: int(len(best) / tau)]
+    table = select_by_batch(store.connection, "color", "books", LENGTH, tau, batch, seed=3)
+    assert table.select("score", "shard", "position").rows() == sorted(expected)
+    assert table["rank"].to_list() == list(range(1, len(expected) + 1))
+    other = select_by_batch(store.connection, "color", "books", LENGTH, tau, batch, seed=4)
+    assert other.equals(table) == (tau == 1 or batch == 100)
 
 
 def test_the_order_does_not_depend_on_the_order_of_the_rows(store: Any) -> None:
