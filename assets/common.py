@@ -147,21 +147,21 @@ def make_in_processes(
     works: Sequence[Work],
     build: Callable[..., Mapping[str, Any]],
     arguments: Callable[[Work], tuple[Any, ...]],
-    done: Callable[[Artifact], None],
+    progress: Progress,
+    size: Callable[[Artifact], int],
 ) -> list[Artifact]:
     """Make artefacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
 
-    `done` is called as each stands. Raises what a build raises; after an InputError nothing of
-    that artefact is left.
+    A build says how far it is by `workers.report`; `size` is what it reports in all, and counts at
+    once for what stands. Raises what a build raises; after an InputError nothing of what was not
+    finished is left.
     """
     with store.attempts(works) as attempts:
-        for attempt in attempts:
-            if attempt.standing:
-                done(attempt.standing)
         missing = [a for a in attempts if not a.standing]
+        progress(sum(size(a.standing) for a in attempts if a.standing))
         if missing:
             with Workers(min(len(missing), os.cpu_count() or 1)) as workers:
                 calls = [(a.folder, *arguments(a.work)) for a in missing]
-                for i, facts in workers.run(build, calls):
-                    done(missing[i].commit(facts))
+                for i, facts in workers.run(build, calls, progress):
+                    missing[i].commit(facts)
         return [a.artifact for a in attempts]

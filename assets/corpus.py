@@ -23,7 +23,7 @@ from assets.common import (
     sharded_result,
     total,
 )
-from colorfilter import documents, sampling, shards, tokens
+from colorfilter import documents, sampling, shards, tokens, workers
 from colorfilter.errors import InputError
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Domain, Recipe, Source
@@ -81,7 +81,8 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             works,
             read_shard,
             lambda w: (planned[str(w.partition)].files, list(sources.values())),
-            lambda a: progress(sum(f.size for f in planned[str(a.partition)].files)),
+            progress,
+            lambda a: sum(f.size for f in planned[str(a.partition)].files),
         )
         _refuse_empty_sources(recipe, artifacts, made)
         for reason, count in _reject_reasons(made):
@@ -185,7 +186,8 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
                 [a.path for a in left_out if a in w.inputs],
                 recipe.sequence_length,
             ),
-            lambda a: progress(raw[str(a.partition)].facts["chars"]),
+            progress,
+            lambda a: raw[str(a.partition)].facts["chars"],
         )
         facts = ("documents", "left_out", "tokens", "sequences")
         return sharded_result(context, artifacts, made, facts, "sequences")
@@ -322,7 +324,7 @@ def read_shard(
     folder: Path, files: Sequence[shards.InputFile], sources: Sequence[Source]
 ) -> dict[str, int]:
     """Build one shard of `raw_corpus` (in a process of its own)."""
-    return documents.write_documents(files, sources, folder)
+    return documents.write_documents(files, sources, folder, workers.report)
 
 
 def pack_shard(
@@ -335,7 +337,7 @@ def pack_shard(
         for row in documents.read_documents(plan / "documents.parquet", ["sha256"])
     }
     rows = documents.read_documents(raw / "documents.parquet")
-    return tokens.pack(rows, tokens.Encoder(tokenizer), length, folder, skipped)
+    return tokens.pack(rows, tokens.Encoder(tokenizer), length, folder, skipped, workers.report)
 
 
 def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Artifact:

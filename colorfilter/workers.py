@@ -96,15 +96,15 @@ _inside: list[_Inside] = []
 
 
 def report(amount: int) -> None:
-    """In a worker: say how much was done just now.
+    """In a worker: say how much was done just now. Elsewhere nobody listens.
 
     Raises StoppedError if the work is no longer wanted.
     """
-    (inside,) = _inside
-    if inside.stop.is_set():
-        raise StoppedError
-    with inside.done.get_lock():
-        inside.done.value += amount
+    for inside in _inside:
+        if inside.stop.is_set():
+            raise StoppedError
+        with inside.done.get_lock():
+            inside.done.value += amount
 
 
 def index() -> int:

@@ -62,6 +62,10 @@ def test_every_call_is_made_once_in_other_processes_and_all_progress_is_told() -
         assert sum(told) == 3
 
 
+def test_outside_a_worker_nobody_listens() -> None:
+    workers.report(1)
+
+
 def test_each_worker_knows_which_one_it_is() -> None:
     with Workers(2) as two:
         assert {i for _, i in two.run(which_one, [(), ()])} == {0, 1}
