@@ -48,7 +48,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         key_prefix=prefix,
         deps=["score_tables", all_of("raw_corpus")],
         group_name=GROUP,
-        kinds={"duckdb"},
+        kinds={"duckdb", arm.name},
         owners=OWNERS,
         pool="scores",
         code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
@@ -116,7 +116,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         key_prefix=prefix,
         deps=[selection, all_of("corpus_tokens"), all_of("raw_corpus")],
         group_name=GROUP,
-        kinds={"parquet", "numpy"},
+        kinds={"parquet", "numpy", arm.name},
         owners=OWNERS,
         code_version=code_version(1, recipe.filtered, recipe.seed),
     )

@@ -41,7 +41,7 @@ class Tile(NamedTuple):
         return (self.rows + self.columns) * self.depth * self.stages * 2
 
 
-# Both operands of a tile come from the cache: 3 bytes to 256 products where WIDE, 4 where NARROW,
+# Both operands of a tile come from the cache: 6 bytes to 256 products where WIDE, 8 where NARROW,
 # of which in turn two fit on a multiprocessor, one raising powers while the other multiplies.
 WIDE = Tile(128, 256, 64, warps=8, stages=4)
 NARROW = Tile(128, 128, 64, warps=8, stages=3)
