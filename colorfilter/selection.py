@@ -48,14 +48,19 @@ SCORES = {
     "random": f"SELECT shard, position, {LOT} AS score FROM sequences",
 }
 
+# The color is joined to what was chosen, not to what it is chosen from.
 SELECTION = """
+    WITH chosen AS (
+        SELECT shard, position, score
+        FROM ({candidates}) JOIN ({scores}) USING (shard, position)
+        ORDER BY score, shard, position
+        LIMIT $keep
+    )
     SELECT
         row_number() OVER (ORDER BY score, shard, position) AS rank,
         shard, position, score, color.color
-    FROM ({candidates}) JOIN ({scores}) USING (shard, position)
-    LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
-    ORDER BY score, shard, position
-    LIMIT $keep
+    FROM chosen LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
+    ORDER BY rank
 """
 
 # The candidates in random order, cut into pools; the best 1/tau of each.
