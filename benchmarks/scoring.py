@@ -41,24 +41,11 @@ def naive(model: PreTrainedModel) -> Variant:
     )
 
 
-def full_logits(model: PreTrainedModel) -> Variant:
-    """Full logits of a batch, then cross entropy in float32."""
+def full_logits(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Variant:
+    """Full logits of a batch, then cross entropy in a dtype."""
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        nll = functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        return nll.view(len(tokens), -1).mean(dim=1)
-
-    return losses
-
-
-def exact_losses(model: PreTrainedModel) -> Variant:
-    """Full logits and cross entropy in float64."""
-
-    def losses(tokens: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].to(dtype)
         nll = functional.cross_entropy(
             logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
@@ -163,7 +150,7 @@ def variants(family: str, vocab_size: int, device: str) -> tuple[dict[str, Varia
     }
     if hasattr(functional, "linear_cross_entropy"):
         named["torch linear_cross_entropy, bf16"] = fused_by_torch(half)
-    return named, exact_losses(fresh(torch.float64))
+    return named, full_logits(fresh(torch.float64), torch.float64)
 
 
 def measure(named: dict[str, Variant], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:

@@ -25,15 +25,15 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def prefer_onednn() -> bool:
-    """Have oneDNN do float32 matrix products where it keeps them float32; says whether it does.
+def prefer_onednn() -> None:
+    """Have oneDNN do float32 matrix products where it keeps them float32.
 
     On a processor without AMX oneDNN takes the setting as leave and still multiplies in float32,
     on some at twice the rate of the default library. On one with AMX it multiplies in bf16: tried
     on one product, and unset if the error shows it.
     """
     if not torch.backends.mkldnn.is_available():
-        return False
+        return
     backend: Any = torch.backends.mkldnn
     settings = backend.matmul
     generator = torch.Generator().manual_seed(0)
@@ -42,10 +42,8 @@ def prefer_onednn() -> bool:
     exact = left.double() @ right.double()
     settings.fp32_precision = "bf16"
     error = ((left @ right) - exact).abs().max() / exact.abs().max()
-    if error < 1e-5:
-        return True
-    settings.fp32_precision = "none"
-    return False
+    if not error < 1e-5:
+        settings.fp32_precision = "none"
 
 
 def block_causal_attention(

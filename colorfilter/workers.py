@@ -26,7 +26,6 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.count = count
         self._done: Synchronized[int] = context.Value("q", 0)
         self._stop = context.Event()
         begun = context.Value("q", 0)
