@@ -15,16 +15,21 @@ from colorfilter.training import Checkpoint, TrainSpec
 
 Losses = tuple[np.ndarray, np.ndarray]
 
-_loaded: dict[str, Scorer] = {}
+_loaded: dict[tuple[str, str, int | None], Scorer] = {}
+
+
+def kind() -> str:
+    """The kind of device that this machine works on: cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def own_device() -> torch.device:
-    """The worker's own CUDA device, else MPS, else the CPU."""
-    if torch.cuda.is_available():
+    """The worker's own device of that kind."""
+    if kind() == "cuda":
         return torch.device("cuda", workers.index() % torch.cuda.device_count())
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device(kind())
 
 
 def score(
@@ -71,11 +76,13 @@ def _scorers(
 ) -> dict[str, Scorer]:
     """The models asked for, loaded once and kept until others are."""
     torch.set_num_threads(1)
-    for gone in _loaded.keys() - checkpoints.keys():
+    wanted = {name: (name, precision, boundary) for name in checkpoints}
+    for gone in _loaded.keys() - set(wanted.values()):
         del _loaded[gone]
-    for name in checkpoints.keys() - _loaded.keys():
-        _loaded[name] = _load(checkpoints[name], precision, boundary)
-    return {name: _loaded[name] for name in checkpoints}
+    for name, key in wanted.items():
+        if key not in _loaded:
+            _loaded[key] = _load(checkpoints[name], precision, boundary)
+    return {name: _loaded[key] for name, key in wanted.items()}
 
 
 def _load(checkpoint: Path, precision: str, boundary: int | None = None) -> Scorer:

@@ -65,7 +65,7 @@ class Gpu(dg.ConfigurableResource):
         missing: list[tuple[int, tuple[int, int]]] = []
         for i, job in enumerate(jobs):
             length = int(open_tokens(job.tokens).shape[1])
-            chunk = chunk_sequences(job.parameters, length, _device_kind())
+            chunk = chunk_sequences(job.parameters, length, device.kind())
             standing, ranges = plan_chunks(job.tokens, job.out, chunk)
             progress(len(job.models) * sum(r.tokens for r in standing))
             receipts.append(standing)
@@ -125,6 +125,8 @@ class Gpu(dg.ConfigurableResource):
     def _record(
         self, verb: str, model: str, tokens: int, seconds: float, facts: Mapping[str, Any]
     ) -> None:
+        from colorfilter import device
+
         line = {
             "run_id": self._run_id,
             "verb": verb,
@@ -133,21 +135,13 @@ class Gpu(dg.ConfigurableResource):
             "chunk": None,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "device": _device_kind(),
+            "device": device.kind(),
             "kernel": None,
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": provenance.environment(),
             **facts,
         }
         append_line(Home(self.home).kernel_runs, line)
-
-
-def _device_kind() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 _standing: list[Workers] = []
@@ -157,7 +151,9 @@ def _workers() -> Workers:
     """The workers of this process, kept from call to call: to load torch takes seconds."""
     import torch
 
+    from colorfilter import device
+
     if not _standing or _standing[-1].broken:
         counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}
-        _standing[:] = [Workers(counts[_device_kind()])]
+        _standing[:] = [Workers(counts[device.kind()])]
     return _standing[-1]
