@@ -76,25 +76,26 @@ def sharded_result(
     shards, in this run or not, so that it only changes when one of them does. `rows` names the
     fact that counts rows.
     """
+    asset = made[0].asset
+    key = dg.AssetKey(asset.split("/"))
     for artifact in made:
         shown = {name: artifact.facts[name] for name in facts}
         shown["dagster/row_count"] = artifact.facts[rows]
         shown["fingerprint"] = artifact.fingerprint
         shown["folder"] = dg.MetadataValue.path(str(artifact.path))
         shown["computed"] = 0 if artifact.reused else 1
-        context.add_asset_metadata(shown, partition_key=artifact.partition)
+        context.add_asset_metadata(shown, asset_key=key, partition_key=artifact.partition)
     summed = [name for name in facts if not name.endswith("_per_second")]
     totals = ", ".join(f"{total(made, name):,} {name}" for name in summed)
     standing = sum(a.reused for a in made)
-    context.log.info(f"{len(made)} shards, {standing} of them found standing: {totals}")
+    context.log.info(f"{asset}: {len(made)} shards, {standing} of them found standing: {totals}")
     wanted = {s.name for s in store.at.shards()} | {str(a.partition) for a in made}
-    asset = made[0].asset
     others = [
         store.current(asset, partition)
         for (name, partition) in store.entries()
         if name == asset and partition in wanted
     ]
-    return dg.MaterializeResult(data_version=_data_version(others))
+    return dg.MaterializeResult(asset_key=key, data_version=_data_version(others))
 
 
 def _data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
@@ -110,7 +111,7 @@ def total(artifacts: Sequence[Artifact], fact: str) -> int:
 class Progress:
     """Counts work done; says rate and time left in the run's log and to who listens.
 
-    `listener` is set by the command line to draw a bar: called with (asset, done, total, unit).
+    `listener` is set by the command line to draw a bar: called with (step, done, total, unit).
     """
 
     listener: Callable[[str, int, int, str], None] | None = None
@@ -118,7 +119,7 @@ class Progress:
 
     def __init__(self, context: Context, size: int, unit: str) -> None:
         self._context = context
-        self._name = context.asset_key.to_user_string()
+        self._name = context.op.name.replace("__", "/")
         self._size, self._unit = size, unit
         self._done = 0
         self._begun = self._logged = time.monotonic()

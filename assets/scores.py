@@ -1,7 +1,7 @@
 """Stage 3: losses of every sequence by both models, and the score tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ from assets.common import (
     total,
 )
 from assets.figures import histogram
-from colorfilter.recipe import Domain, Recipe
+from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.tables import fetch, fetch_row
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import Part, PublishedModel, ScoreStore
 
@@ -38,41 +38,39 @@ GROUP = "scores"
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`prior_scores`, `<domain>/conditional_scores` and `score_tables`."""
+    scored_by = {"prior_scores": "prior_model"}
+    for d in recipe.domains:
+        scored_by[f"{d.name}/conditional_scores"] = f"{d.name}/conditional_model"
 
-    def scores(key: list[str], model: str, description: str) -> dg.AssetsDefinition:
-        @dg.asset(
-            key=key,
-            description=description,
-            partitions_def=SHARDS,
-            backfill_policy=ONE_RUN,
+    def spec(asset: str, model: str) -> dg.AssetSpec:
+        return dg.AssetSpec(
+            asset.split("/"),
+            description=f"Loss of every sequence by {model}, nats per token. What is asked for "
+            "together is computed in one pass over the sequences.",
             deps=[same_shard("corpus_tokens"), dg.AssetKey(model.split("/"))],
             group_name=GROUP,
             kinds={"pytorch", "parquet"},
             owners=OWNERS,
-            pool="gpu",
             code_version=code_version(1, recipe.scoring),
         )
-        def losses(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-            encoder = artifacts.current("tokenizer")
-            masked = recipe.scoring.labels == "within_documents"
-            boundary = encoder.facts["end_of_text"] if masked else None
-            return _score(context, artifacts, gpu, "/".join(key), model, boundary)
 
-        return losses
-
-    prior = scores(
-        ["prior_scores"],
-        "prior_model",
-        "Loss of every sequence by the prior, nats per token; shared by all domains.",
+    @dg.multi_asset(
+        specs=[spec(asset, model) for asset, model in scored_by.items()],
+        can_subset=True,
+        partitions_def=SHARDS,
+        backfill_policy=ONE_RUN,
+        pool="gpu",
     )
-    conditional = [
-        scores(
-            [d.name, "conditional_scores"],
-            f"{d.name}/conditional_model",
-            f"Loss of every sequence by the conditional of {d.name}, nats per token.",
-        )
-        for d in recipe.domains
-    ]
+    def losses(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu
+    ) -> Iterator[dg.MaterializeResult]:
+        wanted = {key.to_user_string() for key in context.selected_asset_keys}
+        asked = {asset: model for asset, model in scored_by.items() if asset in wanted}
+        made = _score(context, artifacts, gpu, recipe.scoring, asked)
+        facts = ("sequences", "unscored", "tokens", "chunks", "tokens_per_second")
+        for asset in asked:
+            mine = [a for a in made if a.asset == asset]
+            yield sharded_result(context, artifacts, mine, facts, "sequences")
 
     @dg.asset(
         deps=[
@@ -107,53 +105,58 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         shown["file"] = dg.MetadataValue.path(str(artifacts.at.scores))
         return result([made], shown)
 
-    return [prior, *conditional, score_tables]
+    return [losses, score_tables]
 
 
 def _score(
     context: Context,
     artifacts: ArtifactStore,
     gpu: Gpu,
-    asset: str,
-    model_asset: str,
-    boundary: int | None,
-) -> dg.MaterializeResult:
-    model = artifacts.current(model_asset)
+    scoring: Scoring,
+    scored_by: Mapping[str, str],
+) -> list[Artifact]:
+    """Losses of the run's shards, by asset and the model that gives them, in one pass."""
+    encoder = artifacts.current("tokenizer")
+    boundary = encoder.facts["end_of_text"] if scoring.labels == "within_documents" else None
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
-    progress = Progress(context, total(list(packed.values()), "tokens"), "tokens")
+    models = {asset: artifacts.current(model) for asset, model in scored_by.items()}
+    size = len(models) * total(list(packed.values()), "tokens")
+    progress = Progress(context, size, "tokens")
     works = [
         Work(
             asset,
             shard,
             inputs=[model, source],
             recipe={"boundary": boundary},
-            precision=gpu.precision,
+            precision=scoring.precision,
         )
         for shard, source in packed.items()
+        for asset, model in models.items()
     ]
     with artifacts.attempts(works) as attempts:
-        jobs = []
-        for attempt in attempts:
-            source = packed[str(attempt.work.partition)]
-            if attempt.standing:
-                progress(source.facts["tokens"])
-            else:
+        jobs: list[ScoreJob] = []
+        missing: dict[tuple[str, str], Attempt] = {}
+        for shard, source in packed.items():
+            ours = [a for a in attempts if a.work.partition == shard]
+            progress(source.facts["tokens"] * sum(a.standing is not None for a in ours))
+            wanted = {models[a.work.asset].fingerprint: a for a in ours if not a.standing}
+            if wanted:
+                by = {m.fingerprint: m for m in models.values() if m.fingerprint in wanted}
                 jobs.append(
                     ScoreJob(
-                        models={model.fingerprint: checkpoint(model)},
-                        parameters=model.facts["parameters"],
+                        models={name: checkpoint(m) for name, m in by.items()},
+                        outs={name: a.folder for name, a in wanted.items()},
+                        parameters=max(m.facts["parameters"] for m in by.values()),
                         tokens=source.path,
-                        shard=str(source.partition),
-                        out=attempt.folder,
+                        shard=shard,
+                        precision=scoring.precision,
                         boundary=boundary,
                     )
                 )
-        by_folder = {a.folder: a for a in attempts}
-        for job, receipts in gpu.score(jobs, progress):
-            by_folder[job.out].commit(_facts(receipts))
-        made = [a.artifact for a in attempts]
-    facts = ("sequences", "unscored", "tokens", "chunks", "tokens_per_second")
-    return sharded_result(context, artifacts, made, facts, "sequences")
+                missing |= {(shard, name): a for name, a in wanted.items()}
+        for job, model, receipts in gpu.score(jobs, progress):
+            missing[job.shard, model].commit(_facts(receipts))
+        return [a.artifact for a in attempts]
 
 
 def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:

@@ -1,21 +1,29 @@
 """What is done in a worker process that has a device: chunks scored, models trained, evaluated."""
 
+import functools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from colorfilter import body, models, scoring, training, workers
-from colorfilter.errors import InputError
-from colorfilter.scoring import Receipt, Scorer
+from colorfilter.scoring import Losses, Receipt, Scorer
 from colorfilter.tokens import open_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
 
-Losses = tuple[np.ndarray, np.ndarray]
+# What is tried in turn where a precision is asked for.
+FALLBACKS = {
+    "fp16": ("fp16", "bf16", "float32"),
+    "bf16": ("bf16", "float32"),
+    "float32": ("float32",),
+}
+TOLERANCE = 5e-3  # nats per token, of a sequence's loss in 16 bits against float64
 
-_loaded: dict[tuple[str, str, int | None], Scorer] = {}
+_loaded: dict[tuple[str, str], Scorer] = {}
 
 
 def kind() -> str:
@@ -38,13 +46,28 @@ def score(
     shard: str,
     start: int,
     stop: int,
-    out: Path,
+    outs: Mapping[str, Path],
     precision: str,
     boundary: int | None,
-) -> Receipt:
+) -> list[Receipt]:
     """Score and commit a chunk, by models given as fingerprint -> checkpoint."""
-    scorers = _scorers(checkpoints, precision, boundary)
-    return scoring.score_chunk(scorers, tokens, shard, start, stop, out, precision, workers.report)
+    torch.set_num_threads(1)
+    sample = open_tokens(tokens)[:1]
+    scorers = {m: _scorer(m, path, precision, sample) for m, path in checkpoints.items()}
+    for model, _ in _loaded.keys() - {(m, precision) for m in checkpoints}:
+        del _loaded[model, _]
+    receipts = scoring.score_chunk(
+        scorers,
+        tokens,
+        shard,
+        start,
+        stop,
+        outs,
+        boundary,
+        exact=lambda model: _scorer(model, checkpoints[model], "float32", sample),
+        progress=workers.report,
+    )
+    return [replace(r, matrix_share=_matrix_share(scorers[r.model], r)) for r in receipts]
 
 
 def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
@@ -64,33 +87,69 @@ def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
     return checkpoints, tokens, time.perf_counter() - begun
 
 
-def evaluate(checkpoint: Path, tokens: Path, precision: str) -> Losses:
-    """Losses of packed tokens by one checkpoint."""
+def evaluate(checkpoint: Path, tokens: Path) -> Losses:
+    """Losses of packed tokens by one checkpoint, in float32."""
     torch.set_num_threads(1)
+    scorers = [Scorer(_load(checkpoint, "float32"))]
     rows, n_tokens = open_tokens(tokens), real_tokens(tokens)
-    return scoring.sequence_losses(_load(checkpoint, precision), rows, n_tokens, workers.report)
+    (losses,) = scoring.sequence_losses(scorers, rows, n_tokens, progress=workers.report)
+    return losses
 
 
-def _scorers(
-    checkpoints: Mapping[str, Path], precision: str, boundary: int | None
-) -> dict[str, Scorer]:
-    """The models asked for, loaded once and kept until others are."""
-    torch.set_num_threads(1)
-    wanted = {name: (name, precision, boundary) for name in checkpoints}
-    for gone in _loaded.keys() - set(wanted.values()):
-        del _loaded[gone]
-    for name, key in wanted.items():
-        if key not in _loaded:
-            _loaded[key] = _load(checkpoints[name], precision, boundary)
-    return {name: _loaded[key] for name, key in wanted.items()}
+def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:
+    """The model, loaded once and kept, in the first precision from this one on that holds."""
+    key = model, precision
+    if key not in _loaded:
+        _loaded[key] = next(
+            scorer
+            for candidate in FALLBACKS[precision]
+            if _multiplies(candidate)
+            and (scorer := Scorer(_load(checkpoint, candidate), candidate))
+            and (candidate == "float32" or _holds(scorer, checkpoint, sample))
+        )
+    return _loaded[key]
 
 
-def _load(checkpoint: Path, precision: str, boundary: int | None = None) -> Scorer:
+def _load(checkpoint: Path, precision: str) -> PreTrainedModel:
+    model = models.load(checkpoint, precision)
     device = own_device()
-    if device.type != "cpu":
-        return Scorer(models.to_device(models.load(checkpoint, precision), device), boundary)
-    if precision == "fp16":
-        raise InputError("precision: fp16 is emulated on a CPU; use float32 or bf16")
-    if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise InputError("precision: this processor does not multiply in bf16; use float32")
-    return Scorer(body.prepare(models.load(checkpoint, precision)), boundary)
+    return body.prepare(model) if device.type == "cpu" else models.to_device(model, device)
+
+
+def _multiplies(precision: str) -> bool:
+    """Whether the device has products in a precision. (On a CPU, fp16 is emulated and slow.)"""
+    if precision == "bf16" and kind() == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if precision == "bf16" and kind() == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return precision != "fp16" or kind() != "cpu"
+
+
+def _holds(scorer: Scorer, checkpoint: Path, sample: np.ndarray) -> bool:
+    """Whether losses of a sample of sequences [N, T] are those in float64, within tolerance."""
+    device = torch.device("cpu") if kind() == "mps" else own_device()
+    exact = models.to_device(models.load(checkpoint).double(), device)
+    n_tokens = np.full(len(sample), sample.shape[1])
+    ((here, _),) = scoring.sequence_losses([scorer], sample, n_tokens)
+    ((truth, _),) = scoring.sequence_losses(
+        [Scorer(exact, "float64", "reference")], sample, n_tokens
+    )
+    return bool((np.abs(here - truth) <= TOLERANCE).all())
+
+
+def _matrix_share(scorer: Scorer, receipt: Receipt) -> float:
+    rate = scorer.flops_per_token * receipt.tokens / receipt.seconds
+    return rate / _matrix_rate(models.DTYPES[scorer.precision])
+
+
+@functools.cache
+def _matrix_rate(dtype: torch.dtype) -> float:
+    """Floating point operations per second of one large matrix product on this device."""
+    size = 1024 if kind() == "cpu" else 8192
+    left, right = torch.ones(2, size, size, dtype=dtype, device=own_device())
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        (left @ right)[0, 0].item()  # which waits for a device
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)

@@ -127,6 +127,15 @@ def n_parameters(model: PreTrainedModel) -> dict[str, int]:
     return {"parameters": total, "body_parameters": total - sum(embeddings.values())}
 
 
+def weights_per_token(model: PreTrainedModel) -> int:
+    """Number of weights that every token is multiplied with: matrices, the head's among them."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in tables)
+    head = model.get_output_embeddings()
+    tied = head is not None and id(head.weight) in tables
+    return body + (head.weight.numel() if tied else 0)
+
+
 @torch.inference_mode()
 def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
     """The head's weight [V, D] where logits are `hidden @ weight.T` and nothing else, else None.

@@ -7,7 +7,7 @@ stands exactly once. Nothing is locked.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,24 +19,29 @@ from transformers import PreTrainedModel
 from colorfilter import loss
 from colorfilter.files import file_sha256, write_atomically
 from colorfilter.labels import shifted_labels
-from colorfilter.models import head_weight
+from colorfilter.models import head_weight, weights_per_token
 from colorfilter.progress import Progress, silent
 from colorfilter.tokens import open_tokens, real_tokens
 
-BATCH_TOKENS = 2_048
-# Of the model's arithmetic, a chunk by kind of device; about a minute on one core or one device.
+# Tokens in a batch by kind of device: what stays in a core's cache, or fills a device.
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+# Of a model's arithmetic, a chunk by kind of device; about a minute on one core or one device.
 FLOPS_PER_CHUNK = {"cpu": 4e12, "cuda": 1.5e16}
 
 Range = tuple[int, int]
+Losses = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed chunk holds and what it took; `seconds` is 0 for one found standing.
+    """What a committed chunk of one model's losses holds and what it took.
 
-    `unscored` of the sequences have no label and so no row. `kernel` is the form that was used.
+    `unscored` of the sequences have no label and so no row. `seconds` is this model's share of the
+    time, 0 for a chunk found standing. `kernel` is the form that was used, `matrix_share` the rate
+    of the products with the model's weights as a share of that of one large product.
     """
 
+    model: str
     file: str
     sha256: str
     start: int
@@ -44,169 +49,222 @@ class Receipt:
     sequences: int
     unscored: int
     tokens: int
-    seconds: float
+    seconds: float = 0.0
     kernel: str | None = None
+    precision: str | None = None
+    matrix_share: float | None = None
 
 
 class Scorer:
-    """A model made ready for scoring: losses of batches of sequences."""
+    """A model made ready for scoring: losses of batches of sequences.
 
-    def __init__(self, model: PreTrainedModel, boundary: int | None = None) -> None:
-        """`boundary` as in labels.shifted_labels."""
+    `precision` is that of the model's weights, `kernel` a form of loss.sequence_nll (by default
+    chosen at the first batch).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, precision: str = "float32", kernel: str | None = None
+    ) -> None:
         self._model = model.eval()
-        self._boundary = boundary
-        self.kernel: str | None = None  # chosen at the first batch
+        self.precision = precision
         self._weight = head_weight(model)
+        self.kernel = kernel if self._weight is not None else "full logits"
+        self.flops_per_token = 2 * weights_per_token(model)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._model.device)
 
     @torch.inference_mode()
-    def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens integer [B, T], n_tokens [B] -> float32 [B] nats per token, int32 [B] labels."""
-        device = self._model.device
-        tokens_BxT = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        n_tokens_B = torch.from_numpy(n_tokens).to(device)
-        labels = shifted_labels(tokens_BxT, n_tokens_B, self._boundary)
+    def losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [B, T], labels int64 [B, T] as of labels.shifted_labels
+        -> float32 [B] nats per token, int32 [B] number of labels, on the model's device.
+        """
         if self._weight is None:
-            self.kernel = "full logits"
-            logits = self._model(input_ids=tokens_BxT, use_cache=False).logits
-            nll, n = loss.logits_nll(logits, labels)
-        else:
-            body = self._model.base_model(input_ids=tokens_BxT, use_cache=False)
-            inputs = body.last_hidden_state, self._weight, labels
-            if self.kernel is None:
-                self.kernel = loss.fastest_kernel(*inputs)
-            nll, n = loss.sequence_nll(*inputs, self.kernel)
-        return nll.cpu().numpy(), n.cpu().numpy()
+            logits = self._model(input_ids=tokens, use_cache=False).logits
+            return loss.logits_nll(logits, labels)
+        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        if self.kernel is None:
+            self.kernel = loss.fastest_kernel(hidden, self._weight, labels)
+        return loss.sequence_nll(hidden, self._weight, labels, self.kernel)
 
 
 def sequence_losses(
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     tokens: np.ndarray,
     n_tokens: np.ndarray,
+    boundary: int | None = None,
     progress: Progress = silent,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of many sequences, in small batches. Shapes and units as in Scorer.losses."""
-    nll = np.full(len(tokens), np.nan, dtype=np.float32)
-    n = np.zeros(len(tokens), dtype=np.int32)
-    step = max(1, BATCH_TOKENS // tokens.shape[1])
-    for start in range(0, len(tokens), step):
+) -> list[Losses]:
+    """Losses of many sequences by several models on one device, in one pass over them.
+
+    tokens integer [N, T], n_tokens int64 [N] of them real, `boundary` as in labels.shifted_labels
+    -> by model: float32 [N] nats per token (NaN where a sequence has no label), int32 [N] number of
+    labels. `progress` is called with sequence tokens done, per model.
+    """
+    device = scorers[0].device
+    step = batch_sequences(tokens.shape[1], device.type)
+    # Libraries add up a product's terms in an order that depends on its shape. Sequences without
+    # tokens fill the last batch, so that all have one, and a loss has the same bits in any of them.
+    size = -(-len(tokens) // step) * step
+    tokens_NxT = torch.zeros(size, tokens.shape[1], dtype=torch.int32)
+    tokens_NxT[: len(tokens)] = torch.from_numpy(tokens.astype(np.int32))
+    n_tokens_N = torch.zeros(size, dtype=torch.int64)
+    n_tokens_N[: len(tokens)] = torch.from_numpy(n_tokens)
+    tokens_NxT, n_tokens_N = tokens_NxT.to(device), n_tokens_N.to(device)
+    # Read by the host in the end only, so that a device is never waited for between batches.
+    nll = torch.empty(len(scorers), size, device=device)
+    n = torch.empty(len(scorers), size, dtype=torch.int32, device=device)
+    for start in range(0, size, step):
         rows = slice(start, start + step)
-        nll[rows], n[rows] = scorer.losses(tokens[rows], n_tokens[rows])
-        progress(int(n_tokens[rows].sum()))
-    return nll, n
+        batch = tokens_NxT[rows].long()
+        labels = shifted_labels(batch, n_tokens_N[rows], boundary)
+        for i, scorer in enumerate(scorers):
+            nll[i, rows], n[i, rows] = scorer.losses(batch, labels)
+        progress(len(scorers) * int(n_tokens[rows].sum()))
+    by_model = zip(nll.cpu().numpy(), n.cpu().numpy(), strict=True)
+    return [(losses[: len(tokens)], labels[: len(tokens)]) for losses, labels in by_model]
 
 
 def score_shard(
-    models: Mapping[str, Scorer],
+    scorers: Mapping[str, Scorer],
     tokens: Path,
     shard: str,
-    out: Path,
-    precision: str,
+    outs: Mapping[str, Path],
     chunk: int,
+    boundary: int | None = None,
     progress: Progress = silent,
-) -> list[Receipt]:
-    """Score a folder of packed tokens by every model, into chunks of so many sequences in `out`.
+) -> dict[str, list[Receipt]]:
+    """Score a folder of packed tokens, into chunks of so many sequences in a folder per model.
 
     What stands there is not scored again. `progress` as in score_chunk.
     """
-    standing, missing = plan_chunks(tokens, out, chunk)
-    progress(len(models) * sum(r.tokens for r in standing))
-    done = [
-        score_chunk(models, tokens, shard, start, stop, out, precision, progress)
-        for start, stop in missing
-    ]
-    return sorted([*standing, *done], key=lambda r: r.start)
+    receipts, missing = plan_chunks(tokens, outs, chunk)
+    progress(sum(r.tokens for standing in receipts.values() for r in standing))
+    for (start, stop), models in missing.items():
+        wanted = {m: scorers[m] for m in models}
+        for receipt in score_chunk(
+            wanted, tokens, shard, start, stop, outs, boundary, progress=progress
+        ):
+            receipts[receipt.model].append(receipt)
+    return {m: sorted(done, key=lambda r: r.start) for m, done in receipts.items()}
+
+
+def batch_sequences(length: int, device: str) -> int:
+    """Sequences in a batch, by their length and the kind of device."""
+    return max(1, BATCH_TOKENS.get(device, 16_384) // length)
 
 
 def chunk_sequences(parameters: int, length: int, device: str) -> int:
-    """Sequences in a chunk, so that one takes about a minute on a device of its kind.
+    """Sequences in a chunk: whole batches that take about a minute on a device of its kind.
 
     Decided from the sizes alone and not from the clock, so that chunks of the same scores are the
     same files everywhere.
     """
-    return max(1, int(FLOPS_PER_CHUNK.get(device, 1e14) / (2 * parameters * length)))
+    batch = batch_sequences(length, device)
+    minute = FLOPS_PER_CHUNK.get(device, 1e14) / (2 * parameters * length)
+    return max(1, int(minute / batch)) * batch
 
 
-def plan_chunks(tokens: Path, out: Path, chunk: int) -> tuple[list[Receipt], list[Range]]:
-    """The receipts of the chunks that stand in `out`, and the ranges of those that are missing.
+def plan_chunks(
+    tokens: Path, outs: Mapping[str, Path], chunk: int
+) -> tuple[dict[str, list[Receipt]], dict[Range, list[str]]]:
+    """The receipts of each model's chunks that stand in its folder of `outs`, and the ranges of
+    those that are missing, each with the models it is missing of.
 
     What a killed run left half-written, and chunks that were damaged since, are removed.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("*.tmp"):
-        leftover.unlink()
     n_tokens = real_tokens(tokens)
-    standing, missing = [], []
-    for start in range(0, len(n_tokens), chunk):
-        stop = min(start + chunk, len(n_tokens))
-        receipt = _standing(out, start, stop, n_tokens[start:stop])
-        if receipt:
-            standing.append(receipt)
-        else:
-            missing.append((start, stop))
+    standing: dict[str, list[Receipt]] = {m: [] for m in outs}
+    missing: dict[Range, list[str]] = {}
+    for model, out in outs.items():
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("*.tmp"):
+            leftover.unlink()
+        for start in range(0, len(n_tokens), chunk):
+            stop = min(start + chunk, len(n_tokens))
+            receipt = _standing(model, out, start, stop, n_tokens[start:stop])
+            if receipt:
+                standing[model].append(receipt)
+            else:
+                missing.setdefault((start, stop), []).append(model)
     return standing, missing
 
 
-def _standing(out: Path, start: int, stop: int, n_tokens: np.ndarray) -> Receipt | None:
+def _standing(model: str, out: Path, start: int, stop: int, n_tokens: np.ndarray) -> Receipt | None:
     for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
         sha256 = file_sha256(path)
         if sha256.startswith(path.stem.rpartition("-")[2]):
-            return _receipt(path, sha256, start, stop, n_tokens, 0.0)
+            return _receipt(model, path, sha256, start, stop, n_tokens)
         path.unlink()
     return None
 
 
 def score_chunk(
-    models: Mapping[str, Scorer],
+    scorers: Mapping[str, Scorer],
     tokens: Path,
     shard: str,
     start: int,
     stop: int,
-    out: Path,
-    precision: str,
+    outs: Mapping[str, Path],
+    boundary: int | None = None,
+    exact: Callable[[str], Scorer] | None = None,
     progress: Progress = silent,
-) -> Receipt:
-    """Score sequences [start, stop) by every model and commit their losses to a file in `out`.
+) -> list[Receipt]:
+    """Score sequences [start, stop) by every model and commit each one's losses to a file.
 
-    It holds `model, shard, position, loss, n_tokens, precision`; `loss` is float32 nats per token,
-    `n_tokens` the labels it is the mean of. A sequence without labels, such as one of a single
-    token, gets no row. `progress` is called with sequence tokens done, per model.
+    It lies in the model's folder of `outs` and holds `model, shard, position, loss, n_tokens,
+    precision`; `loss` is float32 nats per token, `n_tokens` the labels it is the mean of. A
+    sequence without labels, such as one of a single token, gets no row. What comes out not finite
+    is scored again by `exact(model)`, the same model in float32, and says so. `boundary` and
+    `progress` as in sequence_losses.
     """
     begun = time.perf_counter()
     rows = open_tokens(tokens)[start:stop]
     n_tokens = real_tokens(tokens)[start:stop]
     tables = []
-    for name, scorer in models.items():
-        nll, n = sequence_losses(scorer, rows, n_tokens, progress)
-        tables.append(
-            pl.DataFrame(
-                {
-                    "model": pl.repeat(name, stop - start, eager=True),
-                    "shard": pl.repeat(shard, stop - start, eager=True),
-                    "position": np.arange(start, stop, dtype=np.int64),
-                    "loss": nll,
-                    "n_tokens": n,
-                    "precision": pl.repeat(precision, stop - start, eager=True),
-                }
-            ).filter(pl.col("n_tokens") > 0)
+    losses = sequence_losses(list(scorers.values()), rows, n_tokens, boundary, progress)
+    for model, (nll, n) in zip(scorers, losses, strict=True):
+        precision = np.full(len(rows), scorers[model].precision, dtype=object)
+        bad = np.flatnonzero((n > 0) & ~np.isfinite(nll))
+        if len(bad) and exact and scorers[model].precision != "float32":
+            ((nll[bad], _),) = sequence_losses([exact(model)], rows[bad], n_tokens[bad], boundary)
+            precision[bad] = "float32"
+        table = pl.DataFrame(
+            {
+                "model": pl.repeat(model, len(rows), eager=True),
+                "shard": pl.repeat(shard, len(rows), eager=True),
+                "position": np.arange(start, stop, dtype=np.int64),
+                "loss": nll,
+                "n_tokens": n,
+                "precision": pl.Series(precision, dtype=pl.String),
+            }
         )
-    seconds = time.perf_counter() - begun
-    temporary = out / f"{_stem(start, stop)}.tmp"
-    pl.concat(tables).write_parquet(temporary, compression="zstd")
-    sha256 = file_sha256(temporary)
-    path = out / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
-    write_atomically(temporary, path)
-    kernels = {str(scorer.kernel) for scorer in models.values()}
-    receipt = _receipt(path, sha256, start, stop, n_tokens, seconds)
-    return replace(receipt, kernel=", ".join(sorted(kernels)))
+        tables.append((model, table.filter(pl.col("n_tokens") > 0)))
+    seconds = (time.perf_counter() - begun) / len(scorers)
+    receipts = []
+    for model, table in tables:
+        temporary = outs[model] / f"{_stem(start, stop)}.tmp"
+        table.write_parquet(temporary, compression="zstd")
+        sha256 = file_sha256(temporary)
+        path = outs[model] / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
+        write_atomically(temporary, path)
+        receipt = _receipt(model, path, sha256, start, stop, n_tokens)
+        scorer = scorers[model]
+        receipts.append(
+            replace(receipt, seconds=seconds, kernel=scorer.kernel, precision=scorer.precision)
+        )
+    return receipts
 
 
 def _receipt(
-    path: Path, sha256: str, start: int, stop: int, n_tokens: np.ndarray, seconds: float
+    model: str, path: Path, sha256: str, start: int, stop: int, n_tokens: np.ndarray
 ) -> Receipt:
-    scored = pl.scan_parquet(path).select(pl.col("position").n_unique()).collect().item()
-    unscored = stop - start - scored
-    tokens = int(n_tokens.sum())
-    return Receipt(path.name, sha256, start, stop, stop - start, unscored, tokens, seconds)
+    scored = pl.scan_parquet(path).select(pl.len()).collect().item()
+    n = stop - start
+    return Receipt(model, path.name, sha256, start, stop, n, n - scored, int(n_tokens.sum()))
 
 
 def _stem(start: int, stop: int) -> str:

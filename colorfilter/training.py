@@ -313,5 +313,5 @@ _CURVE = {
 
 def held_out_loss(model: PreTrainedModel, tokens: Path) -> float:
     """Mean loss over all labels of packed sequences, nats per token."""
-    nll, n = sequence_losses(Scorer(model), open_tokens(tokens), real_tokens(tokens))
+    ((nll, n),) = sequence_losses([Scorer(model)], open_tokens(tokens), real_tokens(tokens))
     return mean_loss(nll, n)

@@ -31,7 +31,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
         ],
         resources={
             "artifacts": ArtifactStore(home=home),
-            "gpu": Gpu(home=home, precision=recipe.scoring.precision),
+            "gpu": Gpu(home=home),
             "score_store": ScoreStore(home=home),
         },
         jobs=[

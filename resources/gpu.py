@@ -25,23 +25,23 @@ from resources.artifacts import append_line
 from resources.home import Home
 
 if TYPE_CHECKING:
-    from colorfilter.device import Losses
-    from colorfilter.scoring import Receipt
+    from colorfilter.scoring import Losses, Receipt
     from colorfilter.training import Checkpoint, TrainSpec
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A shard to score: its packed tokens, by models (fingerprint -> checkpoint), into `out`.
+    """A folder of packed tokens to score by models: fingerprint -> checkpoint, and -> folder out.
 
     `parameters` of the models decide the size of a chunk; `boundary` as in labels.shifted_labels.
     """
 
     models: Mapping[str, Path]
+    outs: Mapping[str, Path]
     parameters: int
     tokens: Path
     shard: str
-    out: Path
+    precision: str
     boundary: int | None = None
 
 
@@ -49,40 +49,51 @@ class Gpu(dg.ConfigurableResource):
     """The devices that run the loss kernel: CUDA, else MPS, else CPU."""
 
     home: str
-    precision: str = "float32"
 
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
     def score(
         self, jobs: Sequence[ScoreJob], progress: Progress = silent
-    ) -> Iterator[tuple[ScoreJob, list["Receipt"]]]:
-        """Score shards chunk by chunk; gives each shard with its receipts once all stand."""
+    ) -> Iterator[tuple[ScoreJob, str, list["Receipt"]]]:
+        """Score packed tokens chunk by chunk, in one pass by all models that are asked for.
+
+        Gives each job and model with the receipts once all stand; what stood before is not scored
+        again.
+        """
         from colorfilter import device
         from colorfilter.scoring import chunk_sequences, plan_chunks
         from colorfilter.tokens import open_tokens
 
-        receipts: list[list[Receipt]] = []
-        missing: list[tuple[int, tuple[int, int]]] = []
+        receipts: dict[tuple[int, str], list[Receipt]] = {}
+        calls: list[tuple[Any, ...]] = []
+        jobs_of_calls: list[int] = []
+        left: Counter[tuple[int, str]] = Counter()
         for i, job in enumerate(jobs):
             length = int(open_tokens(job.tokens).shape[1])
             chunk = chunk_sequences(job.parameters, length, device.kind())
-            standing, ranges = plan_chunks(job.tokens, job.out, chunk)
-            progress(len(job.models) * sum(r.tokens for r in standing))
-            receipts.append(standing)
-            missing += [(i, r) for r in ranges]
-        left = Counter(i for i, _ in missing)
-        yield from ((job, receipts[i]) for i, job in enumerate(jobs) if not left[i])
-        calls = [
-            (job.models, job.tokens, job.shard, *r, job.out, self.precision, job.boundary)
-            for job, r in ((jobs[i], r) for i, r in missing)
-        ]
-        for task, receipt in _workers().run(device.score, calls, progress):
-            i = missing[task][0]
-            receipts[i].append(receipt)
-            self._record_chunk(jobs[i], receipt)
-            left[i] -= 1
-            if not left[i]:
-                yield jobs[i], sorted(receipts[i], key=lambda r: r.start)
+            standing, missing = plan_chunks(job.tokens, job.outs, chunk)
+            for model, found in standing.items():
+                receipts[i, model] = found
+                progress(sum(r.tokens for r in found))
+            for (start, stop), names in missing.items():
+                models = {m: job.models[m] for m in names}
+                outs = {m: job.outs[m] for m in names}
+                place = (job.tokens, job.shard, start, stop)
+                calls.append((models, *place, outs, job.precision, job.boundary))
+                jobs_of_calls.append(i)
+                left.update((i, m) for m in names)
+        for (i, model), found in receipts.items():
+            if not left[i, model]:
+                yield jobs[i], model, found
+        for call, done in _workers().run(device.score, calls, progress):
+            i = jobs_of_calls[call]
+            for receipt in done:
+                whole = i, receipt.model
+                self._record_chunk(jobs[i], receipt)
+                receipts[whole].append(receipt)
+                left[whole] -= 1
+                if not left[whole]:
+                    yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
 
     def train(
         self, specs: Sequence["TrainSpec"], share: int = 1, progress: Progress = silent
@@ -104,11 +115,11 @@ class Gpu(dg.ConfigurableResource):
     def evaluate(self, checkpoints: Sequence[Path], tokens: Path) -> list["Losses"]:
         """Losses of packed tokens by each checkpoint.
 
-        Each is float32 [n] nats per token, int32 [n] number of labels.
+        Each is float32 [n] nats per token, int32 [n] number of labels; computed in float32.
         """
         from colorfilter import device
 
-        calls = [(checkpoint, tokens, self.precision) for checkpoint in checkpoints]
+        calls = [(checkpoint, tokens) for checkpoint in checkpoints]
         done = dict(_workers().run(device.evaluate, calls))
         return [done[i] for i in range(len(checkpoints))]
 
@@ -117,10 +128,11 @@ class Gpu(dg.ConfigurableResource):
             "shard": job.shard,
             "chunk": receipt.file,
             "sequences": receipt.sequences,
-            "precision": self.precision,
+            "precision": receipt.precision,
             "kernel": receipt.kernel,
+            "matrix_share": receipt.matrix_share,
         }
-        self._record("score", ",".join(job.models), receipt.tokens, receipt.seconds, facts)
+        self._record("score", receipt.model, receipt.tokens, receipt.seconds, facts)
 
     def _record(
         self, verb: str, model: str, tokens: int, seconds: float, facts: Mapping[str, Any]
@@ -137,6 +149,7 @@ class Gpu(dg.ConfigurableResource):
             "seconds": round(seconds, 3),
             "device": device.kind(),
             "kernel": None,
+            "matrix_share": None,
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": provenance.environment(),
             **facts,

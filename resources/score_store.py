@@ -65,7 +65,7 @@ CREATE TABLE evaluations(
 CREATE TABLE kernel_runs(
     run_id VARCHAR, verb VARCHAR, model VARCHAR, shard VARCHAR, chunk VARCHAR, sequences BIGINT,
     tokens BIGINT, seconds DOUBLE, device VARCHAR, precision VARCHAR, kernel VARCHAR,
-    recorded VARCHAR, versions VARCHAR);
+    matrix_share DOUBLE, recorded VARCHAR, versions VARCHAR);
 CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
     reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT,

@@ -1,22 +1,62 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from colorfilter import device, models
-from colorfilter.errors import InputError
 from colorfilter.recipe import Model
+from colorfilter.scoring import Scorer
+
+SAMPLE = np.arange(16)[None] + 3
 
 
-def test_a_loaded_model_is_used_again_for_the_same_work_only(tiny: Model, tmp_path: Path) -> None:
+@pytest.fixture
+def checkpoint(tiny: Model, tmp_path: Path) -> Path:
     models.build(tiny, 300, 16, seed=0).save_pretrained(tmp_path)
-    (first,) = device._scorers({"m": tmp_path}, "float32", None).values()
-    assert device._scorers({"m": tmp_path}, "float32", None)["m"] is first
-    assert device._scorers({"m": tmp_path}, "float32", 3)["m"] is not first
-    assert list(device._loaded) == [("m", "float32", 3)]
+    device._loaded.clear()
+    return tmp_path
 
 
-def test_fp16_is_refused_on_a_cpu(tiny: Model, tmp_path: Path) -> None:
+def test_a_loaded_model_is_used_again_for_the_same_work_only(checkpoint: Path) -> None:
+    first = device._scorer("m", checkpoint, "float32", SAMPLE)
+    assert device._scorer("m", checkpoint, "float32", SAMPLE) is first
+    assert device._scorer("m", checkpoint, "bf16", SAMPLE) is not first
+    assert list(device._loaded) == [("m", "float32"), ("m", "bf16")]
+
+
+def test_fp16_gives_way_on_a_cpu(checkpoint: Path) -> None:
     if device.kind() != "cpu":
         pytest.skip("no CPU run")
-    with pytest.raises(InputError, match="fp16 is emulated"):
-        device._scorers({"m": tmp_path}, "fp16", None)
+    scorer = device._scorer("m", checkpoint, "fp16", SAMPLE)
+    assert scorer.precision in {"bf16", "float32"}
+
+
+def test_a_precision_that_is_too_coarse_for_a_model_gives_way_to_float32(
+    tiny: Model, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_multiplies", lambda _: True)
+    assert device._scorer("m", checkpoint, "bf16", SAMPLE).precision == "bf16"
+    rough = models.build(tiny, 300, 16, seed=0)
+    with torch.no_grad():
+        rough.get_output_embeddings().weight.mul_(300)
+        rough.get_input_embeddings().weight.mul_(300)
+    rough.save_pretrained(checkpoint)
+    assert device._scorer("rough", checkpoint, "bf16", SAMPLE).precision == "float32"
+
+
+def test_what_a_precision_makes_infinite_gives_way_to_the_next(
+    tiny: Model, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_multiplies", lambda _: True)
+    large = models.build(tiny, 300, 16, seed=0)
+    with torch.no_grad():
+        large.get_input_embeddings().weight.mul_(1e7)  # the norms take it out again
+    large.save_pretrained(checkpoint)
+    assert device._scorer("large", checkpoint, "fp16", SAMPLE).precision == "bf16"
+
+
+def test_the_share_of_the_matrix_rate_counts_every_product(tiny: Model) -> None:
+    model = models.build(tiny, 300, 16, seed=0)
+    per_layer = 16 * 48 + 16 * 16 + 2 * 16 * 32
+    assert Scorer(model).flops_per_token == 2 * (per_layer + 300 * 16)

@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 
 from colorfilter import models, scoring
 from colorfilter.files import file_sha256
+from colorfilter.labels import IGNORED
+from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model
 from colorfilter.scoring import (
     Receipt,
     Scorer,
     chunk_sequences,
     plan_chunks,
+    score_chunk,
     score_shard,
     sequence_losses,
 )
@@ -95,7 +98,7 @@ def test_losses_are_those_of_each_sequence_alone_in_float64(name: str, tmp_path:
     model = lively(MODELS[name], 0)
     plain = models.head_weight(model) is not None
     assert plain == (name in {"gpt_neox", "llama"})
-    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK)
+    score(Scorer(model), folder, tmp_path / "out")
     table = read_chunks(tmp_path / "out")
     assert table["position"].to_list() == list(range(22))
     assert table["n_tokens"].to_list() == [n - 1 for n in n_tokens]
@@ -106,7 +109,7 @@ def test_losses_are_those_of_each_sequence_alone_in_float64(name: str, tmp_path:
 
 def test_losses_agree_with_those_of_transformers(model: PreTrainedModel, packed: Path) -> None:
     rows = np.load(packed / "tokens.npy")[:10].astype(np.int64)
-    nll, _ = Scorer(model).losses(rows, np.full(10, 16))
+    ((nll, _),) = sequence_losses([Scorer(model)], rows, np.full(10, 16))
     with torch.no_grad():
         for row, value in zip(torch.from_numpy(rows)[:, None], nll, strict=True):
             assert model(input_ids=row, labels=row).loss.item() == pytest.approx(value, abs=1e-5)
@@ -119,34 +122,84 @@ def test_half_precision_losses_keep_their_tolerance(
 ) -> None:
     _, rows = write_packed(tmp_path, [64] * 12, length=64)
     model = models.build(MODELS[name], 280, 64, seed=0).eval().to(dtype)
-    nll, _ = Scorer(model).losses(rows, np.full(12, 64))
+    ((nll, _),) = sequence_losses([Scorer(model)], rows, np.full(12, 64))
     assert nll.dtype == np.float32
     expected = reference(model, rows, np.full(12, 64))
     np.testing.assert_allclose(nll, expected, rtol=0, atol=5e-3)
 
 
-def test_a_loss_does_not_depend_on_batch_size_or_place(
+WIDE = {**SMALL, "hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_has_the_same_bits_in_any_company_order_and_number_of_threads(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    n_tokens = np.array([128, 128, 60, 128, 2, 128, 128, 11, 128, 128, 128])
+    _, rows = write_packed(tmp_path, n_tokens.tolist(), length=128)
+    model = models.build(Model(type="gpt_neox", config=WIDE), 3000, 128, seed=0).to(dtype)
+    scorers = [Scorer(model)]
+    ((expected, _),) = sequence_losses(scorers, rows, n_tokens)
+    assert len(set(expected)) == len(rows)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for size in (1, 2, 8):
+                for order in (np.arange(len(rows)), np.arange(len(rows))[::-1]):
+                    for start in range(0, len(rows), size):
+                        part = order[start : start + size]
+                        ((found, _),) = sequence_losses(scorers, rows[part], n_tokens[part])
+                        assert (found == expected[part]).all(), (threads, size)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_loss_hardly_depends_on_the_shape_of_batches(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = np.array([16, 16, 5, 16, 2, 16, 16, 11, 16])
     _, rows = write_packed(tmp_path, n_tokens.tolist())
-    scorer = Scorer(model)
     found = []
     for batch in (1, 48, 10_000):
-        monkeypatch.setattr(scoring, "BATCH_TOKENS", batch)
-        found.append(sequence_losses(scorer, rows, n_tokens)[0])
+        monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": batch})
+        found += [nll for nll, _ in sequence_losses([Scorer(model)], rows, n_tokens)]
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[2], found[0], rtol=0, atol=1e-5)
-    backwards, _ = sequence_losses(scorer, rows[::-1].copy(), n_tokens[::-1].copy())
-    np.testing.assert_allclose(backwards[::-1], found[0], rtol=0, atol=1e-5)
+
+
+class Overflowing(Scorer):
+    """Some sequences come out infinite, as in fp16."""
+
+    def losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, n = super().losses(tokens, labels)
+        return nll.where(tokens[:, 0] % 2 == 0, torch.inf), n
+
+
+def test_what_is_not_finite_is_scored_again_in_float32(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    folder, rows = write_packed(tmp_path / "tokens", [16] * 12)
+    odd = rows[:, 0] % 2 == 1
+    assert 0 < odd.sum() < 12
+    scorers, outs = {"m": Overflowing(model, "fp16")}, {"m": tmp_path / "out"}
+    outs["m"].mkdir()
+    exact = Counting(model)
+    score_chunk(scorers, folder, "s", 0, 12, outs, exact=lambda _: exact)
+    table = read_chunks(outs["m"])
+    assert exact.scored == odd.sum()
+    assert table["precision"].to_list() == ["float32" if o else "fp16" for o in odd]
+    expected = reference(model, rows, np.full(12, 16))
+    np.testing.assert_allclose(table["loss"].to_numpy(), expected, rtol=0, atol=1e-5)
 
 
 def test_what_stands_in_the_padding_does_not_count(model: PreTrainedModel, tmp_path: Path) -> None:
     n_tokens = np.array([9])
     _, rows = write_packed(tmp_path, [9])
-    nll, n = Scorer(model).losses(rows, n_tokens)
+    ((nll, n),) = sequence_losses([Scorer(model)], rows, n_tokens)
     rows[0, 9:] = 77
-    padded, _ = Scorer(model).losses(rows, n_tokens)
+    ((padded, _),) = sequence_losses([Scorer(model)], rows, n_tokens)
     assert n.tolist() == [8]
     assert padded[0] == pytest.approx(nll[0], abs=1e-6)
 
@@ -156,8 +209,7 @@ def test_a_model_that_was_training_is_scored_without_dropout(tmp_path: Path) -> 
     model = models.build(dropping, 280, 16, seed=0).train()
     _, rows = write_packed(tmp_path, [16] * 4)
     scorer = Scorer(model)
-    one, _ = scorer.losses(rows, np.full(4, 16))
-    two, _ = scorer.losses(rows, np.full(4, 16))
+    (one, _), (two, _) = sequence_losses([scorer, scorer], rows, np.full(4, 16))
     assert (one == two).all()
 
 
@@ -167,8 +219,7 @@ def test_labels_across_documents_can_be_left_out(tmp_path: Path) -> None:
     folder, rows = write_packed(tmp_path / "tokens", [16, 16, 2])
     rows[0, 4], rows[2, 0] = end, end
     np.save(folder / "tokens.npy", rows)
-    scorers = {"m": Scorer(model, boundary=end)}
-    (receipt,) = score_shard(scorers, folder, "s", tmp_path / "out", "float32", CHUNK)
+    (receipt,) = score(Scorer(model), folder, tmp_path / "out", end)
     table = read_chunks(tmp_path / "out")
     within = (rows[:2, :-1] != end).sum(1)
     assert within[0] < 15
@@ -194,16 +245,28 @@ class Counting(Scorer):
 
     scored = 0
 
-    def losses(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.scored += len(tokens)
-        return super().losses(tokens, n_tokens)
+    def losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.scored += int((labels != IGNORED).any(dim=1).sum())
+        return super().losses(tokens, labels)
+
+
+def score(
+    scorer: Scorer,
+    tokens: Path,
+    out: Path,
+    boundary: int | None = None,
+    progress: Progress = silent,
+) -> list[Receipt]:
+    return score_shard({"m": scorer}, tokens, "s", {"m": out}, CHUNK, boundary, progress)["m"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 6, 17])
 def test_chunks_cover_the_sequences_once_and_in_order(n: int, tmp_path: Path) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [16] * n)
-    standing, ranges = plan_chunks(folder, tmp_path / "out", CHUNK)
-    assert standing == []
+    standing, ranges = plan_chunks(folder, {"m": tmp_path / "out"}, CHUNK)
+    assert standing == {"m": []}
     assert [i for start, stop in ranges for i in range(start, stop)] == list(range(n))
     assert all(0 < stop - start <= CHUNK for start, stop in ranges)
 
@@ -220,9 +283,7 @@ def test_chunks_hold_each_sequence_once_per_model_and_receipts_say_what(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [16] * 11 + [7])
-    receipts = score_shard(
-        {"m": Scorer(model)}, folder, "web-1", tmp_path / "out", "float32", CHUNK
-    )
+    receipts = score(Scorer(model), folder, tmp_path / "out")
     assert [(r.start, r.stop, r.sequences, r.tokens) for r in receipts] == [
         (0, 5, 5, 80),
         (5, 10, 5, 80),
@@ -243,22 +304,24 @@ def test_chunks_hold_each_sequence_once_per_model_and_receipts_say_what(
         "precision": pl.String,
     }
     assert table["position"].to_list() == list(range(12))
-    assert table.select("model", "shard", "precision").unique().rows() == [
-        ("m", "web-1", "float32")
-    ]
+    assert table.select("model", "shard", "precision").unique().rows() == [("m", "s", "float32")]
 
 
 def test_several_models_are_scored_in_one_pass(
     model: PreTrainedModel, other_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     folder, rows = write_packed(tmp_path / "tokens", [16] * 7)
-    scorers = {"one": Scorer(model), "two": Scorer(other_model)}
-    receipts = score_shard(scorers, folder, "s", tmp_path / "out", "float32", CHUNK)
-    assert len(receipts) == 2
-    table = read_chunks(tmp_path / "out")
-    assert len(table) == 14
+    scorers = {"one": Counting(model), "two": Counting(other_model)}
+    outs = {name: tmp_path / name for name in scorers}
+    score_shard({"two": scorers["two"]}, folder, "s", {"two": outs["two"]}, CHUNK)
+    next(outs["two"].iterdir()).unlink()
+    receipts = score_shard(scorers, folder, "s", outs, CHUNK)
+    assert [len(r) for r in receipts.values()] == [2, 2]
+    assert scorers["one"].scored == 7
+    assert scorers["two"].scored in {7 + 5, 7 + 2}
     for name, m in (("one", model), ("two", other_model)):
-        mine = table.filter(pl.col("model") == name).sort("position")
+        mine = read_chunks(outs[name])
+        assert set(mine["model"]) == {name}
         assert mine["position"].to_list() == list(range(7))
         expected = reference(m, rows, np.full(7, 16))
         np.testing.assert_allclose(mine["loss"].to_numpy(), expected, rtol=0, atol=1e-5)
@@ -266,7 +329,7 @@ def test_several_models_are_scored_in_one_pass(
 
 def test_a_sequence_of_one_token_gets_no_row(model: PreTrainedModel, tmp_path: Path) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [16, 16, 1])
-    (receipt,) = score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK)
+    (receipt,) = score(Scorer(model), folder, tmp_path / "out")
     table = read_chunks(tmp_path / "out")
     assert table["position"].to_list() == [0, 1]
     assert table["loss"].is_finite().all()
@@ -275,14 +338,14 @@ def test_a_sequence_of_one_token_gets_no_row(model: PreTrainedModel, tmp_path: P
 
 def test_a_shard_without_sequences_has_no_chunks(model: PreTrainedModel, tmp_path: Path) -> None:
     folder, _ = write_packed(tmp_path / "tokens", [])
-    assert score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK) == []
+    assert score(Scorer(model), folder, tmp_path / "out") == []
 
 
 @pytest.fixture
 def scored(model: PreTrainedModel, tmp_path: Path) -> tuple[Path, Path, list[Receipt]]:
     folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
     out = tmp_path / "out"
-    return folder, out, score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
+    return folder, out, score(Scorer(model), folder, out)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -295,7 +358,7 @@ def test_what_stands_is_not_scored_again(
     folder, out, receipts = scored
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     scorer = Counting(model)
-    again = score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
+    again = score(scorer, folder, out)
     assert scorer.scored == 0
     assert [(r.file, r.sha256, r.tokens) for r in again] == [
         (r.file, r.sha256, r.tokens) for r in receipts
@@ -313,7 +376,7 @@ def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(
     for i in lost:
         (out / receipts[i].file).unlink()
     scorer = Counting(model)
-    again = score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
+    again = score(scorer, folder, out)
     assert scorer.scored == sum(receipts[i].sequences for i in lost)
     assert [r.seconds > 0 for r in again] == [i in lost for i in range(4)]
     assert contents(out) == before
@@ -322,7 +385,7 @@ def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(
 def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 16})
     folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
     calls = 0
 
@@ -333,12 +396,12 @@ def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "out", "float32", CHUNK, killing)
+        score(Scorer(model), folder, tmp_path / "out", progress=killing)
     assert len(contents(tmp_path / "out")) == 2
     scorer = Counting(model)
-    score_shard({"m": scorer}, folder, "s", tmp_path / "out", "float32", CHUNK)
+    score(scorer, folder, tmp_path / "out")
     assert scorer.scored == 7
-    score_shard({"m": Scorer(model)}, folder, "s", tmp_path / "whole", "float32", CHUNK)
+    score(Scorer(model), folder, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -350,7 +413,7 @@ def test_a_damaged_chunk_is_scored_again(
     path = out / receipts[2].file
     path.write_bytes(before[path.name][:-20] + b"x" * 20)
     scorer = Counting(model)
-    score_shard({"m": scorer}, folder, "s", out, "float32", CHUNK)
+    score(scorer, folder, out)
     assert scorer.scored == receipts[2].sequences
     assert contents(out) == before
 
@@ -362,7 +425,7 @@ def test_a_damaged_chunk_of_another_name_does_not_stay_beside_the_new_one(
     before = contents(out)
     path = out / receipts[2].file
     path.rename(out / f"{path.stem[:-16]}{'0' * 16}.parquet")
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
+    score(Scorer(model), folder, out)
     assert contents(out) == before
 
 
@@ -374,7 +437,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_not_read(
     (out / receipts[1].file).unlink()
     (out / "losses-0000000005-0000000010.tmp").write_bytes(b"half a file")
     (out / "losses-0000000099-0000000100.tmp").write_bytes(b"")
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK)
+    score(Scorer(model), folder, out)
     assert contents(out) == before
 
 
@@ -387,7 +450,7 @@ def test_progress_adds_up_to_the_tokens_per_model(
     if damaged:
         (out / receipts[1].file).write_bytes(b"damaged")
     done: list[int] = []
-    score_shard({"m": Scorer(model)}, folder, "s", out, "float32", CHUNK, done.append)
+    score(Scorer(model), folder, out, progress=done.append)
     assert sum(done) == 17 * 16
 
 
@@ -407,7 +470,7 @@ def test_memory_stays_flat_over_thousands_of_batches() -> None:
         for _ in range(n):
             size, length = rng.integers(1, 9), rng.integers(2, 49)
             rows = rng.integers(0, vocab_size, size=(size, length))
-            scorer.losses(rows, np.full(size, length))
+            sequence_losses([scorer], rows, np.full(size, length))
 
     batches(500)
     before = process.memory_info().rss
