@@ -56,24 +56,31 @@ BEST = f"""
         WHERE up_to >= $keep + (SELECT count(*) FROM excluded)
     ),
     chosen AS (
-        SELECT shard, position, score
-        FROM scores ANTI JOIN excluded USING (shard, position)
-        WHERE {STEP} <= (SELECT step FROM highest)
+        FROM (FROM scores WHERE {STEP} <= (SELECT step FROM highest))
+        ANTI JOIN excluded USING (shard, position)
     )
 """
 
-# The candidates in random order, cut into pools; the best 1/tau of each.
+# The candidates in random order, cut into pools; the best 1/tau of each. The pools stand one
+# behind the other in a single order: a window for each of them would take far longer.
 BEST_OF_POOLS = f"""
     pools AS (
         SELECT
-            shard, position, score,
-            (row_number() OVER (ORDER BY {LOT}, shard, position) - 1) // $pool AS pool
-        FROM scores ANTI JOIN excluded USING (shard, position)
+            number, position, score,
+            (row_number() OVER (ORDER BY {LOT}, number, position) - 1) // $pool AS pool
+        FROM scores ANTI JOIN excluded USING (shard, position) JOIN shards USING (shard)
     ),
+    places AS (
+        SELECT
+            number, position, score, pool,
+            row_number() OVER (ORDER BY pool, score, number, position) - pool * $pool AS place
+        FROM pools
+    ),
+    total AS (SELECT count(*) AS n FROM scores ANTI JOIN excluded USING (shard, position)),
     chosen AS (
-        SELECT shard, position, score FROM pools
-        QUALIFY $tau * row_number() OVER (PARTITION BY pool ORDER BY score, shard, position)
-            <= count(*) OVER (PARTITION BY pool)
+        SELECT shard, position, score
+        FROM places JOIN shards USING (number)
+        WHERE $tau * place <= least($pool, (SELECT n FROM total) - pool * $pool)
     )
 """
 
@@ -87,7 +94,20 @@ COLORED = {
     """,
 }
 
-SELECTION = "WITH {scores}, {chosen} {colored} ORDER BY score, shard, position LIMIT $keep"
+# A number in the order of the names sorts faster than the name.
+SELECTION = """
+    WITH shards AS (
+        SELECT shard, row_number() OVER (ORDER BY shard) AS number
+        FROM (SELECT DISTINCT shard FROM sequences)
+    ),
+    {scores},
+    {chosen},
+    colored AS ({colored})
+    SELECT shard, position, score, color
+    FROM colored JOIN shards USING (shard)
+    ORDER BY score, number, position
+    LIMIT $keep
+"""
 
 
 def count_candidates(connection: duckdb.DuckDBPyConnection) -> int:
