@@ -59,10 +59,10 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
         def build(folder: Path) -> dict[str, Any]:
             with score_store.read() as connection:
-                candidates = method.count_candidates(connection, recipe.sequence_length)
+                candidates = method.count_candidates(connection)
                 fits = method.n_to_keep(candidates, arm.tau or 1, needed)
                 keep = needed if arm.method == "random" else fits
-                scores = connection, arm.method, domain.name, recipe.sequence_length
+                scores = connection, arm.method, domain.name
                 if arm.tau and arm.batch:
                     chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
                     method.n_to_keep(len(chosen), 1, needed)

@@ -85,7 +85,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         kinds={"duckdb"},
         owners=OWNERS,
         pool="scores",
-        code_version=code_version(1),
+        code_version=code_version(2, recipe.sequence_length),
     )
     def score_tables(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """The losses joined to sequences, spans and documents, published as `scores.duckdb`.
@@ -93,7 +93,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         Parquet is the record; this file can be made again from it at any time.
         """
         parts, models, inputs = _parts(artifacts, recipe)
-        rows = score_store.publish(parts, models)
+        rows = score_store.publish(parts, models, recipe.sequence_length)
         made = artifacts.make(
             Work("score_tables", inputs=inputs),
             lambda folder: _publication(folder, inputs, rows),
@@ -241,31 +241,34 @@ def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
 
     @dg.asset_check(asset="score_tables", blocking=True)
     def scores_complete(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.AssetCheckResult:
-        """Every sequence that has a label has one finite loss by every current model."""
+        """Every sequence that has a label has a finite loss by every current model, and colors."""
         assets = ["prior_scores", *(f"{d.name}/conditional_scores" for d in recipe.domains)]
         shards = shard_names(artifacts, recipe)
         unscored = total([artifacts.current(a, s) for a in assets for s in shards], "unscored")
         with score_store.read() as connection:
-            wanted, short, scored, not_finite, stored = fetch_row(
+            wanted, short, scored, not_finite, stored, unpaired = fetch_row(
                 connection,
                 """
                 WITH wanted AS (
-                    SELECT m.model, s.shard, s.position, s.n_tokens
+                    SELECT m.model, m.role, s.shard, s.position, s.n_tokens
                     FROM models AS m, sequences AS s WHERE m.current
                 )
                 SELECT
                     count(*), count(*) FILTER (w.n_tokens < 2), count(l.loss),
-                    count(*) FILTER (NOT isfinite(l.loss)), (SELECT count(*) FROM losses)
+                    count(*) FILTER (NOT isfinite(l.loss)), (SELECT count(*) FROM losses),
+                    count(l.loss) FILTER (w.role = 'conditional') - (SELECT count(*) FROM color)
                 FROM wanted AS w LEFT JOIN losses AS l USING (model, shard, position)
                 """,
             )
         masked = recipe.scoring.labels == "within_documents"
         explained = unscored >= short if masked else unscored == short
-        passed = explained and scored == stored == wanted - unscored and not not_finite
+        complete = scored == stored == wanted - unscored and not unpaired
+        passed = explained and complete and not not_finite
         return dg.AssetCheckResult(
             passed=passed,
             description=f"{scored:,} of {wanted - unscored:,} losses stand, {not_finite} not "
-            f"finite, {stored - scored} without a sequence; {unscored} sequences without a label",
+            f"finite, {stored - scored} without a sequence, {unpaired} without a color; "
+            f"{unscored} sequences without a label",
             metadata={"scored": scored, "unscored": unscored, "not finite": not_finite},
         )
 

@@ -20,92 +20,122 @@ from colorfilter.parquet import TableWriter
 from colorfilter.tables import fetch_frame, fetch_row
 from colorfilter.tokens import open_tokens
 
-# A document that occurs in several shards counts once: in the first of them. A sequence that
-# carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
-CANDIDATES = """
-    SELECT shard, position
-    FROM sequences
-    ANTI JOIN (
-        SELECT DISTINCT spans.shard, spans.position
-        FROM spans
-        JOIN (
-            SELECT shard, doc_id FROM documents
-            WHERE NOT starts_with(shard, '_')
-            QUALIFY shard > min(shard) OVER (PARTITION BY sha256)
-        ) AS copies USING (shard, doc_id)
-    ) AS copied USING (shard, position)
-    WHERE NOT starts_with(shard, '_') AND n_tokens = $length
-"""
-
 # A number in [0, 1) from the sequence's place and the seed: the same in every version.
 LOT = """
     md5_number_lower(concat_ws('|', $seed::VARCHAR, shard, position))::DOUBLE
         / 18446744073709551616.0
 """
 
+# Scores of the corpus. A lot is dear, so that it is kept rather than worked out twice.
 SCORES = {
-    "color": "SELECT shard, position, color AS score FROM color WHERE domain = $domain",
-    "random": f"SELECT shard, position, {LOT} AS score FROM sequences",
+    "color": """
+        scores AS NOT MATERIALIZED (
+            SELECT shard, position, color AS score FROM color
+            WHERE domain = $domain AND NOT starts_with(shard, '_')
+        )
+    """,
+    "random": f"""
+        scores AS MATERIALIZED (
+            SELECT shard, position, {LOT} AS score FROM sequences
+            WHERE NOT starts_with(shard, '_')
+        )
+    """,
 }
 
-# The color is joined to what was chosen, not to what it is chosen from.
-SELECTION = """
-    WITH chosen AS (
-        SELECT shard, position, score
-        FROM ({candidates}) JOIN ({scores}) USING (shard, position)
-        ORDER BY score, shard, position
-        LIMIT $keep
+# Sorting is what takes long. So scores are counted by steps first, and only what lies no higher
+# than the step that $keep candidates are reached by is sorted: those that are excluded are taken
+# to lie lowest, so that there are enough whatever their scores.
+STEP = "floor(score * 4096)"
+BEST = f"""
+    steps AS (
+        SELECT step, sum(count(*)) OVER (ORDER BY step) AS up_to
+        FROM (SELECT {STEP} AS step FROM scores) GROUP BY step
+    ),
+    highest AS (
+        SELECT coalesce(min(step), 'inf') AS step FROM steps
+        WHERE up_to >= $keep + (SELECT count(*) FROM excluded)
+    ),
+    chosen AS (
+        FROM (FROM scores WHERE {STEP} <= (SELECT step FROM highest))
+        ANTI JOIN excluded USING (shard, position)
     )
-    SELECT
-        row_number() OVER (ORDER BY score, shard, position) AS rank,
-        shard, position, score, color.color
-    FROM chosen LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
-    ORDER BY rank
 """
 
-# The candidates in random order, cut into pools; the best 1/tau of each.
-BEST_OF_POOLS = """
-    SELECT shard, position FROM (
+# The candidates in random order, cut into pools; the best 1/tau of each. The pools stand one
+# behind the other in a single order: a window for each of them would take far longer.
+BEST_OF_POOLS = f"""
+    pools AS (
         SELECT
-            shard, position, score,
-            (row_number() OVER (ORDER BY {lot}, shard, position) - 1) // $pool AS pool
-        FROM ({candidates}) JOIN ({scores}) USING (shard, position)
+            number, position, score,
+            (row_number() OVER (ORDER BY {LOT}, number, position) - 1) // $pool AS pool
+        FROM scores ANTI JOIN excluded USING (shard, position) JOIN shards USING (shard)
+    ),
+    places AS (
+        SELECT
+            number, position, score, pool,
+            row_number() OVER (ORDER BY pool, score, number, position) - pool * $pool AS place
+        FROM pools
+    ),
+    total AS (SELECT count(*) AS n FROM scores ANTI JOIN excluded USING (shard, position)),
+    chosen AS (
+        SELECT shard, position, score
+        FROM places JOIN shards USING (number)
+        WHERE $tau * place <= least($pool, (SELECT n FROM total) - pool * $pool)
     )
-    QUALIFY $tau * row_number() OVER (PARTITION BY pool ORDER BY score, shard, position)
-        <= count(*) OVER (PARTITION BY pool)
+"""
+
+# Where the score is another, the color is joined to what was chosen, not to what it is chosen from.
+COLORED = {
+    "color": "SELECT *, score AS color FROM chosen",
+    "random": """
+        SELECT chosen.*, color.color
+        FROM chosen
+        LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
+    """,
+}
+
+# A number in the order of the names sorts faster than the name.
+SELECTION = """
+    WITH shards AS (
+        SELECT shard, row_number() OVER (ORDER BY shard) AS number
+        FROM (SELECT DISTINCT shard FROM sequences)
+    ),
+    {scores},
+    {chosen},
+    colored AS ({colored})
+    SELECT shard, position, score, color
+    FROM colored JOIN shards USING (shard)
+    ORDER BY score, number, position
+    LIMIT $keep
 """
 
 
-def count_candidates(connection: duckdb.DuckDBPyConnection, length: int) -> int:
-    """How many sequences can be selected: full ones of the corpus, later copies left out."""
-    query = f"SELECT count(*) FROM ({CANDIDATES})"
-    return int(fetch_row(connection, query, {"length": length})[0])
+def count_candidates(connection: duckdb.DuckDBPyConnection) -> int:
+    """How many sequences can be selected: those of the corpus that are not excluded."""
+    query = """
+        SELECT count(*) - (SELECT count(*) FROM excluded)
+        FROM sequences WHERE NOT starts_with(shard, '_')
+    """
+    return int(fetch_row(connection, query)[0])
 
 
 def select(
-    connection: duckdb.DuckDBPyConnection,
-    method: str,
-    domain: str,
-    length: int,
-    keep: int,
-    seed: int,
+    connection: duckdb.DuckDBPyConnection, method: str, domain: str, keep: int, seed: int
 ) -> pl.DataFrame:
     """The best `keep` candidates of a method, best first: rank, shard, position, score, color.
 
     `rank` counts from 1; `score` is float64, lower is better; `color` is null where not scored.
     """
-    parameters: dict[str, float | str] = {"length": length, "domain": domain, "keep": keep}
+    parameters: dict[str, float | str] = {"domain": domain, "keep": keep}
     if method == "random":
         parameters["seed"] = seed
-    query = SELECTION.format(candidates=CANDIDATES, scores=SCORES[method])
-    return fetch_frame(connection, query, parameters)
+    return _ranked(connection, method, BEST, parameters)
 
 
 def select_by_batch(
     connection: duckdb.DuckDBPyConnection,
     method: str,
     domain: str,
-    length: int,
     tau: float,
     batch: int,
     seed: int,
@@ -115,17 +145,25 @@ def select_by_batch(
     (arXiv 2406.10670, algorithm 1, with selection within a batch.) What is left over is a smaller
     pool of its own. Columns and order as in `select`.
     """
-    candidates = BEST_OF_POOLS.format(candidates=CANDIDATES, scores=SCORES[method], lot=LOT)
-    query = SELECTION.format(candidates=candidates, scores=SCORES[method])
     parameters: dict[str, float | str] = {
-        "length": length,
         "domain": domain,
         "keep": 2**62,
         "pool": max(1, int(tau * batch)),
         "tau": tau,
         "seed": seed,
     }
-    return fetch_frame(connection, query, parameters)
+    return _ranked(connection, method, BEST_OF_POOLS, parameters)
+
+
+def _ranked(
+    connection: duckdb.DuckDBPyConnection,
+    method: str,
+    chosen: str,
+    parameters: dict[str, float | str],
+) -> pl.DataFrame:
+    query = SELECTION.format(scores=SCORES[method], chosen=chosen, colored=COLORED[method])
+    table = fetch_frame(connection, query, parameters)
+    return table.with_row_index("rank", offset=1).with_columns(pl.col("rank").cast(pl.Int64))
 
 
 def n_to_keep(candidates: int, tau: float, needed: int) -> int:

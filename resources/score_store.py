@@ -6,6 +6,8 @@ Nothing here holds the file open between calls.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -18,6 +20,7 @@ import duckdb
 
 from colorfilter.errors import InputError
 from colorfilter.files import write_atomically
+from colorfilter.score_tables import exclude, pair, unpair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
 
@@ -47,16 +50,11 @@ CREATE TABLE IF NOT EXISTS selection_versions(
     selection VARCHAR, domain VARCHAR, arm VARCHAR, prior VARCHAR, conditional VARCHAR,
     cutoff DOUBLE, created VARCHAR, current BOOLEAN);
 CREATE TABLE IF NOT EXISTS parts(kind VARCHAR, shard VARCHAR, model VARCHAR, fingerprint VARCHAR);
+CREATE TABLE IF NOT EXISTS excluded(shard VARCHAR, position BIGINT, reason VARCHAR);
+CREATE TABLE IF NOT EXISTS paired_losses(
+    domain VARCHAR, shard VARCHAR, position BIGINT, loss_prior FLOAT, loss_conditional FLOAT);
 CREATE OR REPLACE VIEW color AS
-    SELECT
-        c_model.domain, c.shard, c.position, p.loss AS loss_prior, c.loss AS loss_conditional,
-        c.loss::DOUBLE - p.loss::DOUBLE AS color
-    FROM losses AS c
-    JOIN models AS c_model
-        ON c_model.model = c.model AND c_model.role = 'conditional' AND c_model.current
-    JOIN models AS p_model ON p_model.role = 'prior' AND p_model.current
-    JOIN losses AS p
-        ON p.model = p_model.model AND p.shard = c.shard AND p.position = c.position;
+    SELECT *, loss_conditional::DOUBLE - loss_prior::DOUBLE AS color FROM paired_losses;
 """
 
 RESULTS_SCHEMA = """
@@ -121,29 +119,43 @@ class ScoreStore(dg.ConfigurableResource):
             _limit(connection, path, READING_MEMORY)
             yield connection
 
-    def publish(self, parts: Sequence[Part], models: Sequence[PublishedModel]) -> dict[str, int]:
+    def publish(
+        self, parts: Sequence[Part], models: Sequence[PublishedModel], length: int
+    ) -> dict[str, int]:
         """Bring the tables to hold exactly these parts and models; returns rows per table.
 
-        Only new and changed parts are read. Raises ValueError, and leaves the last good file,
-        where a loss is not finite or a sequence has two rows for a model.
+        Only new and changed parts are read, and what is worked out from them is worked out anew
+        only where they changed. `length` is that of a sequence in tokens. Raises ValueError, and
+        leaves the last good file, where a loss is not finite or a sequence has two rows for a
+        model.
         """
-        wanted = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
+        read = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
+        derived = {_exclusion(parts, length), *_pairs(parts, models)}
+        wanted = read.keys() | derived
         if Home(self.home).scores.exists():
             with self.read() as connection:
-                if _holds(connection, wanted.keys(), models):
+                if _holds(connection, wanted, models):
                     return _row_counts(connection)
         with self._next(Home(self.home).scores, SCHEMA) as connection:
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
-            for kind, shard, model, _ in there - wanted.keys():
+            for kind, shard, model, _ in there - wanted:
                 _remove(connection, kind, shard, model)
-            for key in sorted(wanted.keys() - there, key=str):
-                _insert(connection, wanted[key])
+            for key in sorted(read.keys() - there, key=str):
+                _insert(connection, read[key])
                 connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             connection.execute("DELETE FROM models")
             for m in models:
                 connection.execute(
                     "INSERT INTO models VALUES (?, ?, ?, ?, true)",
                     [m.model, m.role, m.domain, m.path],
+                )
+            for kind, shard, domain, fingerprint in sorted(derived - there, key=str):
+                if domain is None:
+                    exclude(connection, length)
+                else:
+                    pair(connection, domain, shard)
+                connection.execute(
+                    "INSERT INTO parts VALUES (?, ?, ?, ?)", [kind, shard, domain, fingerprint]
                 )
             return _row_counts(connection)
 
@@ -157,7 +169,8 @@ class ScoreStore(dg.ConfigurableResource):
         created: str,
     ) -> None:
         """Enter a selection (fingerprint, Parquet file), the current one of its domain and arm."""
-        with self._next(Home(self.home).scores, SCHEMA) as connection:
+        # The tables as they are: those of an older version stay whole until the next publication.
+        with self._next(Home(self.home).scores) as connection:
             connection.execute(
                 "UPDATE selection_versions SET current = (selection = $selection) "
                 "WHERE domain = $domain AND arm = $arm",
@@ -202,7 +215,7 @@ class ScoreStore(dg.ConfigurableResource):
 
     @contextlib.contextmanager
     def _next(
-        self, path: Path, schema: str, fresh: bool = False
+        self, path: Path, schema: str = "", fresh: bool = False
     ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A copy of a database to change in one transaction; in the end it takes its place."""
         temporary = path.with_suffix(".next")
@@ -232,12 +245,33 @@ class ScoreStore(dg.ConfigurableResource):
 def _limit(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
     connection.execute(f"SET memory_limit = '{memory}'")
     connection.execute("SET preserve_insertion_order = false")
+    connection.execute("SET enable_progress_bar = false")
     connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
+
+
+# (kind, shard, model or domain, fingerprint). What is worked out from parts is entered beside
+# them, with all that it was worked out from in its fingerprint.
+Key = tuple[str, str, str | None, str]
+
+
+def _exclusion(parts: Sequence[Part], length: int) -> Key:
+    texts = sorted((p.shard, p.fingerprint) for p in parts if p.kind == "text")
+    return "excluded", "", None, hashlib.sha256(repr((length, texts)).encode()).hexdigest()
+
+
+def _pairs(parts: Sequence[Part], models: Sequence[PublishedModel]) -> Iterator[Key]:
+    losses = {(p.model, p.shard): p.fingerprint for p in parts if p.kind == "losses"}
+    priors = [m.model for m in models if m.role == "prior"]
+    domains = {m.model: m.domain for m in models if m.role == "conditional"}
+    for (model, shard), prior in itertools.product(losses, priors):
+        if model in domains and (prior, shard) in losses:
+            found = prior, losses[prior, shard], model, losses[model, shard]
+            yield "pairs", shard, domains[model], " ".join(found)
 
 
 def _holds(
     connection: duckdb.DuckDBPyConnection,
-    parts: Set[tuple[str, str, str | None, str]],
+    parts: Set[Key],
     models: Sequence[PublishedModel],
 ) -> bool:
     """Whether the tables hold exactly these parts and models already."""
@@ -257,7 +291,9 @@ def _remove(
 ) -> None:
     if kind == "losses":
         connection.execute("DELETE FROM losses WHERE shard = ? AND model = ?", [shard, model])
-    else:
+    elif kind == "pairs":
+        unpair(connection, str(model), shard)
+    elif kind == "text":
         for table in ("documents", "spans", "sequences"):
             connection.execute(f"DELETE FROM {table} WHERE shard = ?", [shard])
     connection.execute(

@@ -238,16 +238,17 @@ def change_scores(project: Project, statement: str) -> None:
     ("statement", "failing"),
     [
         ("DELETE FROM losses WHERE position = 0", "scores_complete"),
+        ("DELETE FROM paired_losses WHERE position = 0", "scores_complete"),
         ("UPDATE losses SET loss = 'nan' WHERE position = 0", "scores_complete"),
         ("INSERT INTO losses SELECT model, 'else', 0, 1, 1, 'x' FROM models", "scores_complete"),
         (
-            "UPDATE losses SET loss = loss + 10 WHERE shard = '_probe_reference' AND model IN "
-            "(SELECT model FROM models WHERE role = 'conditional')",
+            "UPDATE paired_losses SET loss_conditional = loss_conditional + 10 "
+            "WHERE shard = '_probe_reference'",
             "reference_below_corpus",
         ),
         (
-            "UPDATE losses SET loss = loss - 10 WHERE shard <> '_probe_reference' AND model IN "
-            "(SELECT model FROM models WHERE role = 'conditional')",
+            "UPDATE paired_losses SET loss_conditional = loss_conditional - 10 "
+            "WHERE shard <> '_probe_reference'",
             "reference_below_corpus",
         ),
     ],

@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from colorfilter import documents, tokens
 from colorfilter.recipe import Model, Training
+from colorfilter.score_tables import exclude, pair
+from colorfilter.tables import fetch
 from resources.score_store import SCHEMA
 
 settings.register_profile("small", max_examples=40, derandomize=True, deadline=None, database=None)
@@ -110,7 +112,10 @@ def quick_training() -> Training:
 
 
 class Store:
-    """Score tables in memory: losses by a prior and a conditional of the domain `books`."""
+    """Score tables in memory: losses by a prior and a conditional of the domain `books`.
+
+    What is worked out when scores are published stands after `publish`.
+    """
 
     def __init__(self) -> None:
         self.connection = duckdb.connect()
@@ -161,6 +166,12 @@ class Store:
             self.connection.execute(
                 "INSERT INTO spans VALUES (?, ?, 0, ?, 0, ?, 0, 1)", [shard, position, doc_id, n]
             )
+
+    def publish(self) -> None:
+        exclude(self.connection, LENGTH)
+        for domain in ("books", "code"):
+            for (shard,) in fetch(self.connection, "SELECT DISTINCT shard FROM losses"):
+                pair(self.connection, domain, shard)
 
 
 @pytest.fixture

@@ -122,6 +122,7 @@ def test_the_probe_ranks_as_counted_pair_by_pair_with_ties(store: Any, seed: int
     store.add_colors("web-1", dict(enumerate(corpus[0])))
     store.add_colors("web-2", dict(enumerate(corpus[1])))
     store.add_colors("_probe_other", dict.fromkeys(range(30), -100.0))
+    store.publish()
     found = probe(store.connection, "books", "_probe_books", cutoff=-0.5)
     assert found.auc == pytest.approx(brute_force_auc(mine, corpus[0] + corpus[1]), abs=1e-12)
     assert found.recall == pytest.approx(sum(c <= -0.5 for c in mine) / len(mine))
@@ -137,6 +138,7 @@ def test_the_probe_before_behind_and_among_the_corpus(
 ) -> None:
     store.add_colors("_probe_books", dict(enumerate(mine)))
     store.add_colors("web", dict(enumerate(corpus)))
+    store.publish()
     assert probe(store.connection, "books", "_probe_books", 0.0).auc == pytest.approx(auc)
 
 

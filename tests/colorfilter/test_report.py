@@ -149,6 +149,7 @@ def test_extremes_are_the_documents_of_lowest_middle_and_highest_color(store: An
     store.add_sequences("_probe_books", [LENGTH])
     store.add_colors("_probe_books", {0: -50.0})
     store.add_document("_probe_books", "p", "p", [(0, LENGTH)])
+    store.publish()
     table = extremes(store.connection, "books", LENGTH, share=0.25, n=4)
     by_color = sorted(expected, key=lambda d: expected[d])
     places = {
