@@ -1,7 +1,6 @@
 """What the stages share: the partitions, names, progress, and how a result is shown."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import dagster as dg
 from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe, Section
-from colorfilter.workers import Workers
+from colorfilter.workers import Workers, cores
 from resources.artifacts import Artifact, ArtifactStore, Work
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")
@@ -161,7 +160,7 @@ def make_in_processes(
         missing = [a for a in attempts if not a.standing]
         progress(sum(size(a.standing) for a in attempts if a.standing))
         if missing:
-            with Workers(min(len(missing), os.cpu_count() or 1)) as workers:
+            with Workers(min(len(missing), cores())) as workers:
                 calls = [(a.folder, *arguments(a.work)) for a in missing]
                 for i, facts in workers.run(build, calls, progress):
                     missing[i].commit(facts)

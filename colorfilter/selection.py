@@ -61,9 +61,9 @@ BEST = f"""
     )
 """
 
-# The candidates in random order, cut into pools; the best 1/tau of each. The pools stand one
-# behind the other in a single order: a window for each of them would take far longer.
-BEST_OF_POOLS = f"""
+# The candidates in random order, cut into pools; the best 1/tau of each are kept. The pools stand
+# one behind the other in a single order: a window for each of them would take far longer.
+POOLS = f"""
     pools AS (
         SELECT
             number, position, score,
@@ -77,11 +77,14 @@ BEST_OF_POOLS = f"""
         FROM pools
     ),
     total AS (SELECT count(*) AS n FROM scores ANTI JOIN excluded USING (shard, position)),
-    chosen AS (
-        SELECT shard, position, score
-        FROM places JOIN shards USING (number)
+    best_of_pools AS (
+        SELECT number, position, score, pool FROM places
         WHERE $tau * place <= least($pool, (SELECT n FROM total) - pool * $pool)
     )
+"""
+BEST_OF_POOLS = f"""
+    {POOLS},
+    chosen AS (SELECT shard, position, score FROM best_of_pools JOIN shards USING (number))
 """
 
 # Where the score is another, the color is joined to what was chosen, not to what it is chosen from.
@@ -95,11 +98,15 @@ COLORED = {
 }
 
 # A number in the order of the names sorts faster than the name.
-SELECTION = """
-    WITH shards AS (
+SHARDS = """
+    shards AS (
         SELECT shard, row_number() OVER (ORDER BY shard) AS number
         FROM (SELECT DISTINCT shard FROM sequences)
-    ),
+    )
+"""
+
+SELECTION = """
+    WITH {shards},
     {scores},
     {chosen},
     colored AS ({colored})
@@ -161,7 +168,8 @@ def _ranked(
     chosen: str,
     parameters: dict[str, float | str],
 ) -> pl.DataFrame:
-    query = SELECTION.format(scores=SCORES[method], chosen=chosen, colored=COLORED[method])
+    parts = {"shards": SHARDS, "scores": SCORES[method], "colored": COLORED[method]}
+    query = SELECTION.format(chosen=chosen, **parts)
     table = fetch_frame(connection, query, parameters)
     return table.with_row_index("rank", offset=1).with_columns(pl.col("rank").cast(pl.Int64))
 

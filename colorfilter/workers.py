@@ -17,6 +17,13 @@ from colorfilter.progress import Progress, silent
 POLL_SECONDS = 0.2
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class StoppedError(Exception):
     """The work was called off by the process that wanted it."""
 

@@ -6,7 +6,6 @@ one small matrix, and does not stand still when another program takes one of the
 run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
-import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pydantic import PrivateAttr
 
 from colorfilter import provenance
 from colorfilter.progress import Progress, silent
-from colorfilter.workers import Workers
+from colorfilter.workers import Workers, cores
 from resources.artifacts import append_line
 from resources.home import Home
 
@@ -105,7 +104,7 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        threads = max(1, (os.cpu_count() or 1) // share)
+        threads = max(1, cores() // share)
         calls = [(spec, threads) for spec in specs]
         for i, (checkpoints, tokens, seconds) in _workers().run(device.train, calls, progress):
             facts = {"precision": "float32", "seed": specs[i].seed}
@@ -167,6 +166,6 @@ def _workers() -> Workers:
     from colorfilter import device
 
     if not _standing or _standing[-1].broken:
-        counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}
+        counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores()}
         _standing[:] = [Workers(counts[device.kind()])]
     return _standing[-1]
