@@ -141,7 +141,8 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
     """The head's weight [V, D] where logits are `hidden @ weight.T` and nothing else, else None.
 
     Tried on a few tokens and not believed: some architectures scale, cap or shift what goes into
-    the head or comes out of it. In a plain one both pass through it unchanged.
+    the head or comes out of it. In a plain one both pass through it unchanged. Tried in the mode
+    that the model is in, training or evaluation; the global random numbers are left alone.
     """
     head = model.get_output_embeddings()
     weight: Any = getattr(head, "weight", None)
@@ -155,8 +156,11 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
     tokens = torch.arange(8, device=weight.device)[None]
     hook = head.register_forward_hook(look)
     try:
-        logits = model(input_ids=tokens).logits
-        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            logits = model(input_ids=tokens).logits
+            torch.manual_seed(0)  # the same dropout again
+            hidden = model.base_model(input_ids=tokens).last_hidden_state
     finally:
         hook.remove()
     plain = torch.equal(seen["input"], hidden) and torch.equal(seen["output"], logits)

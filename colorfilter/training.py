@@ -23,13 +23,13 @@ import polars as pl
 import safetensors
 import safetensors.torch
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from colorfilter import models
 from colorfilter.evaluation import mean_loss
 from colorfilter.files import write_atomically
 from colorfilter.labels import IGNORED, shifted_labels
+from colorfilter.objective import summed_nll
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses
@@ -146,10 +146,14 @@ class _Run:
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
         self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
         self.seen = np.concatenate([[0], np.cumsum(self.n_tokens[self.order])])
-        self.model = models.to_device(self._initial_model(), device).train()
-        self.optimizer = self._optimizer()
         self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._begin()
         self.saved = time.monotonic()
+
+    def _begin(self) -> None:
+        self.model = models.to_device(self._initial_model(), self.device).train()
+        self.head_weight = None if self.amp else models.head_weight(self.model)
+        self.optimizer = self._optimizer()
 
     def _initial_model(self) -> PreTrainedModel:
         if isinstance(self.spec.start, Model):
@@ -187,7 +191,7 @@ class _Run:
                 if not phase.branch and phase.target > 0:
                     state = self._restore(trunk, curve=state.curve)
                 elif phase.start == 0 and index > 0:
-                    self._start_over()
+                    self._begin()
                 state.phase, state.step = index, phase.start
             self._advance(phase, state, running)
             if phase.branch:
@@ -204,10 +208,6 @@ class _Run:
     def _checkpoint(self, endpoint: int) -> Checkpoint:
         tokens = int(self.seen[self.spec.endpoints[endpoint]])
         return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens)
-
-    def _start_over(self) -> None:
-        self.model = models.to_device(self._initial_model(), self.device).train()
-        self.optimizer = self._optimizer()
 
     def _advance(self, phase: _Phase, state: _State, running: Path) -> None:
         size = self.spec.training.batch_sequences
@@ -247,22 +247,16 @@ class _Run:
         labels = shifted_labels(tokens_BxT, n_tokens)
         n_labels = int((labels != IGNORED).sum())
         micro = max(1, MICRO_BATCH_TOKENS // tokens_BxT.shape[1])
-        total = 0.0
+        losses = []
         for part in torch.arange(len(rows)).split(micro):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                logits = self.model(input_ids=tokens_BxT[part], use_cache=False).logits
-            nll = functional.cross_entropy(
-                logits.float().flatten(0, 1),
-                labels[part].flatten(),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+                nll = summed_nll(self.model, self.head_weight, tokens_BxT[part], labels[part])
             (nll / max(1, n_labels)).backward()
-            total += nll.item()
+            losses.append(nll.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total / max(1, n_labels)
+        return sum(nll.item() for nll in losses) / max(1, n_labels)
 
     def _held_out(self) -> float | None:
         if self.spec.held_out is None:

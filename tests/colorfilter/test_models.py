@@ -204,6 +204,14 @@ def test_a_plain_head_gives_its_weight(model: Model, precision: str) -> None:
     assert weight.data_ptr() == built.get_output_embeddings().weight.data_ptr()
 
 
+def test_a_plain_head_is_known_in_training_too_and_the_random_numbers_left_alone() -> None:
+    dropping = Model(type="gpt2", config={"n_embd": 16, "n_layer": 1, "n_head": 2})
+    built = models.build(dropping, 280, 16, seed=0).train()
+    before = torch.get_rng_state()
+    assert models.head_weight(built) is built.get_output_embeddings().weight
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 GEMMA = Model(
     type="gemma2",
     config={

@@ -100,14 +100,31 @@ def test_the_loss_goes_down(spec: TrainSpec, tmp_path: Path) -> None:
     )
 
 
+CAPPED = Model(
+    type="gemma2",
+    config={
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "final_logit_softcapping": 0.05,
+    },
+)
+
+
+@pytest.mark.parametrize("capped", [False, True])
 def test_the_first_loss_of_the_curve_is_that_of_the_fresh_model_on_the_first_batch(
-    spec: TrainSpec, tiny: Model, tmp_path: Path
+    spec: TrainSpec, tiny: Model, tmp_path: Path, capped: bool
 ) -> None:
-    train(replace(spec, start=tiny, endpoints=(8,), out=tmp_path))
+    fresh = CAPPED if capped else tiny
+    train(replace(spec, start=fresh, endpoints=(8,), out=tmp_path))
     rows = np.load(spec.tokens / "tokens.npy")
     n_tokens = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"].to_numpy()
     first = np.random.default_rng(spec.seed).permutation(len(rows))[:4]
-    model = models.build(tiny, 280, 16, spec.seed).eval().double()
+    model = models.build(fresh, 280, 16, spec.seed).eval().double()
     total, labels = 0.0, 0
     with torch.no_grad():
         for row, n in zip(rows[first], n_tokens[first], strict=True):
@@ -117,6 +134,15 @@ def test_the_first_loss_of_the_curve_is_that_of_the_fresh_model_on_the_first_bat
             labels += n - 1
     curve = pl.read_parquet(tmp_path / "curve.parquet")
     assert curve["loss"][0] == pytest.approx(total / labels, abs=1e-5)
+
+
+def test_a_plain_head_is_not_run_for_its_logits(spec: TrainSpec, tmp_path: Path) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the head was run")
+
+    run = training._Run(replace(spec, out=tmp_path), torch.device("cpu"), lambda _: None)
+    run.model.get_output_embeddings().register_forward_hook(forbidden)
+    assert run._step(np.arange(4), 1e-3, 0) == pytest.approx(math.log(280), abs=0.2)
 
 
 def test_every_sequence_is_seen_once_in_an_order_that_the_seed_fixes(

@@ -1,0 +1,202 @@
+"""Speed and memory of a training step: the pipeline's loss against cross entropy of full logits.
+
+    python benchmarks/training.py [--threads 1] [--rounds 15]
+
+Random weights and tokens at three sizes: the sample's auxiliary and target models, and a larger one
+of 8 layers and a vocabulary of 50,304, of which a CPU takes fewer tokens and a single step. Every
+variant has a process of its own, since what one frees the next would find in place; they take
+turns. Reported are medians of CPU time per step (on a CPU; of wall time on a GPU), the ratio to the
+former form, and the peak of memory above what stood before the model was made.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from colorfilter import body, models
+from colorfilter.labels import IGNORED, shifted_labels
+from colorfilter.objective import summed_nll
+from colorfilter.recipe import Model
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Size(NamedTuple):
+    """A model and the tokens of a step, which is one micro batch."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    length: int
+    tokens: int
+
+
+def sizes(on_cpu: bool) -> list[Size]:
+    """The sizes measured."""
+    return [
+        Size("sample, auxiliary", 2, 64, 2, 2_048, 128, 1_024),
+        Size("sample, target", 2, 128, 4, 2_048, 128, 1_024),
+        Size("larger", 8, 512, 8, 50_304, 512, 1_024 if on_cpu else 16_384),
+    ]
+
+
+def full_logits(model: PreTrainedModel) -> Loss:
+    """The former form: full logits as float32, then cross entropy."""
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    return loss
+
+
+def full_logits_autocast(model: PreTrainedModel) -> Loss:
+    """The same with the model's products in bf16, as the pipeline does it on CUDA."""
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            return summed_nll(model, None, tokens, labels)
+
+    return loss
+
+
+def ours(model: PreTrainedModel) -> Loss:
+    """Training as the pipeline does it in float32."""
+    head_weight = models.head_weight(model)
+    return lambda tokens, labels: summed_nll(model, head_weight, tokens, labels)
+
+
+VARIANTS = {
+    "full logits, float32": full_logits,
+    "full logits, bf16 autocast": full_logits_autocast,
+    "ours, float32": ours,
+}
+
+
+def peak() -> float:
+    """The most memory this process has held so far, MB: on its GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1_024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class Steps:
+    """A variant at a size, in the process that takes its steps."""
+
+    def __init__(self, size: Size, variant: str) -> None:
+        self.before = peak()
+        on_cpu = not torch.cuda.is_available()
+        config = {
+            "hidden_size": size.width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "intermediate_size": 4 * size.width,
+            "max_position_embeddings": size.length,
+        }
+        architecture = Model(type="gpt_neox", config=config)
+        self.model = models.build(architecture, size.vocabulary, size.length, seed=0).train()
+        models.to_device(self.model, torch.device("cpu" if on_cpu else "cuda"))
+        self.loss = VARIANTS[variant](self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        shape = size.tokens // size.length, size.length
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, size.vocabulary, shape, generator=generator)
+        self.tokens = tokens.to(self.model.device)
+        n_tokens = torch.full((len(tokens),), size.length, device=self.model.device)
+        self.labels = shifted_labels(self.tokens, n_tokens)
+        self.clock = time.process_time if on_cpu else time.perf_counter
+
+    def take(self) -> float:
+        """Take one step; its seconds."""
+        begun = self.clock()
+        nll = self.loss(self.tokens, self.labels)
+        (nll / self.labels.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        nll.item()
+        return self.clock() - begun
+
+
+_steps: list[Steps] = []
+
+
+def begin(size: Size, variant: str, threads: int) -> None:
+    """In a variant's process: make it ready."""
+    torch.set_num_threads(threads)
+    body.prefer_onednn()
+    _steps.append(Steps(size, variant))
+
+
+def take() -> tuple[float, float]:
+    """In a variant's process: take a step; seconds, and peak memory in MB."""
+    seconds = _steps[0].take()
+    return seconds, peak() - _steps[0].before
+
+
+def measure(size: Size, threads: int, rounds: int) -> dict[str, tuple[list[float], float]]:
+    """Seconds of every variant in every round, and its peak memory in MB."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = {
+            name: stack.enter_context(
+                ProcessPoolExecutor(1, context, initializer=begin, initargs=(size, name, threads))
+            )
+            for name in VARIANTS
+        }
+        for warm in [pool.submit(take) for pool in pools.values()]:
+            warm.result()
+        taken = [
+            {name: pool.submit(take).result() for name, pool in pools.items()}
+            for _ in range(rounds)
+        ]
+    return {n: ([t[n][0] for t in taken], taken[-1][n][1]) for n in VARIANTS}
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    on_cpu = not torch.cuda.is_available()
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = capability if on_cpu else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, ", end="")
+    print(f"{options.threads} threads; gpt_neox\n")
+    print("| model | loss | ms per step | tokens/s | x | spread | peak MB |")
+    print("|---|---|---|---|---|---|---|")
+    for size in sizes(on_cpu):
+        rounds = 1 if on_cpu and size.name == "larger" else options.rounds
+        measured = measure(size, options.threads, rounds)
+        median = {n: statistics.median(seconds) for n, (seconds, _) in measured.items()}
+        former = median["full logits, float32"]
+        for variant, (seconds, memory) in measured.items():
+            spread = (max(seconds) - min(seconds)) / median[variant]
+            print(
+                f"| {size.name} | {variant} | {1e3 * median[variant]:,.1f} "
+                f"| {size.tokens / median[variant]:,.0f} | {former / median[variant]:.2f} "
+                f"| {spread:.0%} | {memory:,.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
