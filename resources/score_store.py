@@ -222,13 +222,12 @@ class ScoreStore(dg.ConfigurableResource):
 
         One publication at a time: what another one changes meanwhile would be lost.
         """
-        with lock(Home(self.home).leases / path.name), self._copied(path, schema, fresh) as connection:
+        turn = lock(Home(self.home).leases / path.name)
+        with turn, self._copied(path, schema, fresh) as connection:
             yield connection
 
     @contextlib.contextmanager
-    def _copied(
-        self, path: Path, schema: str, fresh: bool
-    ) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _copied(self, path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         temporary = path.with_suffix(".next")
         temporary.unlink(missing_ok=True)
         if path.exists() and not fresh:
