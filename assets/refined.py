@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`<domain>/refined_scores`, where scores are in less than float32."""
-    if recipe.scoring.precision == "float32":
+    """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
+    if recipe.scoring.precision == "float32" or not any(arm.tau for arm in recipe.arms):
         return []
     return [_refined_scores(recipe, domain) for domain in recipe.domains]
 

@@ -129,7 +129,7 @@ class Scoring(Section):
 
     precision: Literal["float32", "bf16", "fp16"] = Field(
         "float32",
-        description="what is tried first: fp16 gives way to bf16, bf16 to float32, where the device "
+        description="tried first: fp16 gives way to bf16, bf16 to float32, where the device "
         "lacks it or a model's losses err in it. In 16 bits, scores near a cutoff are computed "
         "again in float32",
     )
