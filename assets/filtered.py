@@ -1,19 +1,23 @@
 """Stage 4: what each arm selects, and the dataset made of it."""
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import duckdb
 import polars as pl
 
 from assets.common import OWNERS, all_of, code_version, result
 from assets.figures import table
+from assets.refined import near
+from assets.scores import refined_of
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.report import excerpts, extremes
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
@@ -40,13 +44,16 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     prefix = [domain.name, arm.name]
     name = "/".join(prefix)
 
+    scored: list[str | dg.AssetKey] = ["score_tables"]
+    if arm.tau and recipe.scoring.precision != "float32":
+        scored.append(dg.AssetKey([domain.name, "refined_scores"]))
     what = f"{arm.name} for {domain.name}:"
 
     @dg.asset(
         description=f"{what} the selected sequences with rank and score; lower is better. "
         "No model is loaded.",
         key_prefix=prefix,
-        deps=["score_tables", all_of("raw_corpus")],
+        deps=[*scored, all_of("raw_corpus")],
         group_name=GROUP,
         kinds={"duckdb", arm.name},
         owners=OWNERS,
@@ -55,6 +62,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         tables = artifacts.current("score_tables")
+        refined = refined_of(artifacts, domain.name, tables.fingerprint) if arm.tau else []
         needed = endpoints(recipe, arm)[-1]
 
         def build(folder: Path) -> dict[str, Any]:
@@ -75,18 +83,20 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                         for shard in found["shard"].unique()
                     }
                     excerpts(found, texts).write_parquet(folder / "samples.parquet")
+                unsure = _unsure(connection, recipe, domain.name, arm, refined)
             chosen.write_parquet(folder / "selection.parquet", compression="zstd")
             return {
                 "candidates": candidates,
                 "selected": len(chosen),
                 "cutoff": chosen["score"][-1],
                 "mean_color": chosen["color"].mean(),
+                **unsure,
             }
 
         made = artifacts.make(
             Work(
                 f"{name}/selection",
-                inputs=[tables],
+                inputs=[tables, *refined],
                 recipe={
                     **arm.facts(),
                     "needed": needed,
@@ -156,6 +166,24 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return [selection, filtered_dataset]
+
+
+def _unsure(
+    connection: duckdb.DuckDBPyConnection,
+    recipe: Recipe,
+    domain: str,
+    arm: Arm,
+    refined: Sequence[Artifact],
+) -> dict[str, Any]:
+    """How many sequences lie so near the cutoff that the scores' error could decide."""
+    if not refined:
+        return {}
+    found = near(connection, recipe, domain, arm, refined[0].facts["radius"])
+    return {
+        "score_error": refined[0].facts["score_error"],
+        "near_cutoff": len(found),
+        "near_cutoff_not_refined": len(found) - int(found["exact"].sum()),
+    }
 
 
 def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:

@@ -24,6 +24,7 @@ from assets.common import (
     total,
 )
 from assets.figures import histogram
+from colorfilter import provenance
 from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from colorfilter.scoring import Receipt
 
 GROUP = "scores"
+REFINED = "refined.parquet"
 
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -92,11 +94,11 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
         Parquet is the record; this file can be made again from it at any time.
         """
-        parts, models, inputs = _parts(artifacts, recipe)
+        parts, models, inputs = publication(artifacts, recipe)
         rows = score_store.publish(parts, models, recipe.sequence_length)
         made = artifacts.make(
             Work("score_tables", inputs=inputs),
-            lambda folder: _publication(folder, inputs, rows),
+            lambda folder: _record(folder, inputs, rows),
         )
         shown: dict[str, Any] = dict(rows)
         for domain in recipe.domains:
@@ -108,6 +110,13 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     return [losses, score_tables]
 
 
+def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
+    """The token behind which labels are left out (labels.shifted_labels), if any are."""
+    if scoring.labels == "all":
+        return None
+    return int(artifacts.current("tokenizer").facts["end_of_text"])
+
+
 def _score(
     context: Context,
     artifacts: ArtifactStore,
@@ -116,8 +125,7 @@ def _score(
     scored_by: Mapping[str, str],
 ) -> list[Artifact]:
     """Losses of the run's shards, by asset and the model that gives them, in one pass."""
-    encoder = artifacts.current("tokenizer")
-    boundary = encoder.facts["end_of_text"] if scoring.labels == "within_documents" else None
+    behind = boundary(artifacts, scoring)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
     models = {asset: artifacts.current(model) for asset, model in scored_by.items()}
     size = len(models) * total(list(packed.values()), "tokens")
@@ -127,7 +135,7 @@ def _score(
             asset,
             shard,
             inputs=[model, source],
-            recipe={"boundary": boundary},
+            recipe={"boundary": behind},
             precision=scoring.precision,
         )
         for shard, source in packed.items()
@@ -150,7 +158,7 @@ def _score(
                         tokens=source.path,
                         shard=shard,
                         precision=scoring.precision,
-                        boundary=boundary,
+                        boundary=behind,
                     )
                 )
                 missing |= {(shard, name): a for name, a in wanted.items()}
@@ -171,10 +179,14 @@ def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:
     }
 
 
-def _parts(
+def publication(
     artifacts: ArtifactStore, recipe: Recipe
 ) -> tuple[list[Part], list[PublishedModel], list[Artifact]]:
-    """Everything to publish, each checked to have been made from what is current."""
+    """Everything to publish, each checked to have been made from what is current.
+
+    The artefacts are those that the score tables are made from; what was scored again in float32
+    from exactly these takes the place of theirs.
+    """
     prior = artifacts.current("prior_model")
     models = [PublishedModel(prior.fingerprint, "prior", None, str(checkpoint(prior)))]
     scored_by = {"prior_scores": prior}
@@ -183,7 +195,7 @@ def _parts(
         place = str(checkpoint(model))
         models.append(PublishedModel(model.fingerprint, "conditional", domain.name, place))
         scored_by[f"{domain.name}/conditional_scores"] = model
-    parts, inputs = [], list(scored_by.values())
+    parts, inputs, scored = [], list(scored_by.values()), []
     for shard in shard_names(artifacts, recipe):
         raw = artifacts.current("raw_corpus", shard)
         packed = artifacts.current_from("corpus_tokens", shard, [raw])
@@ -199,13 +211,36 @@ def _parts(
         for asset, model in scored_by.items():
             losses = artifacts.current_from(asset, shard, [model, packed])
             inputs.append(losses)
-            parts.append(
-                Part(shard, losses.fingerprint, model=model.fingerprint, losses=losses.path)
+            scored.append((model, losses))
+    tables = artifacts.entries().get(("score_tables", None))
+    refined = []
+    if tables and tables["key"] == Work("score_tables", inputs=inputs).key:
+        for domain in recipe.domains:
+            refined += refined_of(artifacts, domain.name, tables["fingerprint"])
+    for model, losses in scored:
+        again = [r for r in refined if model.name in r.inputs]
+        parts.append(
+            Part(
+                str(losses.partition),
+                fingerprint="+".join([losses.fingerprint, *(r.fingerprint[:32] for r in again)]),
+                model=model.fingerprint,
+                losses=losses.path,
+                refined=tuple(r.path / REFINED for r in again),
             )
+        )
     return parts, models, inputs
 
 
-def _publication(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:
+def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artifact]:
+    """A domain's losses in float32 over the score tables of this fingerprint, if there are any."""
+    name = f"{domain}/refined_scores"
+    entry = artifacts.entries().get((name, None))
+    if entry is None or entry["inputs"]["score_tables"] != tables:
+        return []
+    return [artifacts.current(name)] if provenance.stands(artifacts.at.root / entry["path"]) else []
+
+
+def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:
     content = {a.name: a.fingerprint for a in inputs}
     (folder / "published.json").write_text(json.dumps(content, indent=1))
     return rows

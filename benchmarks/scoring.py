@@ -1,11 +1,13 @@
 """Speed of scoring: this project's kernel and body against what else computes the same losses.
 
-    python benchmarks/scoring.py [--vocabulary 16384 50304] [--type gpt_neox] [--threads 1]
+    python benchmarks/scoring.py [--size 150m] [--vocabulary 16384 50304] [--family gpt_neox llama]
 
 One process, one set of random weights, the same sequences. The variants take turns, several rounds;
-reported are medians of CPU time (on a CPU; of wall time on a GPU), the ratio to the naive form, the
-largest error against float64, and the model's arithmetic as a share of what matrix products of the
-same shapes reach in the same process.
+reported are medians of CPU time on one thread (on a GPU: of wall time), the ratio to the naive
+form, the largest error against float64, and the model's arithmetic as a share of what matrix
+products of the same shapes reach in the same process. The first family is measured against
+everything, the others against the naive form. On a GPU the whole takes less than ten minutes; Liger
+and cut-cross-entropy are measured where they are installed.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch.nn import functional
@@ -20,17 +23,14 @@ from transformers import PreTrainedModel
 
 from colorfilter import body, models
 from colorfilter.labels import shifted_labels
-from colorfilter.loss import sequence_nll
 from colorfilter.recipe import Model
+from colorfilter.scoring import Scorer
 
-LAYERS, WIDTH, HEADS, LENGTH, BATCH = 8, 512, 8, 512, 4
-CONFIG = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 4 * WIDTH,
-    "max_position_embeddings": LENGTH,
-}
+# Layers, width, heads, width of the feed-forward part; 150m is the paper's auxiliary model.
+SIZES = {"small": (8, 512, 8, 2048), "150m": (12, 1024, 16, 4096)}
+GATED = {"llama", "olmo", "olmo2", "qwen3", "mistral"}
+LENGTH = 512
+BATCH = {"cpu": 4, "cuda": 128}
 Variant = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -79,30 +79,35 @@ def rolling(model: PreTrainedModel) -> Variant:
     return losses
 
 
-def fused_by_torch(model: PreTrainedModel) -> Variant:
-    """Torch's own linear and cross entropy in one."""
+def fused(model: PreTrainedModel, library: str) -> Variant:
+    """Head and loss in one call of a library, in the model's dtype."""
+    weight = model.get_output_embeddings().weight
+
+    def nll(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if library == "liger":
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            return LigerFusedLinearCrossEntropyLoss(reduction="none")(weight, rows, targets)
+        if library == "cut_cross_entropy":
+            from cut_cross_entropy import linear_cross_entropy
+
+            return linear_cross_entropy(rows, weight, targets, reduction="none")
+        return functional.linear_cross_entropy(rows, weight, targets, reduction="none")
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-        nll = functional.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            model.get_output_embeddings().weight,
-            tokens[:, 1:].flatten(),
-            reduction="none",
-        )
-        return nll.float().view(len(tokens), -1).mean(dim=1)
+        per_token = nll(hidden.flatten(0, 1), tokens[:, 1:].flatten())
+        return per_token.float().view(len(tokens), -1).mean(dim=1)
 
     return losses
 
 
-def ours(model: PreTrainedModel) -> Variant:
+def ours(scorer: Scorer) -> Variant:
     """Scoring as the pipeline does it."""
-    weight = model.get_output_embeddings().weight
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         n_tokens = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return sequence_nll(hidden, weight, shifted_labels(tokens, n_tokens))[0]
+        return scorer.losses(tokens, shifted_labels(tokens, n_tokens))[0]
 
     return losses
 
@@ -124,32 +129,59 @@ def products(model: PreTrainedModel, dtype: torch.dtype) -> Variant:
     return run
 
 
-def variants(family: str, vocab_size: int, device: str) -> tuple[dict[str, Variant], Variant]:
-    """The variants by name, and the exact losses in float64."""
-    config = CONFIG if family != "llama" else {**CONFIG, "intermediate_size": 1408}
+def config(family: str, size: str) -> dict[str, int]:
+    """A model of a family and size; gated feed-forward parts are narrower, so that none has more
+    weights than another.
+    """
+    layers, width, heads, inner = SIZES[size]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner * 11 // 16 if family in GATED else inner,
+        "max_position_embeddings": LENGTH,
+    }
+
+
+def variants(
+    family: str, size: str, vocab_size: int, device: torch.device, all_peers: bool
+) -> tuple[dict[str, Variant], Variant]:
+    """The variants by name, the naive one first, and the exact losses in float64."""
 
     def fresh(dtype: torch.dtype) -> PreTrainedModel:
-        model = models.build(Model(type=family, config=config), vocab_size, LENGTH, seed=0)
-        return models.to_device(model.eval().to(dtype), torch.device(device))
+        made = Model(type=family, config=config(family, size))
+        return models.build(made, vocab_size, LENGTH, seed=0).eval().to(dtype)
 
-    plain, half = fresh(torch.float32), fresh(torch.bfloat16)
-    fast, fast_half = fresh(torch.float32), fresh(torch.bfloat16)
-    if device == "cpu":
-        body.prepare(fast)
-        body.prepare(fast_half)
-    named = {
-        "transformers, labels, float32": naive(plain),
-        "transformers, full logits, float32": full_logits(plain),
-        "transformers, full logits, bf16": full_logits(half),
-        "the paper's code, bf16 autocast": reference_style(plain),
-        "evaluation harness, bf16": rolling(half),
-        "ours, float32": ours(fast),
-        "ours, bf16": ours(fast_half),
-        "products alone, float32": products(plain, torch.float32),
-        "products alone, bf16": products(plain, torch.bfloat16),
-        "torch linear_cross_entropy, bf16": fused_by_torch(half),
-    }
-    return named, full_logits(fresh(torch.float64), torch.float64)
+    def plain(dtype: torch.dtype) -> PreTrainedModel:
+        return models.to_device(fresh(dtype), device)
+
+    halves = {"bf16": torch.bfloat16}
+    if device.type == "cuda":
+        halves["fp16"] = torch.float16
+    exact, half = plain(torch.float32), plain(torch.bfloat16)
+    named = {"transformers, labels, float32": naive(exact)}
+    if all_peers:
+        named |= {
+            "transformers, full logits, float32": full_logits(exact),
+            "transformers, full logits, bf16": full_logits(half),
+            "the paper's code, bf16 autocast": reference_style(exact),
+            "evaluation harness, bf16": rolling(half),
+            "torch linear_cross_entropy, bf16": fused(half, "torch"),
+        }
+        for library in ("liger", "cut_cross_entropy"):
+            if device.type == "cuda" and find_spec(f"{library}{'_kernel' * (library == 'liger')}"):
+                named[f"{library}, bf16"] = fused(half, library)
+    fast = body.prepare(fresh(torch.float32), device)
+    named["ours, float32"] = ours(Scorer(fast, kernel="chunked"))
+    for name, dtype in halves.items():
+        fast = body.prepare(fresh(dtype), device)
+        for kernel in ("triton", "chunked") if device.type == "cuda" else ("chunked",):
+            label = f"ours, {name}" + f", {kernel}" * (device.type == "cuda")
+            named[label] = ours(Scorer(fast, name, kernel))
+    named["products alone, float32"] = products(exact, torch.float32)
+    for name, dtype in halves.items():
+        named[f"products alone, {name}"] = products(exact, dtype)
+    return named, full_logits(plain(torch.float64), torch.float64)
 
 
 def measure(named: dict[str, Variant], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
@@ -167,43 +199,57 @@ def measure(named: dict[str, Variant], tokens: torch.Tensor, rounds: int) -> dic
     return {name: taken[1:] for name, taken in seconds.items()}
 
 
+def table(named: dict[str, Variant], exact: Variant, tokens: torch.Tensor, rounds: int) -> None:
+    """Measure and print."""
+    with torch.inference_mode():
+        few = slice(0, 4)  # full logits in float64
+        truth = exact(tokens[few])
+        seconds = measure(named, tokens, rounds)
+        errors = {n: (v(tokens)[few].double() - truth).abs().max().item() for n, v in named.items()}
+    median = {n: statistics.median(s) for n, s in seconds.items()}
+    first = next(iter(median.values()))
+    for n, taken in seconds.items():
+        spread = (max(taken) - min(taken)) / median[n]
+        precision = next(p for p in ("float32", "fp16", "bf16") if p in n)
+        share, error = (
+            f"{median[f'products alone, {precision}'] / median[n]:.0%}",
+            f"{errors[n]:.1e}",
+        )
+        alone = n.startswith("products")
+        print(
+            f"| {n} | {tokens.numel() / median[n]:,.0f} | {first / median[n]:.2f} "
+            f"| {spread:.0%} | {'' if alone else share} | {'' if alone else error} |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Measure and print a table for every vocabulary."""
+    """Measure and print a table for every family and vocabulary."""
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="150m" if on_gpu else "small")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[16_384, 50_304])
-    parser.add_argument("--type", default="gpt_neox", help="transformers' model_type")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--family", nargs="+", default=["gpt_neox", "llama", "olmo"])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, ", end="")
-    print(f"{options.threads} threads; {options.type}, {LAYERS} layers, width {WIDTH}, T {LENGTH}")
-    for vocab_size in options.vocabulary:
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, vocab_size, (BATCH, LENGTH), generator=generator).to(device)
-        with torch.inference_mode():
-            named, exact = variants(options.type, vocab_size, device)
-            truth = exact(tokens)
-            seconds = measure(named, tokens, options.rounds)
-            errors = {n: (v(tokens).double() - truth).abs().max().item() for n, v in named.items()}
-        median = {n: statistics.median(s) for n, s in seconds.items()}
-        first = median["transformers, labels, float32"]
-        print(f"\n| V {vocab_size:,} | tokens/s | x | spread | products' share | error |")
-        print("|---|---|---|---|---|---|")
-        for n, taken in seconds.items():
-            spread = (max(taken) - min(taken)) / median[n]
-            limit = median[f"products alone, {'float32' if 'float32' in n else 'bf16'}"]
-            share, error = f"{limit / median[n]:.0%}", f"{errors[n]:.1e}"
-            alone = n.startswith("products")
-            print(
-                f"| {n} | {tokens.numel() / median[n]:,.0f} | {first / median[n]:.2f} "
-                f"| {spread:.0%} | {'' if alone else share} | {'' if alone else error} |"
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    name = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
+    for family in options.family:
+        for vocab_size in options.vocabulary:
+            shape = ", ".join(f"{k} {v}" for k, v in config(family, options.size).items())
+            print(f"\n{family}, {shape}, vocabulary {vocab_size:,}\n")
+            print("| | tokens/s | x | spread | products' share | error |")
+            print("|---|---|---|---|---|---|")
+            generator = torch.Generator().manual_seed(0)
+            shape_BxT = BATCH[device.type], LENGTH
+            tokens = torch.randint(0, vocab_size, shape_BxT, generator=generator).to(device)
+            all_peers = family == options.family[0]
+            table(
+                *variants(family, options.size, vocab_size, device, all_peers),
+                tokens,
+                options.rounds,
             )
 
 

@@ -111,9 +111,7 @@ def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) ->
 
 
 def _load(checkpoint: Path, precision: str) -> PreTrainedModel:
-    model = models.load(checkpoint, precision)
-    device = own_device()
-    return body.prepare(model) if device.type == "cpu" else models.to_device(model, device)
+    return body.prepare(models.load(checkpoint, precision), own_device())
 
 
 def _multiplies(precision: str) -> bool:

@@ -1,8 +1,10 @@
 """Files that are whole or not there: atomic writes and content hashes."""
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def file_sha256(path: Path) -> str:
@@ -23,3 +25,10 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     write_atomically(temporary, path)
+
+
+def lock(path: Path) -> IO[bytes]:
+    """Wait for a lock of this name and hold it until the stream is closed, or the process ends."""
+    stream = path.open("ab")
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    return stream

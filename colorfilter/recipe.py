@@ -127,7 +127,12 @@ class Domain(Section):
 class Scoring(Section):
     """How losses are computed, and over which labels."""
 
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32",
+        description="tried first: fp16 gives way to bf16, bf16 to float32, where the device "
+        "lacks it or a model's losses err in it. In 16 bits, scores near a cutoff are computed "
+        "again in float32",
+    )
     labels: Literal["all", "within_documents"] = Field(
         "all",
         description="all (the paper's way), or not those whose context ends in another document",

@@ -37,19 +37,19 @@ NEAR = """
 """
 NEAR_ONE = f"""
     {BEST},
-    cut AS (SELECT max(score) AS at FROM (SELECT score FROM chosen ORDER BY score LIMIT $keep)),
+    cut AS (SELECT max(score) AS cutoff FROM (SELECT score FROM chosen ORDER BY score LIMIT $keep)),
     near AS (
         SELECT shard, position FROM scores ANTI JOIN excluded USING (shard, position)
-        WHERE abs(score - (SELECT at FROM cut)) <= $radius
+        WHERE abs(score - (SELECT cutoff FROM cut)) <= $radius
     )
 """
 NEAR_EACH_POOL = f"""
     {POOLS},
-    cuts AS (SELECT pool, max(score) AS at FROM best_of_pools GROUP BY pool),
+    cuts AS (SELECT pool, max(score) AS cutoff FROM best_of_pools GROUP BY pool),
     near AS (
         SELECT shard, position
         FROM places JOIN cuts USING (pool) JOIN shards USING (number)
-        WHERE abs(score - at) <= $radius
+        WHERE abs(score - cutoff) <= $radius
     )
 """
 

@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import loss
+from colorfilter import body, loss
 from colorfilter.files import file_sha256, write_atomically
 from colorfilter.labels import shifted_labels
 from colorfilter.models import head_weight, weights_per_token
@@ -69,7 +69,14 @@ class Scorer:
         self.precision = precision
         self._weight = head_weight(model)
         self.kernel = kernel if self._weight is not None else "full logits"
+        self._attention: str | None = None
         self.flops_per_token = 2 * weights_per_token(model)
+
+    @property
+    def form(self) -> str:
+        """What computes the losses, in words."""
+        attention = f", {self._attention} attention" if self._attention else ""
+        return f"{self.kernel}{attention}"
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +92,10 @@ class Scorer:
         if self._weight is None:
             logits = self._model(input_ids=tokens, use_cache=False).logits
             return loss.logits_nll(logits, labels)
-        hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        if self.kernel is None:
+            self._attention = body.fastest_attention(self._model, tokens)
+        with body.attention(self._attention):
+            hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         if self.kernel is None:
             self.kernel = loss.fastest_kernel(hidden, self._weight, labels)
         return loss.sequence_nll(hidden, self._weight, labels, self.kernel)
@@ -254,7 +264,7 @@ def score_chunk(
         receipt = _receipt(model, path, sha256, start, stop, n_tokens)
         scorer = scorers[model]
         receipts.append(
-            replace(receipt, seconds=seconds, kernel=scorer.kernel, precision=scorer.precision)
+            replace(receipt, seconds=seconds, kernel=scorer.form, precision=scorer.precision)
         )
     return receipts
 

@@ -6,6 +6,7 @@ from assets.auxiliary import auxiliary_assets, auxiliary_checks
 from assets.corpus import corpus_assets, corpus_checks
 from assets.evaluated import evaluated_assets
 from assets.filtered import filtered_assets
+from assets.refined import refined_assets
 from assets.scores import score_assets, score_checks
 from colorfilter.recipe import Recipe
 from pipelines import settings
@@ -21,6 +22,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *corpus_assets(recipe),
             *auxiliary_assets(recipe),
             *score_assets(recipe),
+            *refined_assets(recipe),
             *filtered_assets(recipe),
             *evaluated_assets(recipe),
         ],

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import dagster as dg
 
 from colorfilter import provenance
 from colorfilter.errors import InputError
+from colorfilter.files import lock
 from resources.home import Home
 
 
@@ -83,7 +84,7 @@ class Attempt:
         self.work = work
         self.key = work.key
         self.folder = store.folder(work.asset, work.partition, self.key)
-        self._lease = _lock(store.at.leases / self.key)
+        self._lease = lock(store.at.leases / self.key)
         self.standing = store.standing(work, self.key, self.folder)
         if self.standing:
             self.release()
@@ -271,9 +272,3 @@ def _ends_in_newline(path: Path) -> bool:
     with path.open("rb") as stream:
         stream.seek(-1, os.SEEK_END)
         return stream.read(1) == b"\n"
-
-
-def _lock(path: Path) -> IO[bytes]:
-    stream = path.open("ab")
-    fcntl.flock(stream, fcntl.LOCK_EX)
-    return stream

@@ -19,7 +19,7 @@ import dagster as dg
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.files import write_atomically
+from colorfilter.files import lock, write_atomically
 from colorfilter.score_tables import exclude, pair, unpair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
@@ -76,7 +76,7 @@ class Part:
     """Something to publish: a shard's text tables, or a model's losses over a shard.
 
     `documents` is the folder of the shard's documents, `tokens` of its packed tokens, `losses`
-    of the chunks.
+    of the chunks; `refined` are files of losses in float32 that take the place of those.
     """
 
     shard: str
@@ -85,6 +85,7 @@ class Part:
     tokens: Path | None = None
     model: str | None = None
     losses: Path | None = None
+    refined: tuple[Path, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -217,7 +218,16 @@ class ScoreStore(dg.ConfigurableResource):
     def _next(
         self, path: Path, schema: str = "", fresh: bool = False
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A copy of a database to change in one transaction; in the end it takes its place."""
+        """A copy of a database to change in one transaction; in the end it takes its place.
+
+        One publication at a time: what another one changes meanwhile would be lost.
+        """
+        turn = lock(Home(self.home).leases / path.name)
+        with turn, self._copied(path, schema, fresh) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _copied(self, path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         temporary = path.with_suffix(".next")
         temporary.unlink(missing_ok=True)
         if path.exists() and not fresh:
@@ -340,12 +350,28 @@ def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
     files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
     if not files:
         return
-    wanted = {"files": files, "model": part.model, "shard": part.shard}
-    rows = "FROM read_parquet($files) WHERE model = $model AND shard = $shard"
+    wanted = {"model": part.model, "shard": part.shard}
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE part AS "
+        "SELECT * FROM read_parquet($files) WHERE model = $model AND shard = $shard",
+        {"files": files, **wanted},
+    )
+    if part.refined:
+        connection.execute(
+            """
+            UPDATE part SET loss = refined.loss, precision = refined.precision
+            FROM (
+                SELECT DISTINCT position, loss, precision FROM read_parquet($files)
+                WHERE model = $model AND shard = $shard
+            ) AS refined
+            WHERE part.position = refined.position
+            """,
+            {"files": [str(p) for p in part.refined], **wanted},
+        )
     bad, twice = fetch_row(
         connection,
-        "SELECT count(*) FILTER (NOT isfinite(loss)), count(*) - count(DISTINCT position) " + rows,
-        wanted,
+        "SELECT count(*) FILTER (NOT isfinite(loss)), count(*) - count(DISTINCT position) "
+        "FROM part",
     )
     if bad:
         raise ValueError(f"{bad} losses of {part.shard} are not finite; nothing was published")
@@ -354,7 +380,8 @@ def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
             f"{twice} sequences of {part.shard} have several losses by one model; "
             "nothing was published"
         )
-    connection.execute("INSERT INTO losses BY NAME SELECT * " + rows, wanted)
+    connection.execute("INSERT INTO losses BY NAME FROM part")
+    connection.execute("DROP TABLE part")
 
 
 def _count(

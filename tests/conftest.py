@@ -7,10 +7,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import yaml
 
 from colorfilter.recipe import Recipe, load
+from pipelines.definitions import build_definitions
 from pipelines.running import Failure, execute
 from resources.home import Home
 
@@ -99,6 +101,15 @@ class Project:
         self.home.claim(self.recipe.name)
         monkeypatch.setenv("DAGSTER_HOME", str(self.home.dagster))
         return execute(self.recipe, self.home, lambda _: None)
+
+    def materialize(self, monkeypatch: pytest.MonkeyPatch, assets: list[str]) -> None:
+        """These unsharded assets alone, as from the web UI."""
+        monkeypatch.setenv("DAGSTER_HOME", str(self.home.dagster))
+        keys = [dg.AssetKey(asset.split("/")) for asset in assets]
+        defs = build_definitions(self.recipe, str(self.home.root))
+        with dg.DagsterInstance.get() as instance:
+            job = defs.resolve_implicit_global_asset_job_def()
+            assert job.execute_in_process(instance=instance, asset_selection=keys).success
 
     def ledger(self) -> list[dict]:
         return [json.loads(line) for line in self.home.ledger.read_text().splitlines()]

@@ -8,7 +8,11 @@ from colorfilter.labels import mean_over_labels
 def sequence_nll(
     hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full float64 logits and their log-sum-exp. Contract as in colorfilter.loss."""
-    logits = hidden.double() @ head_weight.double().T
-    label_logits = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    return mean_over_labels(logits.logsumexp(dim=2) - label_logits, labels)
+    """Full float64 logits of a sequence at a time. Contract as in colorfilter.loss."""
+    weight = head_weight.double()
+    nll = torch.empty(labels.shape, dtype=torch.float64, device=labels.device)
+    for i, states in enumerate(hidden):
+        logits = states.double() @ weight.T
+        label_logits = logits.gather(1, labels[i].clamp(min=0)[:, None])[:, 0]
+        nll[i] = logits.logsumexp(dim=1) - label_logits
+    return mean_over_labels(nll, labels)

@@ -1,12 +1,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from colorfilter import body, models
 from colorfilter.recipe import Model
+from colorfilter.scoring import Scorer, sequence_losses
 
 SMALL = {
     "hidden_size": 64,
@@ -15,6 +17,7 @@ SMALL = {
     "intermediate_size": 64,
     "max_position_embeddings": 512,
 }
+CPU = torch.device("cpu")
 FAMILIES = {
     "gpt_neox": {},
     "llama": {"num_key_value_heads": 2},
@@ -54,7 +57,7 @@ def test_the_body_computes_what_it_did(
     before = hidden(model, tokens)
     ours: list[None] = []
     monkeypatch.setattr(torch, "bmm", counting(torch.bmm, ours))
-    after = hidden(body.prepare(model), tokens)
+    after = hidden(body.prepare(model, CPU), tokens)
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
     plain = family not in {"mistral", "gemma2"} or (family == "mistral" and length <= 20)
     assert bool(ours) == plain
@@ -63,7 +66,7 @@ def test_the_body_computes_what_it_did(
 def test_a_later_token_changes_nothing_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "LEAST_ROWS", 4)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    model = body.prepare(models.build(Model(type="llama", config=SMALL), 100, 32, 0).eval())
+    model = body.prepare(models.build(Model(type="llama", config=SMALL), 100, 32, 0).eval(), CPU)
     tokens = torch.randint(0, 100, (1, 32), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 100
@@ -77,3 +80,26 @@ def test_float32_stays_float32_whatever_onednn_does() -> None:
     left, right = torch.randn(300, 400), torch.randn(400, 200)
     exact = left.double() @ right.double()
     assert ((left @ right) - exact).abs().max() / exact.abs().max() < 1e-5
+
+
+def test_a_compiled_body_is_compiled_once_and_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Traced as ever, and run without a C++ compiler's minutes.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **how: compile_module(m, backend="eager", **how)
+    )
+    model = models.build(Model(type="gpt_neox", config=SMALL), 100, 32, 0).eval()
+    rows = np.random.default_rng(0).integers(0, 100, size=(100, 32))
+    n_tokens = np.full(100, 32)
+    ((before, _),) = sequence_losses([Scorer(model)], rows, n_tokens)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    body.compile_body(model)
+    scorer = Scorer(model)
+    ((after, _),) = sequence_losses([scorer], rows, n_tokens)
+    ((alone, _),) = sequence_losses([scorer], rows[7:8], n_tokens[7:8])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
+    assert alone[0] == after[7]

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -316,3 +318,56 @@ def test_results_are_made_anew(store: ScoreStore) -> None:
     with duckdb.connect(str(Home(store.home).results), read_only=True) as connection:
         assert fetch(connection, "SELECT arm, value FROM evaluations") == [("a", 0.5)]
         assert fetch(connection, "SELECT versions FROM kernel_runs") == [('{"torch": "2"}',)]
+
+
+def refined(folder: Path, losses: dict[tuple[str, str, int], float]) -> Path:
+    folder.mkdir()
+    pl.DataFrame(
+        [(*place, loss, 7, "float32") for place, loss in losses.items()],
+        schema=["model", "shard", "position", "loss", "n_tokens", "precision"],
+        orient="row",
+    ).cast({"loss": pl.Float32}).write_parquet(folder / "refined.parquet")
+    return folder / "refined.parquet"
+
+
+def test_refined_losses_take_the_place_of_the_others_and_give_it_back(
+    store: ScoreStore, tmp_path: Path
+) -> None:
+    made = parts(tmp_path, "a", {"p": [3.0, 2.0, 1.0], "c": [1.0, 4.0, 1.0]})
+    for path in tmp_path.glob("a-1/*/losses*.parquet"):
+        pl.read_parquet(path).with_columns(precision=pl.lit("bf16")).write_parquet(path)
+    store.publish(made, MODELS, LENGTH)
+    # Two domains may have refined the same loss of the prior; what is another's stays out.
+    one = refined(tmp_path / "1", {("p", "a", 1): 2.5, ("c", "a", 1): 4.0, ("p", "b", 0): 9.0})
+    two = refined(tmp_path / "2", {("p", "a", 1): 2.5, ("p", "a", 2): 0.5})
+    again = [
+        replace(p, fingerprint=f"{p.fingerprint}+r", refined=(one, two)) if p.losses else p
+        for p in made
+    ]
+    store.publish(again, MODELS, LENGTH)
+    assert colors(store) == [("a", 0, -2.0), ("a", 1, 1.5), ("a", 2, 0.5)]
+    with store.read() as connection:
+        rows = fetch(connection, "SELECT model, position, precision FROM losses ORDER BY ALL")
+    exact = {("p", 1), ("c", 1), ("p", 2)}
+    assert rows == [
+        (m, i, "float32" if (m, i) in exact else "bf16") for m in ("c", "p") for i in range(3)
+    ]
+    store.publish(made, MODELS, LENGTH)
+    assert colors(store) == [("a", 0, -2.0), ("a", 1, 2.0), ("a", 2, 0.0)]
+
+
+def test_publications_wait_for_each_other(store: ScoreStore, tmp_path: Path) -> None:
+    shards = [parts(tmp_path, name, {"p": [3.0], "c": [1.0]}) for name in "abcdef"]
+    store.publish(shards[0], MODELS, LENGTH)
+
+    def enter(i: int) -> None:
+        table = tmp_path / f"{i}.parquet"
+        rows = {"shard": ["a"], "position": [0], "rank": [1], "score": [float(i)]}
+        pl.DataFrame(rows).write_parquet(table)
+        store.publish_selection(f"s{i}", table, "books", f"arm{i}", ("p", "c"), "now")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(enter, range(6)))
+    with store.read() as connection:
+        found = fetch(connection, "SELECT selection FROM selections ORDER BY ALL")
+    assert found == [(f"s{i}",) for i in range(6)]

@@ -1,0 +1,136 @@
+"""Stage 3, its end: what lies near a cutoff is scored again in float32."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from assets.auxiliary import checkpoint
+from assets.common import OWNERS, Context, Progress, all_of, code_version, result
+from assets.scores import GROUP, REFINED, boundary, publication
+from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.selection import count_candidates
+from resources.artifacts import ArtifactStore, Work
+from resources.gpu import Gpu, ScoreJob
+from resources.score_store import ScoreStore
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+
+def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
+    if recipe.scoring.precision == "float32" or not any(arm.tau for arm in recipe.arms):
+        return []
+    return [_refined_scores(recipe, domain) for domain in recipe.domains]
+
+
+def near(
+    connection: "duckdb.DuckDBPyConnection", recipe: Recipe, domain: str, arm: Arm, radius: float
+) -> "pl.DataFrame":
+    """The candidates near the cutoff of an arm, or near those of its batches."""
+    from colorfilter import refinement
+
+    assert arm.tau is not None
+    if arm.batch:
+        of_batches = arm.tau, arm.batch, recipe.seed
+        return refinement.near_cutoffs_of_batches(connection, domain, *of_batches, radius)
+    keep = int(count_candidates(connection) / arm.tau)
+    return refinement.near_cutoff(connection, domain, keep, radius)
+
+
+def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    arms = [arm for arm in recipe.arms if arm.tau]
+    conditional = [domain.name, "conditional_model"]
+
+    @dg.asset(
+        description="Losses in float32 of what lies so near an arm's cutoff that the precision of "
+        "the scores could decide, and the error of the scores. Published in place of the others. "
+        "Loads models; a selection does not need it, but says how much near its cutoff is not "
+        "refined.",
+        key_prefix=domain.name,
+        deps=["score_tables", "prior_model", dg.AssetKey(conditional), all_of("corpus_tokens")],
+        group_name=GROUP,
+        kinds={"pytorch", "parquet"},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1, recipe.scoring, recipe.seed, *arms),
+    )
+    def refined_scores(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        from colorfilter import refinement
+
+        tables = artifacts.current("score_tables")
+        models = [artifacts.current("prior_model"), artifacts.current("/".join(conditional))]
+        corpus = [s.name for s in artifacts.at.shards()]
+        packed = {s: artifacts.current("corpus_tokens", s) for s in corpus}
+
+        def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
+            tokens = gathered(places, {s: a.path for s, a in packed.items()}, folder)
+            job = ScoreJob(
+                models={m.fingerprint: checkpoint(m) for m in models},
+                outs={m.fingerprint: folder / precision / m.fingerprint[:16] for m in models},
+                parameters=max(m.facts["parameters"] for m in models),
+                tokens=tokens,
+                shard=folder.name,
+                precision=precision,
+                boundary=boundary(artifacts, recipe.scoring),
+            )
+            size = len(models) * len(places) * recipe.sequence_length
+            for _ in gpu.score([job], Progress(context, size, "tokens")):
+                pass
+            return refinement.losses_of(folder / precision, tokens)
+
+        def build(folder: Path) -> dict[str, Any]:
+            import polars as pl
+
+            sizes = {s: int(a.facts["sequences"]) for s, a in packed.items()}
+            sample = refinement.draw_sample(sizes, recipe.seed)
+            coarse = scored(sample, folder / "sample", recipe.scoring.precision)
+            exact = scored(sample, folder / "sample", "float32")
+            facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
+            radius = refinement.RADIUS * facts["score_error"]
+            with score_store.read() as connection:
+                found = [near(connection, recipe, domain.name, arm, radius) for arm in arms]
+            places = pl.concat([f.select("shard", "position") for f in found]).unique()
+            places = places.join(sample, on=["shard", "position"], how="anti")
+            losses = [exact]
+            if len(places):
+                losses.append(scored(places, folder / "near", "float32"))
+            table = pl.concat(losses).sort("model", "shard", "position")
+            table.write_parquet(folder / REFINED, compression="zstd")
+            for part in ("sample", "near"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+            return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
+
+        made = artifacts.make(
+            Work(
+                f"{domain.name}/refined_scores",
+                inputs=[tables, *models],
+                recipe={"scoring": recipe.scoring.facts(), "arms": [a.facts() for a in arms]},
+                seed=recipe.seed,
+                precision="float32",
+            ),
+            build,
+        )
+        parts, published, _ = publication(artifacts, recipe)
+        score_store.publish(parts, published, recipe.sequence_length)
+        return result([made], made.facts)
+
+    return refined_scores
+
+
+def gathered(places: "pl.DataFrame", tokens: Mapping[str, Path], folder: Path) -> Path:
+    """The sequences at these places as one folder of tokens, made once."""
+    from colorfilter.selection import write_tokens
+
+    whole, begun = folder / "tokens", folder / "tokens.begun"
+    if not whole.exists():
+        shutil.rmtree(begun, ignore_errors=True)
+        write_tokens(places.sort("shard", "position"), tokens, 0, begun)
+        begun.rename(whole)
+    return whole

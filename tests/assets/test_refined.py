@@ -1,0 +1,86 @@
+"""Scores in 16 bits, made exact at the cutoff: the selection is that of float32."""
+
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pytest
+
+from assets import refined
+from colorfilter import device
+from colorfilter.tables import fetch
+from resources.artifacts import Artifact, ArtifactStore
+from tests.assets.test_pipeline import copy_of, made_since, selection
+from tests.conftest import Project
+
+ARMS = [
+    {"method": "color", "tau": 4},
+    {"method": "color", "tau": 5, "batch": 20},
+    {"method": "random"},
+]
+
+
+def current(project: Project, asset: str) -> Artifact:
+    return ArtifactStore(home=str(project.home.root)).current(asset)
+
+
+@pytest.mark.skipif(not device._multiplies("bf16"), reason="no products in bf16 here")
+def test_scores_in_bf16_select_as_those_in_float32(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = copy_of(finished, tmp_path / "exact")
+    exact.facts = {**finished.facts, "arms": ARMS}
+    exact.write()
+    assert exact.run(monkeypatch) is None
+    project = copy_of(exact, tmp_path / "coarse")
+    project.facts = {**exact.facts, "scoring": {"precision": "bf16"}}
+    project.write()
+    assert project.run(monkeypatch) is None
+
+    facts = current(project, "reference/refined_scores").facts
+    assert 0 < facts["score_error"] < 0.01 * facts["score_spread"]
+    for arm in ("color_tau4", "color_tau5_batch20"):
+        found, wanted = selection(project, arm), selection(exact, arm)
+        places = ["shard", "position"]
+        assert set(found.select(places).rows()) == set(wanted.select(places).rows())
+        assert not found["score"].equals(wanted["score"])
+        about = current(project, f"reference/{arm}/selection").facts
+        assert about["near_cutoff"] > 0
+        assert about["near_cutoff_not_refined"] == 0
+    with duckdb.connect(str(project.home.scores), read_only=True) as connection:
+        counts = dict(fetch(connection, "SELECT precision, count(*) FROM losses GROUP BY ALL"))
+    assert counts["float32"] == 2 * facts["refined"]
+    assert counts["bf16"] > counts["float32"]
+
+    # Nothing is loaded for another tau unless it is asked for: its selection says what it lacks.
+    before, kernels = len(project.ledger()), len(project.kernel_runs())
+    assert project.run(monkeypatch) is None
+    assert made_since(project, before) == {}
+    assert len(project.kernel_runs()) == kernels
+    project.facts = {**project.facts, "arms": [{"method": "color", "tau": 9}, *ARMS]}
+    project.facts["target"] = {**project.facts["target"], "training_tokens": 4_000}
+    project.write()
+    project.materialize(monkeypatch, ["reference/color_tau9/selection"])
+    assert len(project.kernel_runs()) == kernels
+    about = current(project, "reference/color_tau9/selection").facts
+    assert 0 < about["near_cutoff_not_refined"] <= about["near_cutoff"]
+
+
+def test_sequences_are_gathered_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def dies(places: pl.DataFrame, tokens: object, seed: int, out: Path) -> None:
+        out.mkdir()
+        (out / "tokens.npy").write_bytes(b"half")
+        calls.append(out)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("colorfilter.selection.write_tokens", dies)
+    places = pl.DataFrame({"shard": ["a"], "position": [0]})
+    with pytest.raises(KeyboardInterrupt):
+        refined.gathered(places, {}, tmp_path)
+    assert not (tmp_path / "tokens").exists()
+    for _ in range(2):
+        assert refined.gathered(places, {}, tmp_path) == tmp_path / "tokens"
+    assert len(calls) == 2

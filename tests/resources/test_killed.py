@@ -1,0 +1,96 @@
+"""Scoring by worker processes, killed at random moments: each loss stands once, bit for bit.
+
+Three kills; COLORFILTER_TEST_KILLS=20 for more.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from resources.home import Home
+
+KILLS = int(os.environ.get("COLORFILTER_TEST_KILLS", "3"))
+LENGTH, VOCAB = 128, 2048
+SCORE = """
+import sys
+from pathlib import Path
+from colorfilter import scoring
+from resources.gpu import Gpu, ScoreJob
+
+root, flops = Path(sys.argv[1]), float(sys.argv[2])
+scoring.FLOPS_PER_CHUNK = {"cpu": flops}
+models = {name: root / name for name in ("one", "two")}
+outs = {name: root / sys.argv[3] / name for name in models}
+job = ScoreJob(models, outs, 10**6, root / "tokens", "web", "float32")
+done = [receipt for _, _, receipts in Gpu(home=str(root / "home")).score(
+    [job], lambda n: n and print("scored", flush=True)) for receipt in receipts]
+print(len(done), "chunks", flush=True)
+"""
+BATCH_FLOPS = 2 * 10**6 * 2_048
+
+
+def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    from colorfilter import models
+    from colorfilter.recipe import Model
+
+    config = {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "max_position_embeddings": LENGTH,
+    }
+    for seed, name in enumerate(("one", "two")):
+        built = models.build(Model(type="gpt_neox", config=config), VOCAB, LENGTH, seed)
+        built.save_pretrained(tmp_path / name)
+    Home(tmp_path / "home").claim("tests")
+    # Two seconds of one core to a chunk, and more chunks than what kills let through.
+    batches = 12
+    n = 16 * batches * (4 + 2 * KILLS)
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    rng = np.random.default_rng(0)
+    np.save(tokens / "tokens.npy", rng.integers(0, VOCAB, size=(n, LENGTH), dtype=np.uint16))
+    pl.DataFrame(
+        {"position": range(n), "n_tokens": [LENGTH] * n},
+        schema={"position": pl.Int64, "n_tokens": pl.Int32},
+    ).write_parquet(tokens / "sequences.parquet")
+
+    flops = batches * BATCH_FLOPS
+    moments, killed_at = random.Random(0), []
+    for _ in range(KILLS):
+        process = start(tmp_path, flops, "killed")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "scored\n"
+        time.sleep(moments.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed_at.append(len(list((tmp_path / "killed").rglob("*.parquet"))))
+    assert sorted(killed_at) == killed_at
+    finished = start(tmp_path, flops, "killed").communicate(timeout=600)[0]
+    undisturbed = start(tmp_path, flops, "whole").communicate(timeout=600)[0]
+    chunks = 2 * (4 + 2 * KILLS)
+    assert finished.endswith(f"{chunks} chunks\n")
+    assert undisturbed.endswith(f"{chunks} chunks\n")
+    assert killed_at[-1] < chunks, "all was scored before the last kill"
+    for name in ("one", "two"):
+        table, wanted = (read(tmp_path / folder / name) for folder in ("killed", "whole"))
+        assert table["position"].to_list() == list(range(n))
+        assert table.equals(wanted)
+        assert not list((tmp_path / "killed" / name).glob("*.tmp"))
+
+
+def start(root: Path, flops: float, out: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCORE, str(root), str(flops), out]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def read(folder: Path) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(p) for p in sorted(folder.glob("*.parquet"))])
