@@ -212,7 +212,7 @@ class Recipe(Section):
     tokenizer: Tokenizer
     prior: Prior
     domains: list[Domain] = Field(min_length=1)
-    scoring: Scoring = Scoring(labels="all")
+    scoring: Scoring = Scoring(precision="float32", labels="all")
     arms: list[Arm] = Field(min_length=1)
     target: Target
     evaluation: Evaluation

@@ -28,10 +28,12 @@ def current(project: Project, asset: str) -> Artifact:
 def test_scores_in_bf16_select_as_those_in_float32(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "exact").mkdir()
     exact = copy_of(finished, tmp_path / "exact")
     exact.facts = {**finished.facts, "arms": ARMS}
     exact.write()
     assert exact.run(monkeypatch) is None
+    (tmp_path / "coarse").mkdir()
     project = copy_of(exact, tmp_path / "coarse")
     project.facts = {**exact.facts, "scoring": {"precision": "bf16"}}
     project.write()
