@@ -31,32 +31,40 @@ from resources.score_store import PUBLISHING_MEMORY, SCHEMA, STORAGE_VERSION
 
 LENGTH, SHARD, TO_A_DOCUMENT, BATCH = 512, 1_000_000, 10, 1024
 
+MODELS = """
+    INSERT INTO models VALUES
+        ('prior', 'prior', NULL, '', true), ('conditional', 'conditional', 'books', '', true)
+"""
+
 FILL = """
 INSERT INTO sequences
-    SELECT
-        printf('web-%05d', i // {shard}), i % {shard},
-        if(i % {shard} = {shard} - 1, {length} // 2, {length}), ''
-    FROM range({n}) AS t(i);
+    SELECT '{shard}', i, if(i = {size} - 1, {length} // 2, {length}), ''
+    FROM range({size}) AS t(i);
 INSERT INTO documents BY NAME
     SELECT
-        hex(hash(i)) AS doc_id, printf('web-%05d', i // {documents}) AS shard,
-        sha256((if(i % 100 = 7, i % {documents}, i))::VARCHAR) AS sha256
-    FROM range({n} // {to_a_document}) AS t(i);
+        hex(hash({first} + i)) AS doc_id, '{shard}' AS shard,
+        sha256((if(i % 100 = 7, i, {first} + i))::VARCHAR) AS sha256
+    FROM range({size} // {to_a_document}) AS t(i);
 INSERT INTO spans BY NAME
     SELECT
-        printf('web-%05d', i // {shard}) AS shard, i % {shard} AS position,
-        hex(hash(i // {to_a_document})) AS doc_id
-    FROM range({n}) AS t(i);
-INSERT INTO models VALUES
-    ('prior', 'prior', NULL, '', true), ('conditional', 'conditional', 'books', '', true);
+        '{shard}' AS shard, i AS position,
+        hex(hash({first} + i // {to_a_document})) AS doc_id
+    FROM range({size}) AS t(i);
+"""
+
+LOSSES = """
 INSERT INTO losses
     SELECT
-        m.model, printf('web-%05d', i // {shard}), i % {shard},
-        3 + sqrt(-2 * ln(1 - hash(i, m.model, 0) / 18446744073709551616.0))
-            * cos(2 * pi() * hash(i, m.model, 1) / 18446744073709551616.0),
+        '{model}', '{shard}', i,
+        (hash({first} + i, '{model}') % 1000003 + hash('{model}', {first} + i) % 1000003) / 5e5,
         {length} - 1, 'float32'
-    FROM range({n}) AS t(i), models AS m;
+    FROM range({size}) AS t(i);
 """
+
+
+def shard_names(n: int) -> list[str]:
+    """The shards of n sequences."""
+    return [f"web-{i:05d}" for i in range(n // SHARD)]
 
 
 def connect(path: Path, memory: str, read_only: bool = False) -> duckdb.DuckDBPyConnection:
@@ -75,23 +83,29 @@ def connect(path: Path, memory: str, read_only: bool = False) -> duckdb.DuckDBPy
 def fill(path: Path, n: int, memory: str) -> None:
     """Write the synthetic store's published tables."""
     with connect(path, memory) as connection:
+        connection.execute("BEGIN")
         connection.execute(SCHEMA)
-        sizes = {
-            "n": n,
-            "shard": SHARD,
-            "length": LENGTH,
-            "to_a_document": TO_A_DOCUMENT,
-            "documents": SHARD // TO_A_DOCUMENT,
-        }
-        connection.execute(FILL.format(**sizes))
+        connection.execute(MODELS)
+        for number, shard in enumerate(shard_names(n)):
+            facts = {
+                "shard": shard,
+                "first": number * SHARD,
+                "size": SHARD,
+                "length": LENGTH,
+                "to_a_document": TO_A_DOCUMENT,
+            }
+            connection.execute(FILL.format(**facts))
+            for model in ("prior", "conditional"):
+                connection.execute(LOSSES.format(model=model, **facts))
+        connection.execute("COMMIT")
 
 
 def work_out(path: Path, n: int) -> None:
     """Fill `excluded` and `paired_losses`, in one transaction as publication does."""
     with connect(path, PUBLISHING_MEMORY) as connection:
         connection.execute("BEGIN")
-        for shard in range(-(-n // SHARD)):
-            pair(connection, "books", f"web-{shard:05d}")
+        for shard in shard_names(n):
+            pair(connection, "books", shard)
         exclude(connection, LENGTH)
         connection.execute("COMMIT")
 
@@ -151,7 +165,7 @@ def alone(measured: Callable[..., float | None], *arguments: object) -> tuple[fl
 def main() -> None:
     """Fill, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=50_000_000)
+    parser.add_argument("--sequences", type=int, default=50_000_000, help="whole millions")
     parser.add_argument("--tau", type=int, default=64)
     parser.add_argument("--memory", default="8GB", help="DuckDB's limit")
     parser.add_argument("--folder", type=Path, help="where the store is made (default: temporary)")
