@@ -93,9 +93,9 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             coarse = scored(sample, folder / "sample", recipe.scoring.precision)
             exact = scored(sample, folder / "sample", "float32")
             facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
-            radius = refinement.RADIUS * facts["score_error"]
+            wide = (refinement.RADIUS + refinement.MARGIN) * facts["score_error"]
             with score_store.read() as connection:
-                found = [near(connection, recipe, domain.name, arm, radius) for arm in arms]
+                found = [near(connection, recipe, domain.name, arm, wide) for arm in arms]
             places = pl.concat([f.select("shard", "position") for f in found]).unique()
             places = places.join(sample, on=["shard", "position"], how="anti")
             losses = [exact]
@@ -105,6 +105,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             table.write_parquet(folder / REFINED, compression="zstd")
             for part in ("sample", "near"):
                 shutil.rmtree(folder / part, ignore_errors=True)
+            radius = refinement.RADIUS * facts["score_error"]
             return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
 
         made = artifacts.make(
