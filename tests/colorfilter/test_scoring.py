@@ -459,7 +459,8 @@ def test_progress_adds_up_to_the_tokens_per_model(
 GROWTH_LIMIT = 16 * 2**20
 
 
-def test_memory_stays_flat_over_thousands_of_batches() -> None:
+def test_memory_stays_flat_over_thousands_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 256})
     vocab_size = 4096
     wide = Model(type="gpt_neox", config={**SMALL, "hidden_size": 64})
     scorer = Scorer(lively(wide, 0, vocab_size))
