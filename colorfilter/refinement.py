@@ -3,8 +3,9 @@
 A score in 16 bits errs by some thousandths of the scores' spread. That matters only to a sequence
 whose score lies within a few such errors of the cutoff: a thousandth of the corpus or less. The
 error is measured on a sample that is scored in both precisions; within RADIUS times its root mean
-square of a cutoff everything is scored in float32, and the selection is the float32 selection. So
-is what lies within one more: the cutoff itself moves by less than that.
+square of a cutoff everything is scored in float32, and the selection is the float32 selection. The
+cutoff itself moves by it, by no more than the largest error; so all within MARGIN more is scored
+too.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from colorfilter.tables import fetch_frame
 SAMPLE = 10_000
 SAMPLE_SHARE = 0.1  # of the corpus at the most: of a small one, fewer say enough
 RADIUS = 6.0
-MARGIN = 1.0
+MARGIN = 4.0
 
 # Lowest scores first up to the cutoff, and what lies around it; `exact` where every loss that the
 # score is made of is float32.
