@@ -1,6 +1,6 @@
 """Scoring by worker processes, killed at random moments: each loss stands once, bit for bit.
 
-Three kills; COLORFILTER_TEST_KILLS=20 for more.
+Two kills; COLORFILTER_TEST_KILLS=20 for more.
 """
 
 import os
@@ -16,7 +16,7 @@ import polars as pl
 
 from resources.home import Home
 
-KILLS = int(os.environ.get("COLORFILTER_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("COLORFILTER_TEST_KILLS", "2"))
 LENGTH, VOCAB = 128, 2048
 SCORE = """
 import sys
