@@ -52,10 +52,10 @@ def score(
 ) -> list[Receipt]:
     """Score and commit a chunk, by models given as fingerprint -> checkpoint."""
     torch.set_num_threads(1)
+    for gone in _loaded.keys() - {(m, precision) for m in checkpoints}:
+        del _loaded[gone]
     sample = open_tokens(tokens)[:1]
     scorers = {m: _scorer(m, path, precision, sample) for m, path in checkpoints.items()}
-    for model, _ in _loaded.keys() - {(m, precision) for m in checkpoints}:
-        del _loaded[model, _]
     receipts = scoring.score_chunk(
         scorers,
         tokens,
@@ -100,13 +100,11 @@ def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) ->
     """The model, loaded once and kept, in the first precision from this one on that holds."""
     key = model, precision
     if key not in _loaded:
-        _loaded[key] = next(
-            scorer
-            for candidate in FALLBACKS[precision]
-            if _multiplies(candidate)
-            and (scorer := Scorer(_load(checkpoint, candidate), candidate))
-            and (candidate == "float32" or _holds(scorer, checkpoint, sample))
-        )
+        for candidate in filter(_multiplies, FALLBACKS[precision]):
+            scorer = Scorer(_load(checkpoint, candidate), candidate)
+            if candidate == "float32" or _holds(scorer, checkpoint, sample):
+                break
+        _loaded[key] = scorer
     return _loaded[key]
 
 
