@@ -6,8 +6,9 @@ One process, one set of random weights, the same sequences. The variants take tu
 reported are medians of CPU time on one thread (on a GPU: of wall time), the ratio to the naive
 form, the largest error against float64, and the model's arithmetic as a share of what matrix
 products of the same shapes reach in the same process. The first family is measured against
-everything, the others against the naive form. On a GPU the whole takes less than ten minutes; Liger
-and cut-cross-entropy are measured where they are installed.
+everything, the others against the naive form; precisions that the device only emulates are left
+out. On a GPU the whole takes less than ten minutes; Liger and cut-cross-entropy are measured where
+they are installed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from colorfilter import body, models
+from colorfilter.device import multiplies
 from colorfilter.labels import shifted_labels
 from colorfilter.recipe import Model
 from colorfilter.scoring import Scorer
@@ -155,32 +157,31 @@ def variants(
     def plain(dtype: torch.dtype) -> PreTrainedModel:
         return models.to_device(fresh(dtype), device)
 
-    halves = {"bf16": torch.bfloat16}
-    if device.type == "cuda":
-        halves["fp16"] = torch.float16
-    exact, half = plain(torch.float32), plain(torch.bfloat16)
+    halves = [p for p in ("bf16", "fp16") if multiplies(p)]
+    exact = plain(torch.float32)
+    peer, half = ("bf16", plain(torch.bfloat16)) if "bf16" in halves else ("float32", exact)
     named = {"transformers, labels, float32": naive(exact)}
     if all_peers:
         named |= {
             "transformers, full logits, float32": full_logits(exact),
-            "transformers, full logits, bf16": full_logits(half),
-            "the paper's code, bf16 autocast": reference_style(exact),
-            "evaluation harness, bf16": rolling(half),
-            "torch linear_cross_entropy, bf16": fused(half, "torch"),
+            f"evaluation harness, {peer}": rolling(half),
+            f"torch linear_cross_entropy, {peer}": fused(half, "torch"),
         }
+        if peer == "bf16":
+            named["transformers, full logits, bf16"] = full_logits(half)
+            named["the paper's code, bf16 autocast"] = reference_style(exact)
         for library in ("liger", "cut_cross_entropy"):
             if device.type == "cuda" and find_spec(f"{library}{'_kernel' * (library == 'liger')}"):
-                named[f"{library}, bf16"] = fused(half, library)
+                named[f"{library}, {peer}"] = fused(half, library)
     fast = body.prepare(fresh(torch.float32), device)
     named["ours, float32"] = ours(Scorer(fast, kernel="chunked"))
-    for name, dtype in halves.items():
-        fast = body.prepare(fresh(dtype), device)
+    for name in halves:
+        fast = body.prepare(fresh(models.DTYPES[name]), device)
         for kernel in ("triton", "chunked") if device.type == "cuda" else ("chunked",):
             label = f"ours, {name}" + f", {kernel}" * (device.type == "cuda")
             named[label] = ours(Scorer(fast, name, kernel))
-    named["products alone, float32"] = products(exact, torch.float32)
-    for name, dtype in halves.items():
-        named[f"products alone, {name}"] = products(exact, dtype)
+    for name in ("float32", *halves):
+        named[f"products alone, {name}"] = products(exact, models.DTYPES[name])
     return named, full_logits(plain(torch.float64), torch.float64)
 
 

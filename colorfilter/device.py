@@ -33,6 +33,15 @@ def kind() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def multiplies(precision: str) -> bool:
+    """Whether the device has products in a precision. (On a CPU, fp16 is emulated and slow.)"""
+    if precision == "bf16" and kind() == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if precision == "bf16" and kind() == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return precision != "fp16" or kind() != "cpu"
+
+
 def own_device() -> torch.device:
     """The worker's own device of that kind."""
     if kind() == "cuda":
@@ -100,7 +109,7 @@ def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) ->
     """The model, loaded once and kept, in the first precision from this one on that holds."""
     key = model, precision
     if key not in _loaded:
-        for candidate in filter(_multiplies, FALLBACKS[precision]):
+        for candidate in filter(multiplies, FALLBACKS[precision]):
             scorer = Scorer(_load(checkpoint, candidate), candidate)
             if candidate == "float32" or _holds(scorer, checkpoint, sample):
                 break
@@ -110,15 +119,6 @@ def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) ->
 
 def _load(checkpoint: Path, precision: str) -> PreTrainedModel:
     return body.prepare(models.load(checkpoint, precision), own_device())
-
-
-def _multiplies(precision: str) -> bool:
-    """Whether the device has products in a precision. (On a CPU, fp16 is emulated and slow.)"""
-    if precision == "bf16" and kind() == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if precision == "bf16" and kind() == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return precision != "fp16" or kind() != "cpu"
 
 
 def _holds(scorer: Scorer, checkpoint: Path, sample: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ def current(project: Project, asset: str) -> Artifact:
     return ArtifactStore(home=str(project.home.root)).current(asset)
 
 
-@pytest.mark.skipif(not device._multiplies("bf16"), reason="no products in bf16 here")
+@pytest.mark.skipif(not device.multiplies("bf16"), reason="no products in bf16 here")
 def test_scores_in_bf16_select_as_those_in_float32(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

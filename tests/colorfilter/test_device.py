@@ -35,7 +35,7 @@ def test_fp16_gives_way_on_a_cpu(checkpoint: Path) -> None:
 def test_a_precision_that_is_too_coarse_for_a_model_gives_way_to_float32(
     tiny: Model, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_multiplies", lambda _: True)
+    monkeypatch.setattr(device, "multiplies", lambda _: True)
     assert device._scorer("m", checkpoint, "bf16", SAMPLE).precision == "bf16"
     rough = models.build(tiny, 300, 16, seed=0)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_a_precision_that_is_too_coarse_for_a_model_gives_way_to_float32(
 def test_what_a_precision_makes_infinite_gives_way_to_the_next(
     tiny: Model, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_multiplies", lambda _: True)
+    monkeypatch.setattr(device, "multiplies", lambda _: True)
     large = models.build(tiny, 300, 16, seed=0)
     with torch.no_grad():
         large.get_input_embeddings().weight.mul_(1e7)  # the norms take it out again
