@@ -10,8 +10,8 @@ import polars as pl
 
 from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
 from assets.figures import curve_metadata, table
-from assets.filtered import endpoints
-from colorfilter.recipe import Arm, Domain, Recipe
+from assets.selected import endpoints
+from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu
@@ -34,8 +34,8 @@ def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
     prefix = [domain.name, arm.name]
     name = "/".join(prefix)
-    seeds = [f"seed_{seed}" for seed in recipe.evaluation.seeds]
 
+    seeds = recipe.seeds(arm)
     what = f"{arm.name} for {domain.name}:"
 
     @dg.asset(
@@ -51,13 +51,14 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         kinds={"pytorch", arm.name},
         owners=OWNERS,
         pool="gpu",
-        code_version=code_version(1, recipe.target, recipe.evaluation),
+        code_version=code_version(1, recipe.target, recipe.evaluation, str(seeds)),
     )
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
         from colorfilter.models import load, n_parameters
         from colorfilter.training import TrainSpec, planned_tokens
 
         dataset = artifacts.current(f"{name}/filtered_dataset")
+        ends = endpoints(recipe, arm, dataset.facts["sequences"])
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
         works = [
@@ -68,16 +69,16 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                 recipe={
                     "model": recipe.target.model.facts(),
                     "training": recipe.target.training.facts(),
-                    "endpoints": endpoints(recipe, arm),
+                    "endpoints": ends,
                 },
                 seed=seed,
             )
-            for seed in recipe.evaluation.seeds
+            for seed in seeds
         ]
         with artifacts.attempts(works) as attempts:
             missing = [
                 (seed, attempt)
-                for seed, attempt in zip(recipe.evaluation.seeds, attempts, strict=True)
+                for seed, attempt in zip(seeds, attempts, strict=True)
                 if not attempt.standing
             ]
             specs = [
@@ -87,7 +88,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                     tokenizer=encoder.path,
                     training=recipe.target.training,
                     seed=seed,
-                    endpoints=endpoints(recipe, arm),
+                    endpoints=ends,
                     out=attempt.folder,
                     held_out=held_out.path / "held_out",
                 )
@@ -131,7 +132,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         text = artifacts.current(f"{domain.name}/domain_text")
         chosen = artifacts.current(f"{name}/selection")
-        targets = [artifacts.current(f"{name}/target_model", seed) for seed in seeds]
+        targets = [artifacts.current(f"{name}/target_model", f"seed_{s}") for s in seeds]
 
         def build(folder: Path) -> dict[str, Any]:
             split = held_out.path / "held_out"
@@ -149,10 +150,11 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                 bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
                 where = (domain.name, arm.name, target.facts["seed"], tokens)
                 rows += [(*where, "held_out_loss", loss), (*where, "bits_per_byte", bits)]
-            if arm.method != "random":
+            if arm.method in SCORED:
+                cutoff = chosen.facts["cutoff"]
                 with score_store.read() as connection:
                     probe = method.probe(
-                        connection, domain.name, probe_shard(domain.name), chosen.facts["cutoff"]
+                        connection, arm.method, domain.name, probe_shard(domain.name), cutoff
                     )
                 for metric, value in (("probe_auc", probe.auc), ("probe_recall", probe.recall)):
                     rows.append((domain.name, arm.name, None, None, metric, value))
@@ -234,7 +236,7 @@ def _with_pictures(folder: Path) -> str:
 def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> list[Any]:
     targets = [
         artifacts.current(f"{domain.name}/{arm.name}/target_model", f"seed_{seed}")
-        for seed in recipe.evaluation.seeds
+        for seed in recipe.seeds(arm)
     ]
     return [pl.read_parquet(t.path / "curve.parquet") for t in targets]
 

@@ -1,33 +1,17 @@
-"""Stage 4: what each arm selects, and the dataset made of it."""
+"""Stage 4, its end: the dataset made of what each arm selects."""
 
-import math
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import duckdb
 import polars as pl
 
 from assets.common import OWNERS, all_of, code_version, result
 from assets.figures import table
-from assets.refined import near
-from assets.scores import refined_of
+from assets.selected import GROUP, queried_selection
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
-from colorfilter.report import excerpts, extremes
-from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.score_store import ScoreStore
-
-GROUP = "filtered"
-
-
-def endpoints(recipe: Recipe, arm: Arm) -> tuple[int, ...]:
-    """End points of an arm's target models, in sequences: random's are several."""
-    multiples = recipe.evaluation.random_multiples if arm.method == "random" else [1.0]
-    sequences = recipe.target.training_tokens / recipe.sequence_length
-    return tuple(max(1, math.floor(m * sequences)) for m in multiples)
+from resources.artifacts import ArtifactStore, Work
 
 
 def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -36,95 +20,22 @@ def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         asset
         for domain in recipe.domains
         for arm in recipe.arms
-        for asset in _arm_assets(recipe, domain, arm)
+        for asset in (
+            queried_selection(recipe, domain, arm),
+            _filtered_dataset(recipe, domain, arm),
+        )
     ]
 
 
-def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
+def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
     prefix = [domain.name, arm.name]
     name = "/".join(prefix)
 
-    scored: list[str | dg.AssetKey] = ["score_tables"]
-    if arm.tau and recipe.scoring.precision != "float32":
-        scored.append(dg.AssetKey([domain.name, "refined_scores"]))
-    what = f"{arm.name} for {domain.name}:"
-
     @dg.asset(
-        description=f"{what} the selected sequences with rank and score; lower is better. "
-        "No model is loaded.",
+        description=f"{arm.name} for {domain.name}: what the target model trains on (`tokens/`), "
+        "and the same as text (`documents/`).",
         key_prefix=prefix,
-        deps=[*scored, all_of("raw_corpus")],
-        group_name=GROUP,
-        kinds={"duckdb", arm.name},
-        owners=OWNERS,
-        pool="scores",
-        code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
-    )
-    def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        tables = artifacts.current("score_tables")
-        refined = refined_of(artifacts, domain.name, tables.fingerprint) if arm.tau else []
-        needed = endpoints(recipe, arm)[-1]
-
-        def build(folder: Path) -> dict[str, Any]:
-            with score_store.read() as connection:
-                candidates = method.count_candidates(connection)
-                fits = method.n_to_keep(candidates, arm.tau or 1, needed)
-                keep = needed if arm.method == "random" else fits
-                scores = connection, arm.method, domain.name
-                if arm.tau and arm.batch:
-                    chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
-                    method.n_to_keep(len(chosen), 1, needed)
-                else:
-                    chosen = method.select(*scores, keep, recipe.seed)
-                if arm.tau:
-                    found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
-                    texts = {
-                        shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
-                        for shard in found["shard"].unique()
-                    }
-                    excerpts(found, texts).write_parquet(folder / "samples.parquet")
-                unsure = _unsure(connection, recipe, domain.name, arm, refined)
-            chosen.write_parquet(folder / "selection.parquet", compression="zstd")
-            return {
-                "candidates": candidates,
-                "selected": len(chosen),
-                "cutoff": chosen["score"][-1],
-                "mean_color": chosen["color"].mean(),
-                **unsure,
-            }
-
-        made = artifacts.make(
-            Work(
-                f"{name}/selection",
-                inputs=[tables, *refined],
-                recipe={
-                    **arm.facts(),
-                    "needed": needed,
-                    "sequence_length": recipe.sequence_length,
-                },
-                seed=recipe.seed if arm.method == "random" or arm.batch else None,
-            ),
-            build,
-        )
-        models = (
-            artifacts.current("prior_model").fingerprint,
-            artifacts.current(f"{domain.name}/conditional_model").fingerprint,
-        )
-        score_store.publish_selection(
-            made.fingerprint,
-            made.path / "selection.parquet",
-            domain.name,
-            arm.name,
-            models,
-            datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        return result([made], {**made.facts, **_documents(made.path)})
-
-    @dg.asset(
-        description=f"{what} what the target model trains on (`tokens/`), and the same as text "
-        "(`documents/`).",
-        key_prefix=prefix,
-        deps=[selection, all_of("corpus_tokens"), all_of("raw_corpus")],
+        deps=[dg.AssetKey([*prefix, "selection"]), all_of("corpus_tokens"), all_of("raw_corpus")],
         group_name=GROUP,
         kinds={"parquet", "numpy", arm.name},
         owners=OWNERS,
@@ -165,39 +76,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         )
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
-    return [selection, filtered_dataset]
-
-
-def _unsure(
-    connection: duckdb.DuckDBPyConnection,
-    recipe: Recipe,
-    domain: str,
-    arm: Arm,
-    refined: Sequence[Artifact],
-) -> dict[str, Any]:
-    """How many sequences lie so near the cutoff that the scores' error could decide."""
-    if not refined:
-        return {}
-    found = near(connection, recipe, domain, arm, refined[0].facts["radius"])
-    return {
-        "score_error": refined[0].facts["score_error"],
-        "near_cutoff": len(found),
-        "near_cutoff_not_refined": len(found) - int(found["exact"].sum()),
-    }
-
-
-def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:
-    """The best, cutoff, median and worst documents of a selection, where it has them."""
-    path = folder / "samples.parquet"
-    if not path.exists():
-        return {}
-    shown = pl.read_parquet(path).select(
-        "place",
-        "color",
-        file=pl.col("source_file").str.split("/").list.last(),
-        begins=pl.col("excerpt").str.slice(0, 70),
-    )
-    return {"documents": table(shown.to_dicts())}
+    return filtered_dataset
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

@@ -10,7 +10,7 @@ import dagster as dg
 from assets.auxiliary import checkpoint
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.scores import GROUP, REFINED, boundary, publication
-from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.selection import count_candidates
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu, ScoreJob
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
-    if recipe.scoring.precision == "float32" or not any(arm.tau for arm in recipe.arms):
+    if recipe.scoring.precision == "float32" or not _arms_with_a_cutoff(recipe):
         return []
     return [_refined_scores(recipe, domain) for domain in recipe.domains]
+
+
+def _arms_with_a_cutoff(recipe: Recipe) -> list[Arm]:
+    return [arm for arm in recipe.arms if arm.method in SCORED]
 
 
 def near(
@@ -37,13 +41,15 @@ def near(
     assert arm.tau is not None
     if arm.batch:
         of_batches = arm.tau, arm.batch, recipe.seed
-        return refinement.near_cutoffs_of_batches(connection, domain, *of_batches, radius)
+        return refinement.near_cutoffs_of_batches(
+            connection, arm.method, domain, *of_batches, radius
+        )
     keep = int(count_candidates(connection) / arm.tau)
-    return refinement.near_cutoff(connection, domain, keep, radius)
+    return refinement.near_cutoff(connection, arm.method, domain, keep, radius)
 
 
 def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    arms = [arm for arm in recipe.arms if arm.tau]
+    arms = _arms_with_a_cutoff(recipe)
     conditional = [domain.name, "conditional_model"]
 
     @dg.asset(
@@ -57,7 +63,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         kinds={"pytorch", "parquet"},
         owners=OWNERS,
         pool="gpu",
-        code_version=code_version(1, recipe.scoring, recipe.seed, *arms),
+        code_version=code_version(1, recipe.scoring, recipe.seed, *(a.name for a in arms)),
     )
     def refined_scores(
         context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
@@ -112,7 +118,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             Work(
                 f"{domain.name}/refined_scores",
                 inputs=[tables, *models],
-                recipe={"scoring": recipe.scoring.facts(), "arms": [a.facts() for a in arms]},
+                recipe={"scoring": recipe.scoring.facts(), "arms": [a.name for a in arms]},
                 seed=recipe.seed,
                 precision="float32",
             ),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -61,29 +61,31 @@ def tokens_to_match(
 
 PROBE = """
     WITH scored AS (
-        SELECT color, shard = $probe AS is_probe
+        SELECT {score} AS score, shard = $probe AS is_probe
         FROM color
         WHERE domain = $domain AND (shard = $probe OR NOT starts_with(shard, '_'))
     ),
     ranked AS (
-        SELECT color, is_probe,
-            rank() OVER (ORDER BY color) + (count(*) OVER (PARTITION BY color) - 1) / 2.0 AS rank
+        SELECT score, is_probe,
+            rank() OVER (ORDER BY score) + (count(*) OVER (PARTITION BY score) - 1) / 2.0 AS rank
         FROM scored
     )
     SELECT
         count(*) FILTER (is_probe),
         count(*) FILTER (NOT is_probe),
         sum(rank) FILTER (is_probe),
-        count(*) FILTER (is_probe AND color <= $cutoff)
+        count(*) FILTER (is_probe AND score <= $cutoff)
     FROM ranked
 """
+
+PROBED = {"color": "color", "conditional_only": "loss_conditional::DOUBLE"}
 
 
 @dataclass(frozen=True)
 class Probe:
     """Where text of the domain, scored like corpus, ranks against the corpus.
 
-    `auc` is the chance that a sequence of the probe has a lower color than one of the corpus;
+    `auc` is the chance that a sequence of the probe has a lower score than one of the corpus;
     `recall` the share of the probe's sequences that lie at or below the cutoff.
     """
 
@@ -93,11 +95,20 @@ class Probe:
 
 
 def probe(
-    connection: duckdb.DuckDBPyConnection, domain: str, probe_shard: str, cutoff: float
+    connection: duckdb.DuckDBPyConnection,
+    method: str,
+    domain: str,
+    probe_shard: str,
+    cutoff: float,
 ) -> Probe:
-    """Rank the probe shard in the `color` view; the answer is known, so this tests the pipeline."""
+    """Rank the probe shard by the scores of color or conditional_only.
+
+    The answer is known, so this tests the pipeline.
+    """
     parameters = {"domain": domain, "probe": probe_shard, "cutoff": cutoff}
-    n_probe, n_corpus, rank_sum, recalled = fetch_row(connection, PROBE, parameters)
+    n_probe, n_corpus, rank_sum, recalled = fetch_row(
+        connection, PROBE.format(score=PROBED[method]), parameters
+    )
     below = float(rank_sum) - n_probe * (n_probe + 1) / 2
     return Probe(1 - below / (n_probe * n_corpus), recalled / n_probe, n_probe)
 
@@ -128,3 +139,24 @@ def summarize(values: Sequence[float]) -> Summary:
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     t = T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.4 / (n - 1)
     return Summary(mean, t * deviation / math.sqrt(n), n)
+
+
+def paired_difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Summary | None:
+    """Loss less the other arm's over the seeds that both have; None where they share none.
+
+    Target models of one seed begin from the same weights, so their difference varies less than
+    either loss.
+    """
+    shared = sorted(losses.keys() & others.keys())
+    return summarize([losses[s] - others[s] for s in shared]) if shared else None
+
+
+def verdict(difference: Summary) -> str:
+    """What a paired difference of losses says: its 95 % interval lies below 0, above it, or not."""
+    if difference.n < 2:
+        return "one seed"
+    if difference.mean + difference.half_width < 0:
+        return "better"
+    if difference.mean - difference.half_width > 0:
+        return "worse"
+    return "not told apart"

@@ -139,21 +139,40 @@ class Scoring(Section):
     )
 
 
-class Arm(Section):
-    """A method with its tau: one way of choosing what the target model trains on."""
+# Methods by what ranks the corpus: losses that stand, or a proxy that learns while it chooses.
+SCORED = ("color", "conditional_only")
+ONLINE = ("rho_down", "rho_down_prior")
 
-    method: Literal["color", "random"]
+
+class Arm(Section):
+    """A method with its tau: one way of choosing what the target model trains on.
+
+    `color`: lowest conditional minus prior loss. `conditional_only`: lowest conditional loss.
+    `random`: drawn fresh. `rho_down`: lowest loss by a model of D_down alone minus that of a proxy
+    which learns from what it chooses; `rho_down_prior`: the same with the conditional. `dsir`:
+    documents by importance of their n-grams (arXiv 2302.03169). `full`: everything.
+    """
+
+    method: Literal[
+        "color", "conditional_only", "random", "rho_down", "rho_down_prior", "dsir", "full"
+    ]
     tau: float | None = Field(None, ge=1, description="keep the best 1/tau of the corpus")
     batch: int | None = Field(
         None, ge=1, description="choose so many sequences from every random tau * batch"
     )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="of the target models (default: evaluation.seeds)"
+    )
 
     @model_validator(mode="after")
     def tau_where_it_counts(self) -> Self:
-        if (self.method == "random") != (self.tau is None):
-            raise ValueError("tau belongs to every method but random")
-        if self.batch is not None and self.tau is None:
-            raise ValueError("batch belongs to methods with a tau")
+        with_tau = (*SCORED, *ONLINE)
+        if (self.method in with_tau) == (self.tau is None):
+            raise ValueError(f"tau belongs to {', '.join(with_tau)} and to no other method")
+        if self.batch is not None and self.method not in SCORED:
+            raise ValueError(f"batch belongs to {' and '.join(SCORED)}")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ")
         return self
 
     @property
@@ -234,6 +253,12 @@ class Recipe(Section):
                 "prior.sample_chars: give the size of D_prior; the prior or the tokenizer is "
                 "trained on it"
             )
+        online = next((arm.name for arm in self.arms if arm.method in ONLINE), None)
+        if online and self.prior.path:
+            raise ValueError(
+                f"arms: {online} trains a proxy the way the prior is trained: give prior.model and "
+                "prior.training instead of prior.path, or leave the arm out"
+            )
         if len(self.evaluation.random_multiples) > 1 and self.target.training.schedule != "wsd":
             raise ValueError(
                 "several random_multiples need target.training.schedule: wsd (one trunk, "
@@ -246,6 +271,10 @@ class Recipe(Section):
 
     def arm(self, name: str) -> Arm:
         return next(a for a in self.arms if a.name == name)
+
+    def seeds(self, arm: Arm) -> list[int]:
+        """The seeds of an arm's target models."""
+        return arm.seeds or self.evaluation.seeds
 
 
 def load(path: Path) -> Recipe:

@@ -58,18 +58,20 @@ NEAR_EACH_POOL = f"""
 
 
 def near_cutoff(
-    connection: duckdb.DuckDBPyConnection, domain: str, keep: int, radius: float
+    connection: duckdb.DuckDBPyConnection, method: str, domain: str, keep: int, radius: float
 ) -> pl.DataFrame:
-    """Candidates whose color lies within `radius` (nats per token) of that of the last of `keep`.
+    """Candidates whose score lies within `radius` (nats per token) of that of the last of `keep`.
 
-    shard, position and `exact`: whether both its losses are float32.
+    `method` is color or conditional_only. shard, position and `exact`: whether both losses are
+    float32.
     """
-    query = NEAR.format(shards=SHARDS, scores=SCORES["color"], near=NEAR_ONE)
+    query = NEAR.format(shards=SHARDS, scores=SCORES[method], near=NEAR_ONE)
     return fetch_frame(connection, query, {"domain": domain, "keep": keep, "radius": radius})
 
 
 def near_cutoffs_of_batches(
     connection: duckdb.DuckDBPyConnection,
+    method: str,
     domain: str,
     tau: float,
     batch: int,
@@ -77,7 +79,7 @@ def near_cutoffs_of_batches(
     radius: float,
 ) -> pl.DataFrame:
     """The same around the cutoff of every pool of selection.select_by_batch."""
-    query = NEAR.format(shards=SHARDS, scores=SCORES["color"], near=NEAR_EACH_POOL)
+    query = NEAR.format(shards=SHARDS, scores=SCORES[method], near=NEAR_EACH_POOL)
     parameters: dict[str, float | str] = {
         "domain": domain,
         "pool": max(1, int(tau * batch)),

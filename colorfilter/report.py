@@ -9,7 +9,14 @@ from typing import Any
 import duckdb
 import polars as pl
 
-from colorfilter.evaluation import Summary, TokensToMatch, summarize, tokens_to_match
+from colorfilter.evaluation import (
+    Summary,
+    TokensToMatch,
+    paired_difference,
+    summarize,
+    tokens_to_match,
+    verdict,
+)
 from colorfilter.tables import fetch_frame
 
 EVALUATIONS = {
@@ -32,6 +39,7 @@ class ArmLine:
     bits_per_byte: Summary
     matches: list[TokensToMatch]
     match_seeds: list[int]
+    against_random: Summary | None
 
     @property
     def held_out_loss(self) -> Summary:
@@ -41,7 +49,8 @@ class ArmLine:
 def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
     """The comparison: a line per arm and end point. `evaluations` has the columns EVALUATIONS.
 
-    Every arm but random gets its tokens-to-match against random's end points, seed by seed.
+    Every arm but random is held against random seed by seed: by the difference of losses at the
+    same number of tokens, and by its tokens-to-match, from random's end points.
     """
     losses = evaluations.filter(pl.col("metric") == "held_out_loss").sort("tokens", "seed")
     bits = evaluations.filter(pl.col("metric") == "bits_per_byte")
@@ -56,6 +65,7 @@ def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
                 endpoints = list(zip(points["tokens"], points["value"], strict=True))
                 matches.append(tokens_to_match(loss, int(str(tokens)), endpoints))
                 match_seeds.append(seed)
+        equal = random.filter(pl.col("tokens") == tokens)
         lines.append(
             ArmLine(
                 str(arm),
@@ -64,9 +74,14 @@ def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
                 summarize(list(bytes_part["value"])),
                 matches,
                 match_seeds,
+                paired_difference(_by_seed(part), _by_seed(equal)) if arm != "random" else None,
             )
         )
     return lines
+
+
+def _by_seed(losses: pl.DataFrame) -> dict[int, float]:
+    return dict(zip(losses["seed"], losses["value"], strict=True))
 
 
 def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
@@ -160,6 +175,13 @@ def interval(summary: Summary, places: int = 3) -> str:
     return f"{summary.mean:.{places}f} ± {summary.half_width:.{places}f}"
 
 
+def against(difference: Summary | None) -> str:
+    """A paired difference in words: 'mean ± half-width, verdict'."""
+    if difference is None:
+        return "-"
+    return f"{interval(difference)}, {verdict(difference)}"
+
+
 def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
     """The comparison as words, in the columns of COMPARISON_HEADER."""
     return [
@@ -169,6 +191,7 @@ def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
             " ".join(f"{loss:.3f}" for loss in line.losses),
             interval(line.held_out_loss),
             interval(line.bits_per_byte),
+            against(line.against_random),
             " ".join(str(m) for m in line.matches) or "-",
         ]
         for line in lines
@@ -181,6 +204,7 @@ COMPARISON_HEADER = [
     "loss by seed",
     "mean, 95 %",
     "bits/byte",
+    "against random",
     "tokens-to-match",
 ]
 
@@ -217,8 +241,9 @@ def write_report(
     ]
     text = f"""# {title}
 
-Held-out loss in nats per token, lower is better. tokens-to-match: how many times the tokens the
-random arm needs for the same loss, seed by seed, from its annealed end points.
+Held-out loss in nats per token, lower is better. Against random: the difference to the random arm
+at as many tokens, paired by seed, with its 95 % interval. tokens-to-match: how many times the
+tokens the random arm needs for the same loss, seed by seed, from its annealed end points.
 
 {markdown_table(COMPARISON_HEADER, comparison_rows(arm_lines(evaluations)))}
 

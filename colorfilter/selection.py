@@ -26,7 +26,15 @@ LOT = """
         / 18446744073709551616.0
 """
 
-# Scores of the corpus. A lot is dear, so that it is kept rather than worked out twice.
+# A lot is dear, so that it is kept rather than worked out twice.
+DRAWN = f"""
+    scores AS MATERIALIZED (
+        SELECT shard, position, {LOT} AS score FROM sequences
+        WHERE NOT starts_with(shard, '_')
+    )
+"""
+
+# Scores of the corpus by method.
 SCORES = {
     "color": """
         scores AS NOT MATERIALIZED (
@@ -34,12 +42,14 @@ SCORES = {
             WHERE domain = $domain AND NOT starts_with(shard, '_')
         )
     """,
-    "random": f"""
-        scores AS MATERIALIZED (
-            SELECT shard, position, {LOT} AS score FROM sequences
-            WHERE NOT starts_with(shard, '_')
+    "conditional_only": """
+        scores AS NOT MATERIALIZED (
+            SELECT shard, position, loss_conditional::DOUBLE AS score FROM color
+            WHERE domain = $domain AND NOT starts_with(shard, '_')
         )
     """,
+    "random": DRAWN,
+    "full": DRAWN,
 }
 
 # Sorting is what takes long. So scores are counted by steps first, and only what lies no higher
@@ -88,14 +98,12 @@ BEST_OF_POOLS = f"""
 """
 
 # Where the score is another, the color is joined to what was chosen, not to what it is chosen from.
-COLORED = {
-    "color": "SELECT *, score AS color FROM chosen",
-    "random": """
-        SELECT chosen.*, color.color
-        FROM chosen
-        LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
-    """,
-}
+COLORED = "SELECT *, score AS color FROM chosen"
+COLOR_JOINED = """
+    SELECT chosen.*, color.color
+    FROM chosen
+    LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
+"""
 
 # A number in the order of the names sorts faster than the name.
 SHARDS = """
@@ -134,7 +142,7 @@ def select(
     `rank` counts from 1; `score` is float64, lower is better; `color` is null where not scored.
     """
     parameters: dict[str, float | str] = {"domain": domain, "keep": keep}
-    if method == "random":
+    if SCORES[method] is DRAWN:
         parameters["seed"] = seed
     return _ranked(connection, method, BEST, parameters)
 
@@ -168,7 +176,8 @@ def _ranked(
     chosen: str,
     parameters: dict[str, float | str],
 ) -> pl.DataFrame:
-    parts = {"shards": SHARDS, "scores": SCORES[method], "colored": COLORED[method]}
+    colored = COLORED if method == "color" else COLOR_JOINED
+    parts = {"shards": SHARDS, "scores": SCORES[method], "colored": colored}
     query = SELECTION.format(chosen=chosen, **parts)
     table = fetch_frame(connection, query, parameters)
     return table.with_row_index("rank", offset=1).with_columns(pl.col("rank").cast(pl.Int64))

@@ -100,7 +100,8 @@ def status(
         if graph.get(key).is_partitioned:
             wanted = [*shards]
         elif asset.endswith("/target_model"):
-            wanted = [f"seed_{seed}" for seed in plan.evaluation.seeds]
+            arm = plan.arm(key.path[-2])
+            wanted = [f"seed_{seed}" for seed in plan.seeds(arm)]
         there = [entries[(asset, p)] for p in wanted if (asset, p) in entries]
         behind = sum(_is_behind(e, entries) for e in there)
         latest = max((e["recorded"] for e in there), default="-")
@@ -177,8 +178,9 @@ def _print_report(plan: "Recipe", place: "Home") -> None:
         report = artifacts.current(f"{domain.name}/report")
         rows = pl.read_parquet(report.path / "evaluations.parquet")
         measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
-        # Without bits per byte, which the report has, the table fits 80 columns.
-        shown = [i for i, name in enumerate(COMPARISON_HEADER) if name != "bits/byte"]
+        # Without these, which the report has, the table fits 80 columns.
+        left_out = {"loss by seed", "bits/byte"}
+        shown = [i for i, name in enumerate(COMPARISON_HEADER) if name not in left_out]
         title = f"{domain.name}: held-out loss, nats per token, lower is better"
         table = Table(
             *(COMPARISON_HEADER[i] for i in shown),

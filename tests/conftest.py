@@ -61,7 +61,11 @@ def recipe_facts(corpus: Path) -> dict:
                 "training": training,
             }
         ],
-        "arms": [{"method": "color", "tau": 4}, {"method": "random"}],
+        "arms": [
+            {"method": "color", "tau": 4},
+            {"method": "conditional_only", "tau": 4, "seeds": [1]},
+            {"method": "random"},
+        ],
         "target": {"model": MODEL, "training": training, "training_tokens": 8_000},
         "evaluation": {"seeds": [1, 2], "random_multiples": [1, 1.5]},
     }

@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colorfilter.evaluation import (
+    Summary,
     TokensToMatch,
     bits_per_byte,
     mean_loss,
+    paired_difference,
     probe,
     summarize,
     tokens_to_match,
+    verdict,
 )
 
 
@@ -123,10 +126,21 @@ def test_the_probe_ranks_as_counted_pair_by_pair_with_ties(store: Any, seed: int
     store.add_colors("web-2", dict(enumerate(corpus[1])))
     store.add_colors("_probe_other", dict.fromkeys(range(30), -100.0))
     store.publish()
-    found = probe(store.connection, "books", "_probe_books", cutoff=-0.5)
+    found = probe(store.connection, "color", "books", "_probe_books", cutoff=-0.5)
     assert found.auc == pytest.approx(brute_force_auc(mine, corpus[0] + corpus[1]), abs=1e-12)
     assert found.recall == pytest.approx(sum(c <= -0.5 for c in mine) / len(mine))
     assert found.sequences == len(mine)
+
+
+def test_conditional_only_is_probed_by_its_own_loss(store: Any) -> None:
+    store.add_losses("prior", "_probe_books", {0: 1.0, 1: 1.0})
+    store.add_losses("conditional", "_probe_books", {0: 3.0, 1: 5.0})
+    store.add_losses("prior", "web", {0: 9.0, 1: 9.0})
+    store.add_losses("conditional", "web", {0: 4.0, 1: 4.0})
+    store.publish()
+    found = probe(store.connection, "conditional_only", "books", "_probe_books", cutoff=3.5)
+    assert (found.auc, found.recall) == (0.5, 0.5)
+    assert probe(store.connection, "color", "books", "_probe_books", cutoff=0.0).auc == 0.0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +153,7 @@ def test_the_probe_before_behind_and_among_the_corpus(
     store.add_colors("_probe_books", dict(enumerate(mine)))
     store.add_colors("web", dict(enumerate(corpus)))
     store.publish()
-    assert probe(store.connection, "books", "_probe_books", 0.0).auc == pytest.approx(auc)
+    assert probe(store.connection, "color", "books", "_probe_books", 0.0).auc == pytest.approx(auc)
 
 
 # Summaries -----------------------------------------------------------------------------------
@@ -167,3 +181,28 @@ def test_one_seed_has_no_interval() -> None:
     summary = summarize([3.0])
     assert summary.mean == 3.0
     assert math.isnan(summary.half_width)
+
+
+# Paired differences --------------------------------------------------------------------------
+
+
+def test_differences_are_taken_within_a_seed() -> None:
+    apart = paired_difference({1: 5.0, 2: 6.0, 3: 7.0}, {3: 7.5, 2: 6.4, 1: 5.6, 9: 0.0})
+    assert apart is not None
+    assert apart.mean == pytest.approx(-0.5)
+    assert apart.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    assert paired_difference({1: 5.0}, {2: 5.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (Summary(-0.5, 0.4, 3), "better"),
+        (Summary(0.5, 0.4, 3), "worse"),
+        (Summary(-0.5, 0.6, 3), "not told apart"),
+        (Summary(0.0, 0.0, 3), "not told apart"),
+        (Summary(-0.5, math.nan, 1), "one seed"),
+    ],
+)
+def test_a_verdict_wants_the_whole_interval_on_one_side(difference: Summary, words: str) -> None:
+    assert verdict(difference) == words

@@ -90,6 +90,10 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
         ("arms.0.tau", 0.5, "arms.0.tau: "),
         ("arms.0.tau", MISSING, "arms.0: tau belongs"),
         ("arms.1.tau", 8, "arms.1: tau belongs"),
+        ("arms.1.batch", 8, "arms.1: batch belongs"),
+        ("arms.0.seeds", [1, 1], "arms.0: seeds must differ"),
+        ("arms.0.seeds", [], "arms.0.seeds: "),
+        ("arms.0.method", "colour", "arms.0.method: "),
         ("tokenizer.path", "gpt2", "tokenizer: give either vocab_size"),
         ("tokenizer.vocab_size", MISSING, "tokenizer: give either vocab_size"),
         ("tokenizer.vocab_size", 256, "tokenizer.vocab_size: "),
@@ -128,6 +132,18 @@ def test_a_wrong_value_is_refused_with_the_path_of_its_field(
     tmp_path: Path, path: str, value: object, where: str
 ) -> None:
     assert where in problem(tmp_path, changed(path, value))
+
+
+def test_a_proxy_wants_to_know_how_the_prior_is_trained(tmp_path: Path) -> None:
+    content = changed("prior", {"path": "EleutherAI/pythia-160m"})
+    content["tokenizer"] = {"path": "EleutherAI/pythia-160m"}
+    content["arms"].append({"method": "rho_down", "tau": 8})
+    assert "arms: rho_down_tau8 trains a proxy" in problem(tmp_path, content)
+
+
+def test_an_arm_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    recipe = load_content(tmp_path, changed("arms.0.seeds", [7]))
+    assert [recipe.seeds(arm) for arm in recipe.arms] == [[7], recipe.evaluation.seeds]
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

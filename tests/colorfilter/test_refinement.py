@@ -49,7 +49,7 @@ def test_near_the_cutoff_is_what_lies_within_the_radius(
     cutoff = sorted(colors.values())[keep - 1]
     expected = sorted(p for p, c in colors.items() if abs(c - cutoff) <= radius)
     assert expected
-    found = near_cutoff(store.connection, "books", keep, radius)
+    found = near_cutoff(store.connection, "color", "books", keep, radius)
     assert found_places(found) == expected
     assert found["exact"].to_list() == [shard == "web-a" for shard, _ in expected]
 
@@ -64,7 +64,7 @@ def test_near_the_cutoffs_of_batches_is_near_the_cutoff_of_each(
         pool = found_places(lots[start : start + 40])
         cutoff = max(colors[p] for p in pool if p in chosen)
         expected += [p for p in pool if abs(colors[p] - cutoff) <= 0.1]
-    found = near_cutoffs_of_batches(store.connection, "books", 4, 10, 3, 0.1)
+    found = near_cutoffs_of_batches(store.connection, "color", "books", 4, 10, 3, 0.1)
     assert found_places(found) == sorted(expected)
     assert 20 < len(expected) < len(colors) / 2
 
@@ -85,7 +85,7 @@ def test_with_exact_losses_near_the_cutoff_the_selection_is_the_exact_one(
     wanted = set(np.argsort(exact, kind="stable")[:keep].tolist())
     before = set(select(store.connection, "color", "books", keep, seed=0)["position"])
     assert before != wanted
-    near = near_cutoff(store.connection, "books", keep, 6 * error)
+    near = near_cutoff(store.connection, "color", "books", keep, 6 * error)
     assert keep / 20 < len(near) < n / 2
     for position in near["position"]:
         store.connection.execute(

@@ -116,8 +116,11 @@ def test_the_comparison_is_in_words() -> None:
         "5.500 5.200",
         "5.350 ± 1.906",
         "1.337 ± 0.476",
+        "-0.750 ± 3.176, not told apart",
         "1.41 2.00",
     ]
+    assert rows["best_tau8", "100"][-2] == "-2.100 ± 1.271, better"
+    assert rows["random", "100"][-2] == "-"
     assert rows["random", "100"][-1] == "-"
     assert rows["best_tau8", "100"][-1] == ">2.00 >2.00"
 
@@ -246,7 +249,9 @@ def test_the_report_holds_comparison_probe_documents_and_pictures(
     write_report(tmp_path, "books", rows, excerpts(table, documents, 40), curves, colors)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# books\n")
-    assert "| color_tau8 | 100 | 5.500 5.200 | 5.350 ± 1.906 | 1.337 ± 0.476 | 1.41 2.00 |" in text
+    assert (
+        "| color_tau8 | 100 | 5.500 5.200 | 5.350 ± 1.906 | 1.337 ± 0.476 | -0.750 ± 3.176" in text
+    )
     assert "| color_tau8 | probe_auc | 0.9877 |" in text
     assert "| best | -2.000 | b.jsonl | `'code'` |" in text
     assert "| a\\|x.jsonl | `first line \\| bar xxx" in text

@@ -199,7 +199,18 @@ def test_another_domain_has_its_own_colors(store: Any) -> None:
     assert best == {"books": 0, "code": 1}
 
 
-@pytest.mark.parametrize("method", ["color", "random"])
+def test_conditional_only_goes_by_the_conditional_loss_and_carries_the_color(store: Any) -> None:
+    store.add_sequences("a", [LENGTH] * 3)
+    store.add_losses("prior", "a", {0: 9.0, 1: 2.0, 2: 5.0})
+    store.add_losses("conditional", "a", {0: 4.0, 1: 3.0, 2: 5.0})
+    store.publish()
+    table = select(store.connection, "conditional_only", "books", 2, seed=0)
+    assert table["position"].to_list() == [1, 0]
+    assert table["score"].to_list() == [3.0, 4.0]
+    assert table["color"].to_list() == [1.0, -5.0]
+
+
+@pytest.mark.parametrize("method", ["color", "conditional_only", "random", "full"])
 def test_reserved_shards_and_short_sequences_are_never_selected(store: Any, method: str) -> None:
     fill(store)
     table = select(store.connection, method, "books", 10_000, seed=0)
@@ -207,7 +218,7 @@ def test_reserved_shards_and_short_sequences_are_never_selected(store: Any, meth
     assert count_candidates(store.connection) == 120
 
 
-@pytest.mark.parametrize("method", ["color", "random"])
+@pytest.mark.parametrize("method", ["color", "conditional_only", "random", "full"])
 def test_of_copies_in_several_shards_the_first_shards_is_kept(store: Any, method: str) -> None:
     for shard in ("a", "b", "c", "_probe_books"):
         store.add_sequences(shard, [LENGTH] * 4)

@@ -1,0 +1,163 @@
+"""Stage 4, its beginning: what an arm selects by a query on the score tables."""
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import duckdb
+import polars as pl
+
+from assets.common import OWNERS, all_of, code_version, result
+from assets.figures import table
+from assets.refined import near
+from assets.scores import refined_of
+from colorfilter import selection as method
+from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from colorfilter.report import excerpts, extremes
+from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.score_store import ScoreStore
+
+GROUP = "filtered"
+
+
+def endpoints(recipe: Recipe, arm: Arm, selected: int) -> tuple[int, ...]:
+    """End points of an arm's target models, in sequences, out of so many selected ones.
+
+    Several for random, to match other arms' losses against; for full also the end of its data.
+    """
+    multiples = recipe.evaluation.random_multiples if arm.method == "random" else [1.0]
+    sequences = recipe.target.training_tokens / recipe.sequence_length
+    ends = [max(1, math.floor(m * sequences)) for m in multiples]
+    if arm.method == "full" and selected > ends[-1]:
+        ends.append(selected)
+    return tuple(ends)
+
+
+def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
+    name = f"{domain.name}/{arm.name}"
+    scored: list[str | dg.AssetKey] = ["score_tables"]
+    if arm.method in SCORED and recipe.scoring.precision != "float32":
+        scored.append(dg.AssetKey([domain.name, "refined_scores"]))
+
+    @dg.asset(
+        description=f"{arm.name} for {domain.name}: the selected sequences with rank and score; "
+        "lower is better. No model is loaded.",
+        key_prefix=[domain.name, arm.name],
+        deps=[*scored, all_of("raw_corpus")],
+        group_name=GROUP,
+        kinds={"duckdb", arm.name},
+        owners=OWNERS,
+        pool="scores",
+        code_version=code_version(1, arm.name, recipe.target.training_tokens, recipe.seed),
+    )
+    def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
+        tables = artifacts.current("score_tables")
+        refined = []
+        if arm.method in SCORED:
+            refined = refined_of(artifacts, domain.name, tables.fingerprint)
+        needed = endpoints(recipe, arm, 0)[-1]
+
+        def build(folder: Path) -> dict[str, Any]:
+            with score_store.read() as connection:
+                candidates = method.count_candidates(connection)
+                fits = method.n_to_keep(candidates, arm.tau or 1, needed)
+                keep = needed if arm.method == "random" else fits  # of full, all
+                scores = connection, arm.method, domain.name
+                if arm.tau and arm.batch:
+                    chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
+                    method.n_to_keep(len(chosen), 1, needed)
+                else:
+                    chosen = method.select(*scores, keep, recipe.seed)
+                if arm.method == "color":
+                    assert arm.tau is not None
+                    found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
+                    texts = {
+                        shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
+                        for shard in found["shard"].unique()
+                    }
+                    excerpts(found, texts).write_parquet(folder / "samples.parquet")
+                unsure = _unsure(connection, recipe, domain.name, arm, refined)
+            chosen.write_parquet(folder / "selection.parquet", compression="zstd")
+            return {
+                "candidates": candidates,
+                "selected": len(chosen),
+                "cutoff": chosen["score"][-1],
+                "mean_color": chosen["color"].mean(),
+                **unsure,
+            }
+
+        made = artifacts.make(
+            Work(
+                f"{name}/selection",
+                inputs=[tables, *refined],
+                recipe={
+                    **arm.model_dump(include={"method", "tau", "batch"}),
+                    "needed": needed,
+                    "sequence_length": recipe.sequence_length,
+                },
+                seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
+            ),
+            build,
+        )
+        publish(artifacts, score_store, domain, arm, made)
+        return result([made], {**made.facts, **_documents(made.path)})
+
+    return selection
+
+
+def publish(
+    artifacts: ArtifactStore,
+    score_store: ScoreStore,
+    domain: Domain,
+    arm: Arm,
+    selection: Artifact,
+) -> None:
+    """Enter a selection in the score tables, as the current one of its domain and arm."""
+    models = (
+        artifacts.current("prior_model").fingerprint,
+        artifacts.current(f"{domain.name}/conditional_model").fingerprint,
+    )
+    score_store.publish_selection(
+        selection.fingerprint,
+        selection.path / "selection.parquet",
+        domain.name,
+        arm.name,
+        models,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _unsure(
+    connection: duckdb.DuckDBPyConnection,
+    recipe: Recipe,
+    domain: str,
+    arm: Arm,
+    refined: Sequence[Artifact],
+) -> dict[str, Any]:
+    """How many sequences lie so near the cutoff that the scores' error could decide."""
+    if not refined:
+        return {}
+    found = near(connection, recipe, domain, arm, refined[0].facts["radius"])
+    return {
+        "score_error": refined[0].facts["score_error"],
+        "near_cutoff": len(found),
+        "near_cutoff_not_refined": len(found) - int(found["exact"].sum()),
+    }
+
+
+def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:
+    """The best, cutoff, median and worst documents of a selection, where it has them."""
+    path = folder / "samples.parquet"
+    if not path.exists():
+        return {}
+    shown = pl.read_parquet(path).select(
+        "place",
+        "color",
+        file=pl.col("source_file").str.split("/").list.last(),
+        begins=pl.col("excerpt").str.slice(0, 70),
+    )
+    return {"documents": table(shown.to_dicts())}
