@@ -30,6 +30,7 @@ from colorfilter.evaluation import mean_loss
 from colorfilter.files import write_atomically
 from colorfilter.labels import IGNORED, shifted_labels
 from colorfilter.objective import summed_nll
+from colorfilter.online import Chooser, Online
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses
@@ -52,6 +53,7 @@ class TrainSpec:
     endpoints: tuple[int, ...]  # in sequences, rising; each gives a checkpoint
     out: Path
     held_out: Path | None = None  # packed sequences, for the learning curve
+    online: Online | None = None  # choose from `tokens` while learning; one end point
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def train(
 
 
 def planned_tokens(spec: TrainSpec) -> int:
-    """Tokens that a run trains on in all, branches included."""
+    """Tokens that a run trains on in all, branches included, and those it chooses from."""
     length = open_tokens(spec.tokens).shape[1]
     size = spec.training.batch_sequences
     phases = _phases(spec)
@@ -104,6 +106,8 @@ def planned_tokens(spec: TrainSpec) -> int:
     for phase in phases:
         last = spec.endpoints[phase.target]
         sequences += min(phase.stop * size, last) - min(phase.start * size, last)
+    if spec.online:
+        sequences += spec.online.candidates(sequences)
     return sequences * int(length)
 
 
@@ -146,6 +150,10 @@ class _Run:
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
         self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
         self.seen = np.concatenate([[0], np.cumsum(self.n_tokens[self.order])])
+        self.chooser = None
+        if spec.online:
+            spec.out.mkdir(parents=True, exist_ok=True)
+            self.chooser = Chooser(spec.online, spec.tokens, spec.out, progress)
         self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._begin()
         self.saved = time.monotonic()
@@ -185,6 +193,8 @@ class _Run:
         if (out / "curve.parquet").exists():
             return list(checkpoints.values())
         state = self._restore(running) if running.exists() else _State()
+        if self.chooser:
+            self.chooser.go_on_from(state.step * self.spec.training.batch_sequences)
         for index in range(state.phase, len(self.phases)):
             phase = self.phases[index]
             if state.phase < index:
@@ -198,6 +208,8 @@ class _Run:
                 models.save(self.model, checkpoints[phase.target].path, self.spec.tokenizer)
             else:
                 self._save(trunk, state)
+        if self.chooser:
+            self.chooser.sync()
         curve = pl.DataFrame(state.curve, schema=_CURVE)
         curve.write_parquet(out / "curve.tmp", compression="zstd")
         write_atomically(out / "curve.tmp", out / "curve.parquet")
@@ -218,7 +230,7 @@ class _Run:
                 self.spec.training, state.step, ends[0], ends[phase.target], phase.branch
             )
             last = self.spec.endpoints[phase.target]
-            rows = self.order[state.step * size : min((state.step + 1) * size, last)]
+            rows = self._rows(state.step * size, min((state.step + 1) * size, last))
             loss = self._step(rows, rate, state.step)
             state.step += 1
             finished = phase.branch and state.step == phase.stop
@@ -236,6 +248,12 @@ class _Run:
             self.progress(int(self.n_tokens[rows].sum()))
             if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                 self._save(running, state)
+
+    def _rows(self, first: int, stop: int) -> np.ndarray:
+        """The sequences to train on as number [first, stop)."""
+        if self.chooser:
+            return self.chooser.choose(self.model, first, stop)
+        return self.order[first:stop]
 
     def _step(self, rows: np.ndarray, rate: float, step: int) -> float:
         """One optimizer step on some sequences; returns their mean loss, nats per token."""
@@ -278,6 +296,8 @@ class _Run:
         return value
 
     def _save(self, path: Path, state: _State) -> None:
+        if self.chooser:
+            self.chooser.sync()
         names = dict(self.model.named_parameters())
         tensors = {f"model.{n}": p.detach() for n, p in names.items()}
         for name, parameter in names.items():
