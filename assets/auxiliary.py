@@ -22,7 +22,7 @@ def checkpoint(model: Artifact) -> Path:
 
 
 def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`prior_model` and `<domain>/conditional_model`."""
+    """The prior, and per domain the conditional and, where asked for, the domain-only model."""
 
     @dg.asset(
         deps=["sample_plan", "tokenizer"],
@@ -80,7 +80,14 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     per_domain = [conditional_asset(recipe, d) for d in recipe.domains]
+    if domain_only_asked(recipe):
+        per_domain += [domain_only_asset(recipe, d) for d in recipe.domains]
     return [prior_model, *per_domain]
+
+
+def domain_only_asked(recipe: Recipe) -> bool:
+    """Whether an arm's conditional is a model of D_down alone."""
+    return any(arm.method == "rho_down" for arm in recipe.arms)
 
 
 def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
@@ -141,6 +148,57 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     return conditional_model
+
+
+def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    """`<domain>/domain_only_model`."""
+
+    @dg.asset(
+        key_prefix=domain.name,
+        deps=["tokenizer", dg.AssetKey([domain.name, "domain_tokens"])],
+        group_name=GROUP,
+        kinds={"pytorch"},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1, recipe.prior, recipe.seed),
+    )
+    def domain_only_model(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu
+    ) -> dg.MaterializeResult:
+        """RHO-down's conditional: of the prior's kind, fresh, after one epoch over D_down alone."""
+        encoder = artifacts.current("tokenizer")
+        packed = artifacts.current(f"{domain.name}/domain_tokens")
+        model, training = recipe.prior.model, recipe.prior.training
+        assert model is not None
+        assert training is not None
+
+        def build(folder: Path) -> dict[str, Any]:
+            from colorfilter.training import TrainSpec
+
+            spec = TrainSpec(
+                start=model,
+                tokens=packed.path / "down",
+                tokenizer=encoder.path,
+                training=training,
+                seed=recipe.seed,
+                endpoints=(packed.facts["down_sequences"],),
+                out=folder,
+                held_out=packed.path / "held_out",
+            )
+            return _train(context, gpu, spec)
+
+        made = artifacts.make(
+            Work(
+                f"{domain.name}/domain_only_model",
+                inputs=[encoder, packed],
+                recipe={"model": model.facts(), "training": training.facts()},
+                seed=recipe.seed,
+            ),
+            build,
+        )
+        return result([made], {**made.facts, **curve_metadata(made.path)})
+
+    return domain_only_model
 
 
 def auxiliary_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:

@@ -7,11 +7,25 @@ import dagster as dg
 import polars as pl
 
 from assets.common import OWNERS, all_of, code_version, result
+from assets.dsir import dsir_selection
 from assets.figures import table
-from assets.selected import GROUP, queried_selection
+from assets.online import online_selection
+from assets.selected import GROUP, PACKED, queried_selection
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
+
+# How an arm's `selection` is made. A further method is a line here and one in recipe.Arm; if a
+# query on the score tables decides it, one in selection.SCORES instead of a module of its own.
+SELECTIONS = {
+    "color": queried_selection,
+    "conditional_only": queried_selection,
+    "random": queried_selection,
+    "full": queried_selection,
+    "rho_down": online_selection,
+    "rho_down_prior": online_selection,
+    "dsir": dsir_selection,
+}
 
 
 def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -21,7 +35,7 @@ def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         for domain in recipe.domains
         for arm in recipe.arms
         for asset in (
-            queried_selection(recipe, domain, arm),
+            SELECTIONS[arm.method](recipe, domain, arm),
             _filtered_dataset(recipe, domain, arm),
         )
     ]
@@ -45,12 +59,9 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         chosen = artifacts.current(f"{name}/selection")
         rows = pl.read_parquet(chosen.path / "selection.parquet")
         shards = sorted(rows["shard"].unique())
-        packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
-        raw = {s: artifacts.current("raw_corpus", s) for s in shards}
+        tokens, texts, made_from = _origins(artifacts, chosen, shards)
 
         def build(folder: Path) -> dict[str, Any]:
-            tokens = {s: a.path for s, a in packed.items()}
-            texts = {s: a.path / "documents.parquet" for s, a in raw.items()}
             counts = method.write_tokens(rows, tokens, recipe.seed, folder / "tokens")
             counts |= method.write_selected_text(
                 rows, tokens, texts, recipe.filtered.whole_documents_from, folder / "documents"
@@ -58,8 +69,7 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
             method.write_card(
                 folder,
                 f"{recipe.name}: {domain.name}, {arm.name}",
-                f"Selected for the domain '{domain.name}' by the method '{arm.name}' from "
-                f"{chosen.facts['candidates']:,} sequences.",
+                f"Selected for the domain '{domain.name}' by the method '{arm.name}'.",
                 counts["sequences"],
                 recipe.sequence_length,
             )
@@ -68,7 +78,7 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         made = artifacts.make(
             Work(
                 f"{name}/filtered_dataset",
-                inputs=[chosen, *packed.values(), *raw.values()],
+                inputs=[chosen, *made_from],
                 recipe=recipe.filtered.facts(),
                 seed=recipe.seed,
             ),
@@ -77,6 +87,25 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return filtered_dataset
+
+
+def _origins(
+    artifacts: ArtifactStore, chosen: Artifact, shards: list[str]
+) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
+    """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
+
+    A selection may bring sequences of its own, which stand beside it.
+    """
+    own = chosen.path / PACKED
+    if own.exists():
+        return dict.fromkeys(shards, own), dict.fromkeys(shards, own / "documents.parquet"), []
+    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
+    raw = {s: artifacts.current("raw_corpus", s) for s in shards}
+    return (
+        {s: a.path for s, a in packed.items()},
+        {s: a.path / "documents.parquet" for s, a in raw.items()},
+        [*packed.values(), *raw.values()],
+    )
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

@@ -1,13 +1,13 @@
-"""Stage 3: losses of every sequence by both models, and the score tables."""
+"""Stage 3: losses of every sequence by every model that is asked for, and the score tables."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
-from assets.auxiliary import checkpoint
+from assets.auxiliary import checkpoint, domain_only_asked
 from assets.common import (
     ONE_RUN,
     OWNERS,
@@ -39,10 +39,8 @@ REFINED = "refined.parquet"
 
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`prior_scores`, `<domain>/conditional_scores` and `score_tables`."""
-    scored_by = {"prior_scores": "prior_model"}
-    for d in recipe.domains:
-        scored_by[f"{d.name}/conditional_scores"] = f"{d.name}/conditional_model"
+    """`prior_scores`, `<domain>/conditional_scores`, others asked for, and `score_tables`."""
+    scored_by = {scorer.asset: scorer.model for scorer in scorers(recipe)}
 
     def spec(asset: str, model: str) -> dg.AssetSpec:
         return dg.AssetSpec(
@@ -78,10 +76,8 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         deps=[
             all_of("raw_corpus"),
             all_of("corpus_tokens"),
-            all_of("prior_scores"),
-            *(all_of(dg.AssetKey([d.name, "conditional_scores"])) for d in recipe.domains),
-            "prior_model",
-            *(dg.AssetKey([d.name, "conditional_model"]) for d in recipe.domains),
+            *(all_of(dg.AssetKey(asset.split("/"))) for asset in scored_by),
+            *(dg.AssetKey(model.split("/")) for model in scored_by.values()),
         ],
         group_name=GROUP,
         kinds={"duckdb"},
@@ -108,6 +104,28 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         return result([made], shown)
 
     return [losses, score_tables]
+
+
+class Scorer(NamedTuple):
+    """Losses of the corpus as an asset, by which model, and what that is to which domain."""
+
+    asset: str
+    model: str
+    role: str
+    domain: str | None
+
+
+def scorers(recipe: Recipe) -> list[Scorer]:
+    """All models that the corpus is scored by."""
+    roles = ["conditional", *(["domain_only"] if domain_only_asked(recipe) else [])]
+    return [
+        Scorer("prior_scores", "prior_model", "prior", None),
+        *(
+            Scorer(f"{d.name}/{role}_scores", f"{d.name}/{role}_model", role, d.name)
+            for d in recipe.domains
+            for role in roles
+        ),
+    ]
 
 
 def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
@@ -187,14 +205,11 @@ def publication(
     The artefacts are those that the score tables are made from; what was scored again in float32
     from exactly these takes the place of theirs.
     """
-    prior = artifacts.current("prior_model")
-    models = [PublishedModel(prior.fingerprint, "prior", None, str(checkpoint(prior)))]
-    scored_by = {"prior_scores": prior}
-    for domain in recipe.domains:
-        model = artifacts.current(f"{domain.name}/conditional_model")
-        place = str(checkpoint(model))
-        models.append(PublishedModel(model.fingerprint, "conditional", domain.name, place))
-        scored_by[f"{domain.name}/conditional_scores"] = model
+    scored_by = {scorer.asset: artifacts.current(scorer.model) for scorer in scorers(recipe)}
+    models = [
+        PublishedModel(made.fingerprint, scorer.role, scorer.domain, str(checkpoint(made)))
+        for scorer, made in zip(scorers(recipe), scored_by.values(), strict=True)
+    ]
     parts, inputs, scored = [], list(scored_by.values()), []
     for shard in shard_names(artifacts, recipe):
         raw = artifacts.current("raw_corpus", shard)
@@ -277,7 +292,7 @@ def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
     @dg.asset_check(asset="score_tables", blocking=True)
     def scores_complete(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.AssetCheckResult:
         """Every sequence that has a label has a finite loss by every current model, and colors."""
-        assets = ["prior_scores", *(f"{d.name}/conditional_scores" for d in recipe.domains)]
+        assets = [scorer.asset for scorer in scorers(recipe)]
         shards = shard_names(artifacts, recipe)
         unscored = total([artifacts.current(a, s) for a in assets for s in shards], "unscored")
         with score_store.read() as connection:

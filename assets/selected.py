@@ -21,6 +21,7 @@ from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
+PACKED = "packed"  # the part of a selection that holds sequences which are not the corpus's
 
 
 def endpoints(recipe: Recipe, arm: Arm, selected: int) -> tuple[int, ...]:

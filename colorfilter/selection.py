@@ -170,6 +170,29 @@ def select_by_batch(
     return _ranked(connection, method, BEST_OF_POOLS, parameters)
 
 
+def losses_of(
+    connection: duckdb.DuckDBPyConnection, places: pl.DataFrame, role: str, domain: str
+) -> pl.DataFrame:
+    """Losses at these places by a domain's current model of a role: shard, position, loss."""
+    rows = places.select("shard", "position").to_arrow()
+    connection.register("wanted", rows)
+    query = """
+        SELECT shard, position, loss
+        FROM wanted JOIN losses USING (shard, position) JOIN models USING (model)
+        WHERE models.current AND models.role = $role AND models.domain = $domain
+    """
+    return fetch_frame(connection, query, {"role": role, "domain": domain})
+
+
+def document_tokens(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
+    """The corpus's documents by their number of tokens: shard, doc_id, n_tokens."""
+    query = """
+        SELECT shard, doc_id, n_tokens FROM documents
+        WHERE NOT starts_with(shard, '_') AND n_tokens IS NOT NULL
+    """
+    return fetch_frame(connection, query, {})
+
+
 def _ranked(
     connection: duckdb.DuckDBPyConnection,
     method: str,
