@@ -182,6 +182,7 @@ def test_target_models_see_the_tokens_that_the_recipe_gives(finished: Project) -
     assert tokens == [
         ("color_tau4", 1, 8_000),
         ("color_tau4", 2, 8_000),
+        ("conditional_only_tau4", 1, 8_000),
         ("random", 1, 8_000),
         ("random", 1, 12_000),
         ("random", 2, 8_000),
