@@ -70,7 +70,7 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
                 "prior_model",
                 inputs=[encoder] if recipe.prior.path else [plan, encoder],
                 recipe={
-                    **recipe.prior.model_dump(mode="json", exclude={"sample_chars"}),
+                    **{k: v for k, v in recipe.prior.facts().items() if k != "sample_chars"},
                     "sequence_length": recipe.sequence_length,
                 },
                 seed=recipe.seed,

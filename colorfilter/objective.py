@@ -1,4 +1,8 @@
-"""What training minimizes: the summed negative log-likelihood of a batch's labels."""
+"""What training minimizes: the summed negative log-likelihood of a batch's labels.
+
+With a z-loss (arXiv 2204.02311, section 5) also the squared log-sum-exp of their logits, which
+keeps logits from drifting.
+"""
 
 import torch
 from torch.nn import LinearCrossEntropyOptions, functional
@@ -38,3 +42,14 @@ def summed_nll(
         reduction="sum",
         options=CHUNK,
     )
+
+
+def summed_z(
+    model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from full logits, and the sum over the labels of their squared log-sum-exp."""
+    logits = model(input_ids=tokens, use_cache=False).logits.float().flatten(0, 1)
+    counted = labels.flatten() != IGNORED
+    log_sum = logits.logsumexp(dim=1)
+    chosen = logits.gather(1, labels.flatten().clamp(min=0)[:, None])[:, 0]
+    return (log_sum - chosen)[counted].sum(), (log_sum[counted] ** 2).sum()

@@ -29,8 +29,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def facts(self) -> dict[str, Any]:
-        """The section as plain JSON values: what enters an artefact's key."""
-        return self.model_dump(mode="json")
+        """The section as plain JSON values: what enters an artefact's key.
+
+        Without what is at its default, so that keys stay when the recipe gains a field. Another
+        default is another result: it wants a raised code number where the section is read.
+        """
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class Source(Section):
@@ -80,6 +84,9 @@ class Training(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the objective"
+    )
 
 
 class Model(Section):

@@ -29,7 +29,7 @@ from colorfilter import models
 from colorfilter.evaluation import mean_loss
 from colorfilter.files import write_atomically
 from colorfilter.labels import IGNORED, shifted_labels
-from colorfilter.objective import summed_nll
+from colorfilter.objective import summed_nll, summed_z
 from colorfilter.online import Chooser, Online
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
@@ -268,13 +268,24 @@ class _Run:
         losses = []
         for part in torch.arange(len(rows)).split(micro):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                nll = summed_nll(self.model, self.head_weight, tokens_BxT[part], labels[part])
-            (nll / max(1, n_labels)).backward()
+                nll, objective = self._objective(tokens_BxT[part], labels[part])
+            (objective / max(1, n_labels)).backward()
             losses.append(nll.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sum(nll.item() for nll in losses) / max(1, n_labels)
+
+    def _objective(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of a batch, and what is minimized."""
+        weight = self.spec.training.z_loss
+        if weight:
+            nll, z = summed_z(self.model, tokens, labels)
+            return nll, nll + weight * z
+        nll = summed_nll(self.model, self.head_weight, tokens, labels)
+        return nll, nll
 
     def _seed_dropout(self, step: int) -> None:
         """Fix a step's random numbers.

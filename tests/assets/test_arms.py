@@ -1,6 +1,5 @@
 """Every method of the paper from one recipe: what each selects, and that it trains a target."""
 
-
 import polars as pl
 import pytest
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from colorfilter import models, objective
 from colorfilter.labels import IGNORED
-from colorfilter.objective import summed_nll
+from colorfilter.objective import summed_nll, summed_z
 from colorfilter.recipe import Model
 
 LENGTH, VOCAB = 16, 280
@@ -111,3 +111,17 @@ def test_the_loss_of_bf16_logits_is_summed_in_float32(autocast: bool) -> None:
     )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sequences", [1, 5])
+def test_the_z_loss_is_the_squared_log_sum_exp_of_the_labels_logits(sequences: int) -> None:
+    model = build(PLAIN["llama"])
+    tokens, labels = make_batch(sequences)
+    nll, z = summed_z(model, tokens, labels)
+    exact = build(PLAIN["llama"]).double()
+    logits = exact(input_ids=tokens).logits[labels != IGNORED]
+    assert z.item() == pytest.approx((logits.exp().sum(-1).log() ** 2).sum().item(), rel=1e-5)
+    assert nll.item() == pytest.approx(from_full_logits(exact, tokens, labels).item(), rel=1e-5)
+    z.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in grads)

@@ -201,6 +201,21 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_a_z_loss_keeps_the_log_sum_exp_down(spec: TrainSpec, tmp_path: Path) -> None:
+    tokens = torch.from_numpy(np.load(spec.tokens / "tokens.npy").astype(np.int64))
+    sizes = {}
+    for weight in (0.0, 10.0):
+        out = tmp_path / str(weight)
+        kept = spec.training.model_copy(update={"z_loss": weight})
+        (_, last) = train(replace(spec, out=out, training=kept))
+        with torch.no_grad():
+            logits = models.load(last.path)(input_ids=tokens).logits
+        sizes[weight] = logits.logsumexp(dim=-1).square().mean().item()
+        curve = pl.read_parquet(out / "curve.parquet")
+        assert curve["loss"][0] == pytest.approx(math.log(280), abs=0.2)  # the loss alone
+    assert sizes[10.0] < 0.8 * sizes[0.0]
+
+
 def test_weight_decay_spares_vectors(
     spec: TrainSpec, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
