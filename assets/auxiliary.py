@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -12,6 +12,9 @@ from assets.figures import curve_metadata
 from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
+
+if TYPE_CHECKING:
+    from colorfilter.training import TrainSpec
 
 GROUP = "auxiliary"
 
@@ -112,18 +115,8 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
         def build(folder: Path) -> dict[str, Any]:
             from colorfilter.evaluation import mean_loss
-            from colorfilter.training import TrainSpec
 
-            spec = TrainSpec(
-                start=str(checkpoint(prior)),
-                tokens=packed.path / "down",
-                tokenizer=encoder.path,
-                training=domain.training,
-                seed=recipe.seed,
-                endpoints=(packed.facts["down_sequences"],),
-                out=folder,
-                held_out=packed.path / "held_out",
-            )
+            spec = conditional_spec(domain, prior, encoder, packed, recipe.seed, folder)
             facts = _train(context, gpu, spec)
             held_out = packed.path / "held_out"
             own = folder / facts["checkpoint"]
@@ -148,6 +141,24 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     return conditional_model
+
+
+def conditional_spec(
+    domain: Domain, prior: Artifact, encoder: Artifact, packed: Artifact, seed: int, out: Path
+) -> "TrainSpec":
+    """One epoch over D_down from the prior, in the order of a seed."""
+    from colorfilter.training import TrainSpec
+
+    return TrainSpec(
+        start=str(checkpoint(prior)),
+        tokens=packed.path / "down",
+        tokenizer=encoder.path,
+        training=domain.training,
+        seed=seed,
+        endpoints=(packed.facts["down_sequences"],),
+        out=out,
+        held_out=packed.path / "held_out",
+    )
 
 
 def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
@@ -223,7 +234,7 @@ def _conditional_beats_prior(domain: str) -> dg.AssetChecksDefinition:
     return conditional_beats_prior
 
 
-def _train(context: Context, gpu: Gpu, spec: Any) -> dict[str, Any]:
+def _train(context: Context, gpu: Gpu, spec: "TrainSpec") -> dict[str, Any]:
     """Train to the one end point of a spec; facts for the manifest."""
     from colorfilter import models, training
 

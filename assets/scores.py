@@ -40,7 +40,7 @@ REFINED = "refined.parquet"
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`prior_scores`, `<domain>/conditional_scores`, others asked for, and `score_tables`."""
-    scored_by = {scorer.asset: scorer.model for scorer in scorers(recipe)}
+    scored_by = {losses.asset: losses.model for losses in loss_assets(recipe)}
 
     def spec(asset: str, model: str) -> dg.AssetSpec:
         return dg.AssetSpec(
@@ -106,7 +106,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     return [losses, score_tables]
 
 
-class Scorer(NamedTuple):
+class LossAsset(NamedTuple):
     """Losses of the corpus as an asset, by which model, and what that is to which domain."""
 
     asset: str
@@ -115,13 +115,13 @@ class Scorer(NamedTuple):
     domain: str | None
 
 
-def scorers(recipe: Recipe) -> list[Scorer]:
+def loss_assets(recipe: Recipe) -> list[LossAsset]:
     """All models that the corpus is scored by."""
     roles = ["conditional", *(["domain_only"] if domain_only_asked(recipe) else [])]
     return [
-        Scorer("prior_scores", "prior_model", "prior", None),
+        LossAsset("prior_scores", "prior_model", "prior", None),
         *(
-            Scorer(f"{d.name}/{role}_scores", f"{d.name}/{role}_model", role, d.name)
+            LossAsset(f"{d.name}/{role}_scores", f"{d.name}/{role}_model", role, d.name)
             for d in recipe.domains
             for role in roles
         ),
@@ -205,10 +205,10 @@ def publication(
     The artefacts are those that the score tables are made from; what was scored again in float32
     from exactly these takes the place of theirs.
     """
-    scored_by = {scorer.asset: artifacts.current(scorer.model) for scorer in scorers(recipe)}
+    scored_by = {losses.asset: artifacts.current(losses.model) for losses in loss_assets(recipe)}
     models = [
-        PublishedModel(made.fingerprint, scorer.role, scorer.domain, str(checkpoint(made)))
-        for scorer, made in zip(scorers(recipe), scored_by.values(), strict=True)
+        PublishedModel(made.fingerprint, losses.role, losses.domain, str(checkpoint(made)))
+        for losses, made in zip(loss_assets(recipe), scored_by.values(), strict=True)
     ]
     parts, inputs, scored = [], list(scored_by.values()), []
     for shard in shard_names(artifacts, recipe):
@@ -292,7 +292,7 @@ def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
     @dg.asset_check(asset="score_tables", blocking=True)
     def scores_complete(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.AssetCheckResult:
         """Every sequence that has a label has a finite loss by every current model, and colors."""
-        assets = [scorer.asset for scorer in scorers(recipe)]
+        assets = [losses.asset for losses in loss_assets(recipe)]
         shards = shard_names(artifacts, recipe)
         unscored = total([artifacts.current(a, s) for a in assets for s in shards], "unscored")
         with score_store.read() as connection:

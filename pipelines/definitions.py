@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.auxiliary import auxiliary_assets, auxiliary_checks
+from assets.confidence import confidence_assets
 from assets.corpus import corpus_assets, corpus_checks
 from assets.evaluated import evaluated_assets
 from assets.filtered import filtered_assets
@@ -23,6 +24,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *auxiliary_assets(recipe),
             *score_assets(recipe),
             *refined_assets(recipe),
+            *confidence_assets(recipe),
             *filtered_assets(recipe),
             *evaluated_assets(recipe),
         ],

@@ -118,3 +118,16 @@ def test_a_second_run_computes_nothing(project: Project, monkeypatch: pytest.Mon
     assert project.run(monkeypatch) is None
     assert [e["asset"] for e in project.ledger()[before:] if not e["reused"]] == []
     assert len(project.kernel_runs()) == kernels
+
+
+def test_the_confidence_at_the_cutoff_is_told_for_what_losses_rank(
+    artifacts: ArtifactStore,
+) -> None:
+    made = artifacts.current("reference/cutoff_confidence")
+    rows = {r["arm"]: r for r in pl.read_parquet(made.path / "flips.parquet").to_dicts()}
+    assert rows.keys() == {"color_tau4", "conditional_only_tau4"}
+    for row in rows.values():
+        assert row["selected"] == row["sampled"] // 4
+        assert 0 < row["flips"] < row["selected"] / 2
+        assert row["correlation"] > 0.8
+    assert not (made.path / "sample").exists()

@@ -1,0 +1,107 @@
+"""Stage 3, beside its end: how sure the cutoffs are."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.auxiliary import conditional_spec
+from assets.common import OWNERS, Context, Progress, all_of, code_version, result
+from assets.figures import table
+from assets.refined import gathered
+from assets.scores import GROUP, boundary
+from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from resources.artifacts import ArtifactStore, Work
+from resources.gpu import Gpu, ScoreJob
+from resources.score_store import ScoreStore
+
+FLIPS_FILE = "flips.parquet"
+
+
+def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
+    arms = [arm for arm in recipe.arms if arm.method in SCORED and not arm.batch]
+    return [_cutoff_confidence(recipe, domain, arms) for domain in recipe.domains if arms]
+
+
+def _cutoff_confidence(recipe: Recipe, domain: Domain, arms: list[Arm]) -> dg.AssetsDefinition:
+    seed = recipe.seed + 1
+
+    @dg.asset(
+        description="How much of each selection a conditional trained with another seed would "
+        "change, on a sample of the corpus.",
+        key_prefix=domain.name,
+        deps=[
+            "score_tables",
+            "prior_model",
+            "tokenizer",
+            dg.AssetKey([domain.name, "domain_tokens"]),
+            all_of("corpus_tokens"),
+        ],
+        group_name=GROUP,
+        kinds={"pytorch", "duckdb"},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1, domain.training, recipe.scoring, seed, *_names(arms)),
+    )
+    def cutoff_confidence(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        tables = artifacts.current("score_tables")
+        prior, encoder = artifacts.current("prior_model"), artifacts.current("tokenizer")
+        packed = artifacts.current(f"{domain.name}/domain_tokens")
+        corpus = {s.name: artifacts.current("corpus_tokens", s.name) for s in artifacts.at.shards()}
+
+        def build(folder: Path) -> dict[str, Any]:
+            from colorfilter import confidence, refinement
+            from colorfilter.training import planned_tokens
+
+            second = folder / "conditional"
+            spec = conditional_spec(domain, prior, encoder, packed, seed, second)
+            sizes = {s: int(a.facts["sequences"]) for s, a in corpus.items()}
+            sample = refinement.draw_sample(sizes, seed)
+            tokens = len(sample) * recipe.sequence_length
+            progress = Progress(context, planned_tokens(spec) + tokens, "tokens")
+            ((_, (*_, trained)),) = gpu.train([spec], progress=progress)
+            rows = gathered(sample, {s: a.path for s, a in corpus.items()}, folder / "sample")
+            job = ScoreJob(
+                models={str(trained.path): trained.path},
+                outs={str(trained.path): folder / "sample" / "losses"},
+                parameters=prior.facts["parameters"],
+                tokens=rows,
+                shard="sample",
+                precision=recipe.scoring.precision,
+                boundary=boundary(artifacts, recipe.scoring),
+            )
+            for _ in gpu.score([job], progress):
+                pass
+            losses = refinement.losses_of(folder / "sample" / "losses", rows)
+            with score_store.read() as connection:
+                found = [confidence.flips(connection, a, domain.name, losses) for a in arms]
+            pl.DataFrame(found, schema=confidence.FLIPS).write_parquet(folder / FLIPS_FILE)
+            shutil.rmtree(folder / "sample")
+            return {"seed": seed, "sampled": found[0]["sampled"]}
+
+        made = artifacts.make(
+            Work(
+                f"{domain.name}/cutoff_confidence",
+                inputs=[tables, prior, encoder, packed],
+                recipe={
+                    "training": domain.training.facts(),
+                    "scoring": recipe.scoring.facts(),
+                    "arms": _names(arms),
+                },
+                seed=seed,
+            ),
+            build,
+        )
+        rows = pl.read_parquet(made.path / FLIPS_FILE).to_dicts()
+        return result([made], {**made.facts, "another seed would change": table(rows)})
+
+    return cutoff_confidence
+
+
+def _names(arms: list[Arm]) -> list[str]:
+    return [arm.name for arm in arms]
