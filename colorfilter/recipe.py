@@ -284,8 +284,8 @@ class Recipe(Section):
         return arm.seeds or self.evaluation.seeds
 
 
-def load(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+def load(path: Path, sources: bool = True) -> Recipe:
+    """Read a recipe from a YAML file. Without `sources`, for what opens none, they stay as written.
 
     Raises InputError, one line, for a file that is not there, not YAML or not a valid recipe.
     """
@@ -303,7 +303,9 @@ def load(path: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"recipe {path}: {_first_problem(error)}") from error
-    return _with_paths(recipe, path.resolve().parent)
+    folder = path.resolve().parent
+    recipe = _with_model_paths(recipe, folder)
+    return _with_source_paths(recipe, folder) if sources else recipe
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -334,18 +336,28 @@ def _unique_names(section: S, *fields: str) -> S:
     return section
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Expand variables and anchor relative paths, so that the recipe means one thing anywhere."""
-    beside = Path(glob.escape(str(folder)))
+# Variables are expanded and relative paths anchored, so that a recipe means one thing anywhere.
 
-    def source(s: Source, where: str) -> Source:
-        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
+def _with_model_paths(recipe: Recipe, folder: Path) -> Recipe:
     def local(path: str | None, where: str) -> str | None:
         # A hub name such as 'EleutherAI/pythia-160m' has no leading dot or slash and stays.
         if path is None or not path.startswith((".", "/", "~", "$", "{")):
             return path
         return _expand(path, folder, where)
+
+    prior = recipe.prior.model_copy(update={"path": local(recipe.prior.path, "prior.path")})
+    tokenizer = recipe.tokenizer.model_copy(
+        update={"path": local(recipe.tokenizer.path, "tokenizer.path")}
+    )
+    return recipe.model_copy(update={"prior": prior, "tokenizer": tokenizer})
+
+
+def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
+    beside = Path(glob.escape(str(folder)))
+
+    def source(s: Source, where: str) -> Source:
+        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
     corpus = recipe.corpus.model_copy(
         update={"sources": [source(s, "corpus.sources") for s in recipe.corpus.sources]}
@@ -354,13 +366,7 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         d.model_copy(update={"sources": [source(s, f"domains.{d.name}") for s in d.sources]})
         for d in recipe.domains
     ]
-    prior = recipe.prior.model_copy(update={"path": local(recipe.prior.path, "prior.path")})
-    tokenizer = recipe.tokenizer.model_copy(
-        update={"path": local(recipe.tokenizer.path, "tokenizer.path")}
-    )
-    return recipe.model_copy(
-        update={"corpus": corpus, "domains": domains, "prior": prior, "tokenizer": tokenizer}
-    )
+    return recipe.model_copy(update={"corpus": corpus, "domains": domains})
 
 
 def _expand(path: str, folder: Path, where: str) -> str:
