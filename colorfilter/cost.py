@@ -107,8 +107,8 @@ def sizes_of(
     if recipe.prior.model:
         sample = round(recipe.prior.sample_chars / CHARS_PER_TOKEN)
         assumed.append(
-            f"m from prior.sample_chars at {CHARS_PER_TOKEN} characters a token, as of English with "
-            "a large vocabulary"
+            f"m from prior.sample_chars at {CHARS_PER_TOKEN} characters a token, as of English "
+            "with a large vocabulary"
         )
     least = max(_candidates(recipe, arm) for arm in recipe.arms)
     if corpus_tokens is None:

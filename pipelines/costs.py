@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,7 +59,7 @@ def print_cost(
     Time is shown at `tflops` sustained, else at the rates that were measured in the home. Raises
     InputError for sizes or a rate that cannot be. Writes nothing.
     """
-    if tflops is not None and tflops <= 0:
+    if tflops is not None and not 0 < tflops < math.inf:
         raise InputError(f"--tflops: {tflops:g} cannot be; give a rate above 0")
     sizes = cost.sizes_of(recipe, corpus_tokens, domain_tokens)
     stages = cost.predict(recipe, sizes)
