@@ -38,7 +38,6 @@ class Parts:
     prior: bool = False  # a model trained on D_prior
     scores: int = 0  # models that score all candidates beforehand
     proxy: bool = False  # a learner that scores all candidates and trains on what it chooses
-    whole: bool = False  # a second end point: the whole corpus
 
 
 METHODS = {
@@ -48,7 +47,7 @@ METHODS = {
     "rho_down_prior": Parts(prior=True, scores=1, proxy=True),
     "random": Parts(),
     "dsir": Parts(),
-    "full": Parts(whole=True),
+    "full": Parts(),
 }
 
 
@@ -64,16 +63,8 @@ def paper_forwards(method: str, m: float, n: float, tau: float | None, L: float)
     if parts.prior:
         forwards += TRAINING * m
     if parts.proxy:
-        forwards += proxy_forwards(candidates, n)
+        forwards += candidates + (TRAINING - 1) * n  # the forward of choosing is kept
     return forwards
-
-
-def proxy_forwards(candidates: float, n: float) -> float:
-    """Forwards of a learner of auxiliary size that chooses n of its candidates, both in tokens.
-
-    The forward of a step is that of choosing; a backward over what was chosen is added.
-    """
-    return candidates + (TRAINING - 1) * n
 
 
 @dataclass(frozen=True)
@@ -211,8 +202,7 @@ class Stage:
 def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
     """Every stage of a recipe that takes forwards, in the order in which they are run."""
     ratio, domains = sizes.ratio, recipe.domains
-    # Scored by a model that knows the domain alone: what has a proxy and no prior.
-    domain_only = any(METHODS[a.method].proxy and not METHODS[a.method].prior for a in recipe.arms)
+    domain_only = any(arm.method == "rho_down" for arm in recipe.arms)
 
     def share(fraction: float) -> float | None:
         return None if sizes.domain is None else fraction * sizes.domain
@@ -232,59 +222,55 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
         if domain_only:
             stages.append(Stage(f"{d.name}/domain_only_scores", "score", scored, 1))
     for d in domains:
-        for arm in recipe.arms:
-            if METHODS[arm.method].proxy:
-                n, candidates = _endpoints(recipe, arm)[0], _candidates(recipe, arm)
-                each = proxy_forwards(candidates, n) / candidates
-                stages.append(Stage(f"{d.name}/{arm.name}/selection", "train", candidates, each))
         checkpoints = 0
         for arm in recipe.arms:
-            seeds = len(_seeds(recipe, arm))
-            tokens = seeds * _trained(recipe, arm, sizes.corpus)
-            asset = f"{d.name}/{arm.name}/target_model"
-            stages.append(Stage(asset, "train", tokens, TRAINING * ratio, seeds))
-            checkpoints += seeds * len(_endpoints(recipe, arm, sizes.corpus))
+            asset = f"{d.name}/{arm.name}"
+            if METHODS[arm.method].proxy and arm.tau:
+                stages.append(_proxy(f"{asset}/selection", _trained(recipe, arm, sizes), arm.tau))
+            seeds = len(recipe.seeds(arm))
+            tokens = seeds * _trained(recipe, arm, sizes)
+            stages.append(Stage(f"{asset}/target_model", "train", tokens, TRAINING * ratio, seeds))
+            checkpoints += seeds * len(_endpoints(recipe, arm, sizes))
         held_out = share(checkpoints * d.held_out)
         stages.append(Stage(f"{d.name}/*/evaluation", "score", held_out, ratio))
     return stages
 
 
+def _proxy(asset: str, n: int, tau: float) -> Stage:
+    """A proxy that sees tau * n candidates to choose n, and passes these again to learn.
+
+    So n forwards more than the paper's formula has, in which the forward of choosing is kept.
+    """
+    seen = tau * n + n
+    return Stage(asset, "train", seen, (tau * n + TRAINING * n) / seen)
+
+
 def arm_forwards(recipe: Recipe, sizes: Sizes) -> list[tuple[str, int, float]]:
     """By arm and end point its name, the tokens it trains on, and the paper's forwards for it."""
-    return [
-        (arm.name, n, paper_forwards(arm.method, sizes.sample, n, arm.tau, sizes.ratio))
-        for arm in recipe.arms
-        for n in _endpoints(recipe, arm, sizes.corpus)
-    ]
+    arms = []
+    for arm in recipe.arms:
+        for end in _endpoints(recipe, arm, sizes):
+            n = end * recipe.sequence_length
+            forwards = paper_forwards(arm.method, sizes.sample, n, arm.tau, sizes.ratio)
+            arms.append((arm.name, n, forwards))
+    return arms
 
 
-def _endpoints(recipe: Recipe, arm: Arm, corpus: int = 0) -> list[int]:
-    """End points of an arm's target models, in tokens: whole sequences, as they are trained on."""
-    length = recipe.sequence_length
-    multiples = recipe.evaluation.random_multiples if arm.method == "random" else [1.0]
-    wanted = [m * recipe.target.training_tokens for m in multiples]
-    if METHODS[arm.method].whole and corpus > wanted[-1]:
-        wanted.append(corpus)
-    return [max(1, math.floor(tokens / length)) * length for tokens in wanted]
+def _endpoints(recipe: Recipe, arm: Arm, sizes: Sizes) -> tuple[int, ...]:
+    return recipe.endpoints(arm, sizes.corpus // recipe.sequence_length)
 
 
 def _candidates(recipe: Recipe, arm: Arm) -> int:
     """Tokens of the corpus that an arm must have to choose from."""
-    return math.ceil((arm.tau or 1) * _endpoints(recipe, arm)[-1])
+    return math.ceil((arm.tau or 1) * recipe.endpoints(arm, 0)[-1] * recipe.sequence_length)
 
 
-def _trained(recipe: Recipe, arm: Arm, corpus: int) -> int:
+def _trained(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
     """Tokens that one target model of an arm is trained on, the decays of its branches included."""
     from colorfilter.training import planned_sequences
 
-    length = recipe.sequence_length
-    ends = [n // length for n in _endpoints(recipe, arm, corpus)]
-    return length * planned_sequences(recipe.target.training, ends)
-
-
-def _seeds(recipe: Recipe, arm: Arm) -> list[int]:
-    own: list[int] | None = getattr(arm, "seeds", None)
-    return own or recipe.evaluation.seeds
+    ends = _endpoints(recipe, arm, sizes)
+    return recipe.sequence_length * planned_sequences(recipe.target.training, ends)
 
 
 @dataclass(frozen=True)

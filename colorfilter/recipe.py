@@ -6,6 +6,7 @@ are relative to the recipe's folder.
 """
 
 import glob
+import math
 import os
 import re
 import sysconfig
@@ -282,6 +283,18 @@ class Recipe(Section):
     def seeds(self, arm: Arm) -> list[int]:
         """The seeds of an arm's target models."""
         return arm.seeds or self.evaluation.seeds
+
+    def endpoints(self, arm: Arm, selected: int) -> tuple[int, ...]:
+        """End points of an arm's target models, in sequences, out of so many selected ones.
+
+        Several for random, to match other arms' losses against; for full also the end of its data.
+        """
+        multiples = self.evaluation.random_multiples if arm.method == "random" else [1.0]
+        sequences = self.target.training_tokens / self.sequence_length
+        ends = [max(1, math.floor(m * sequences)) for m in multiples]
+        if arm.method == "full" and selected > ends[-1]:
+            ends.append(selected)
+        return tuple(ends)
 
 
 def load(path: Path, sources: bool = True) -> Recipe:

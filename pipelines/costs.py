@@ -63,7 +63,11 @@ def print_cost(
         raise InputError(f"--tflops: {tflops:g} cannot be; give a rate above 0")
     sizes = cost.sizes_of(recipe, corpus_tokens, domain_tokens)
     stages = cost.predict(recipe, sizes)
-    notes = [f"Assumed: {words}." for words in sizes.assumed]
+    notes = [
+        f"FLOPs of a forward, per token: auxiliary model {sizes.auxiliary:.3g}, target model "
+        f"{sizes.target:.3g}; L = {sizes.ratio:.3g}.",
+        *(f"Assumed: {words}." for words in sizes.assumed),
+    ]
     records = []
     if home.owner() in {None, recipe.name}:
         records = _records(home)
@@ -92,8 +96,7 @@ def print_cost(
 
 def _predicted(stages: list[Stage], sizes: Sizes, seconds: dict[str, float]) -> Table:
     table = _table(
-        f"forward of a token: auxiliary {sizes.auxiliary:.3g} FLOPs, target {sizes.target:.3g}, "
-        f"L = {sizes.ratio:.3g}",
+        "predicted",
         "stage",
         *("tokens", "forwards (B)", "FLOPs", *(["time"] if seconds else [])),
     )
@@ -180,7 +183,8 @@ def _by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measur
     stages: dict[str, Measured] = {}
     for record in records:
         if record["verb"] == "train":
-            asset = trained.get(Path(record["model"]).name, NOT_CURRENT)
+            parts = Path(record["model"]).parts
+            asset = next((trained[part] for part in parts if part in trained), NOT_CURRENT)
         elif record["model"] not in models:
             asset = NOT_CURRENT
         elif record["shard"] in shards:

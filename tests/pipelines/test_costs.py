@@ -9,10 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from colorfilter import cost
 from colorfilter.recipe import load
 from pipelines.costs import print_cost
 from pipelines.settings import RECIPES, recipe_path
+from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import Project, recipe_facts
 from tests.pipelines.test_cli import colorfilter
@@ -76,26 +76,19 @@ def test_predicted_against_measured(finished: Project) -> None:
     assert "no longer current" not in text
 
 
-def test_training_is_predicted_to_the_token(finished: Project) -> None:
-    """Which also holds the end points here to those that are trained to."""
-    sizes = cost.sizes_of(finished.recipe)
-    stages = {stage.asset: stage for stage in cost.predict(finished.recipe, sizes)}
-    for arm in finished.recipe.arms:
-        asset = f"reference/{arm.name}/target_model"
-        runs = [r for r in finished.kernel_runs() if f"/{asset}/" in r["model"]]
-        assert len(runs) == stages[asset].runs
-        assert stages[asset].tokens == sum(r["tokens"] for r in runs)
-
-
 def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Path) -> None:
     (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests"}))
     (tmp_path / "ledger.jsonl").write_text(finished.home.ledger.read_text())
     old = {"verb": "train", "model": "/x/prior_model/0", "tokens": 5_000, "seconds": 7.0}
     gone = {"verb": "score", "model": "0", "shard": "s", "tokens": 10_000, "seconds": 1.0}
-    lines = [json.dumps({**line, "device": "cuda"}) for line in (old, gone)]
+    chosen = ArtifactStore(home=str(finished.home.root)).current("reference/random/selection")
+    proxy = {"verb": "train", "model": f"{chosen.path}/proxy", "tokens": 70, "seconds": 3.0}
+    lines = [json.dumps({**line, "device": "cuda"}) for line in (old, gone, proxy)]
     (tmp_path / "kernel_runs.jsonl").write_text("\n".join([*lines, '{"verb": "tra']))
     text = shown(str(finished.path), tmp_path)
     assert cells(text, "no longer current") == ["-", "15 k", "-", "8 s"]
+    assert cells(text, "reference/random/selection") == ["-", "70", "-", "3 s"]
+    assert cells(text, "total", table=1)[-1] == "11 s"
     assert "Time is not known" in text
 
 
@@ -148,7 +141,7 @@ def test_a_dry_run_opens_no_source_and_writes_nothing(tmp_path: Path) -> None:
     assert not error
     assert "not-there/*.jsonl (corpus)" in out
     assert "home: would be made" in out
-    assert "color_tau4, random" in out
+    assert re.search(r"arms +color_tau4, .*random", out)
     assert cells(out, "reference/random/target_model x2")
     assert "nothing was written" in out
 
