@@ -8,7 +8,7 @@ import polars as pl
 
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result, total
 from assets.corpus import pack_shard
-from assets.selected import GROUP, PACKED, endpoints, publish
+from assets.selected import GROUP, PACKED, publish
 from colorfilter import dsir
 from colorfilter import selection as method
 from colorfilter.documents import read_documents
@@ -49,7 +49,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
         plan = [] if recipe.prior.score_sample else [artifacts.current("sample_plan")]
         corpus = [artifacts.current("raw_corpus", s.name) for s in artifacts.at.shards()]
         raw = {str(a.partition): a.path / "documents.parquet" for a in corpus}
-        (needed,) = endpoints(recipe, arm, 0)
+        (needed,) = recipe.endpoints(arm, 0)
 
         def build(folder: Path) -> dict[str, Any]:
             left_out = {

@@ -10,7 +10,6 @@ import polars as pl
 
 from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
 from assets.figures import curve_metadata, table
-from assets.selected import endpoints
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch
 from resources.artifacts import ArtifactStore, Work
@@ -58,7 +57,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         from colorfilter.training import TrainSpec, planned_tokens
 
         dataset = artifacts.current(f"{name}/filtered_dataset")
-        ends = endpoints(recipe, arm, dataset.facts["sequences"])
+        ends = recipe.endpoints(arm, dataset.facts["sequences"])
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
         works = [

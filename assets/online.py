@@ -10,7 +10,7 @@ import polars as pl
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.figures import curve_metadata
 from assets.refined import gathered
-from assets.selected import GROUP, endpoints, publish
+from assets.selected import GROUP, publish
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
@@ -49,7 +49,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         assert training is not None
         assert arm.tau is not None
         tau = arm.tau
-        (needed,) = endpoints(recipe, arm, 0)
+        (needed,) = recipe.endpoints(arm, 0)
 
         def build(folder: Path) -> dict[str, Any]:
             import numpy as np

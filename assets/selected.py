@@ -1,6 +1,5 @@
 """Stage 4, its beginning: what an arm selects by a query on the score tables."""
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,19 +21,6 @@ from resources.score_store import ScoreStore
 
 GROUP = "filtered"
 PACKED = "packed"  # the part of a selection that holds sequences which are not the corpus's
-
-
-def endpoints(recipe: Recipe, arm: Arm, selected: int) -> tuple[int, ...]:
-    """End points of an arm's target models, in sequences, out of so many selected ones.
-
-    Several for random, to match other arms' losses against; for full also the end of its data.
-    """
-    multiples = recipe.evaluation.random_multiples if arm.method == "random" else [1.0]
-    sequences = recipe.target.training_tokens / recipe.sequence_length
-    ends = [max(1, math.floor(m * sequences)) for m in multiples]
-    if arm.method == "full" and selected > ends[-1]:
-        ends.append(selected)
-    return tuple(ends)
 
 
 def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
@@ -60,7 +46,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         refined = []
         if arm.method in SCORED:
             refined = refined_of(artifacts, domain.name, tables.fingerprint)
-        needed = endpoints(recipe, arm, 0)[-1]
+        needed = recipe.endpoints(arm, 0)[-1]
 
         def build(folder: Path) -> dict[str, Any]:
             with score_store.read() as connection:

@@ -27,6 +27,22 @@ transformers_logging.disable_progress_bar()
 def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> PreTrainedModel:
     """A fresh model with float32 weights that depend on the seed alone.
 
+    Raises InputError as `configuration` does, and for a model that is not causal.
+    """
+    config = configuration(model, vocab_size, sequence_length)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"model of type {model.type}: {one_line(error)}") from error
+    _refuse_not_causal(fresh, f"a model of type {model.type}")
+    return fresh
+
+
+def configuration(model: Model, vocab_size: int, sequence_length: int) -> PreTrainedConfig:
+    """The configuration of a fresh model.
+
     Raises InputError for a type that transformers does not know, a key that its configuration
     does not have (transformers itself would take it in silence), or too short a context.
     """
@@ -38,15 +54,11 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
                 raise InputError(f"model.config.{key}: comes from the tokenizer; remove it")
             if key not in known:
                 raise InputError(f"model.config.{key}: not a setting of {model.type}; remove it")
-        config = AutoConfig.for_model(model.type, **model.config, **own)
-        _check_context(config, sequence_length, f"a {model.type} of this configuration")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config: PreTrainedConfig = AutoConfig.for_model(model.type, **model.config, **own)
     except (ValueError, StrictDataclassError) as error:
         raise InputError(f"model of type {model.type}: {one_line(error)}") from error
-    _refuse_not_causal(fresh, f"a model of type {model.type}")
-    return fresh
+    _check_context(config, sequence_length, f"a {model.type} of this configuration")
+    return config
 
 
 def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:

@@ -6,6 +6,7 @@ are relative to the recipe's folder.
 """
 
 import glob
+import math
 import os
 import re
 import sysconfig
@@ -283,9 +284,21 @@ class Recipe(Section):
         """The seeds of an arm's target models."""
         return arm.seeds or self.evaluation.seeds
 
+    def endpoints(self, arm: Arm, selected: int) -> tuple[int, ...]:
+        """End points of an arm's target models, in sequences, out of so many selected ones.
 
-def load(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+        Several for random, to match other arms' losses against; for full also the end of its data.
+        """
+        multiples = self.evaluation.random_multiples if arm.method == "random" else [1.0]
+        sequences = self.target.training_tokens / self.sequence_length
+        ends = [max(1, math.floor(m * sequences)) for m in multiples]
+        if arm.method == "full" and selected > ends[-1]:
+            ends.append(selected)
+        return tuple(ends)
+
+
+def load(path: Path, sources: bool = True) -> Recipe:
+    """Read a recipe from a YAML file. Without `sources`, for what opens none, they stay as written.
 
     Raises InputError, one line, for a file that is not there, not YAML or not a valid recipe.
     """
@@ -303,7 +316,9 @@ def load(path: Path) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"recipe {path}: {_first_problem(error)}") from error
-    return _with_paths(recipe, path.resolve().parent)
+    folder = path.resolve().parent
+    recipe = _with_model_paths(recipe, folder)
+    return _with_source_paths(recipe, folder) if sources else recipe
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -334,18 +349,28 @@ def _unique_names(section: S, *fields: str) -> S:
     return section
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Expand variables and anchor relative paths, so that the recipe means one thing anywhere."""
-    beside = Path(glob.escape(str(folder)))
+# Variables are expanded and relative paths anchored, so that a recipe means one thing anywhere.
 
-    def source(s: Source, where: str) -> Source:
-        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
+def _with_model_paths(recipe: Recipe, folder: Path) -> Recipe:
     def local(path: str | None, where: str) -> str | None:
         # A hub name such as 'EleutherAI/pythia-160m' has no leading dot or slash and stays.
         if path is None or not path.startswith((".", "/", "~", "$", "{")):
             return path
         return _expand(path, folder, where)
+
+    prior = recipe.prior.model_copy(update={"path": local(recipe.prior.path, "prior.path")})
+    tokenizer = recipe.tokenizer.model_copy(
+        update={"path": local(recipe.tokenizer.path, "tokenizer.path")}
+    )
+    return recipe.model_copy(update={"prior": prior, "tokenizer": tokenizer})
+
+
+def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
+    beside = Path(glob.escape(str(folder)))
+
+    def source(s: Source, where: str) -> Source:
+        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
     corpus = recipe.corpus.model_copy(
         update={"sources": [source(s, "corpus.sources") for s in recipe.corpus.sources]}
@@ -354,13 +379,7 @@ def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
         d.model_copy(update={"sources": [source(s, f"domains.{d.name}") for s in d.sources]})
         for d in recipe.domains
     ]
-    prior = recipe.prior.model_copy(update={"path": local(recipe.prior.path, "prior.path")})
-    tokenizer = recipe.tokenizer.model_copy(
-        update={"path": local(recipe.tokenizer.path, "tokenizer.path")}
-    )
-    return recipe.model_copy(
-        update={"corpus": corpus, "domains": domains, "prior": prior, "tokenizer": tokenizer}
-    )
+    return recipe.model_copy(update={"corpus": corpus, "domains": domains})
 
 
 def _expand(path: str, folder: Path, where: str) -> str:

@@ -14,6 +14,7 @@ from it and ends with the same bits as an undisturbed one on the same machine.
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,26 +100,30 @@ def train(
 
 def planned_tokens(spec: TrainSpec) -> int:
     """Tokens that a run trains on in all, branches included, and those it chooses from."""
-    length = open_tokens(spec.tokens).shape[1]
-    size = spec.training.batch_sequences
-    phases = _phases(spec)
-    sequences = 0
-    for phase in phases:
-        last = spec.endpoints[phase.target]
-        sequences += min(phase.stop * size, last) - min(phase.start * size, last)
+    sequences = planned_sequences(spec.training, spec.endpoints)
     if spec.online:
         sequences += spec.online.candidates(sequences)
-    return sequences * int(length)
+    return sequences * int(open_tokens(spec.tokens).shape[1])
 
 
-def _phases(spec: TrainSpec) -> list[_Phase]:
-    ends = [math.ceil(n / spec.training.batch_sequences) for n in spec.endpoints]
+def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
+    """Sequences that a run to these end points trains on in all, branches included."""
+    size = training.batch_sequences
+    sequences = 0
+    for phase in _phases(training, endpoints):
+        last = endpoints[phase.target]
+        sequences += min(phase.stop * size, last) - min(phase.start * size, last)
+    return sequences
+
+
+def _phases(training: Training, endpoints: Sequence[int]) -> list[_Phase]:
+    ends = [math.ceil(n / training.batch_sequences) for n in endpoints]
     phases, trunk = [], 0
     for target, end in enumerate(ends):
-        if spec.training.schedule == "cosine":
+        if training.schedule == "cosine":
             phases.append(_Phase(target, 0, end, branch=True))
             continue
-        fork = max(trunk, end - math.ceil(spec.training.decay * end))
+        fork = max(trunk, end - math.ceil(training.decay * end))
         phases.append(_Phase(target, trunk, fork, branch=False))
         phases.append(_Phase(target, fork, end, branch=True))
         trunk = fork
@@ -143,7 +148,7 @@ class _Run:
         self.spec = spec
         self.device = device
         self.progress = progress
-        self.phases = _phases(spec)
+        self.phases = _phases(spec.training, spec.endpoints)
         self.tokens = open_tokens(spec.tokens)
         self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):

@@ -54,15 +54,23 @@ def run(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
     debug: DebugOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, say what would run and what it costs."),
+    ] = False,
 ) -> None:
     """Run the whole pipeline, from raw text to the report.
 
     What stands already is found and not computed again; an interrupted run goes on where it was.
-    Exit code 0: it ran; 1: it failed; 2: the input is wrong.
+    Exit code 0: it ran; 1: it failed; 2: the input is wrong. A dry run opens no source and writes
+    nothing.
     """
     from pipelines.display import show_progress
     from pipelines.running import execute
 
+    if dry_run:
+        _dry_run(recipe, home)
+        return
     plan, place = _open(recipe, home)
     console.print(f"recipe [bold]{plan.name}[/], home {place.root}")
     with show_progress(console) as listener:
@@ -77,6 +85,37 @@ def run(
         errors.print(f"What was finished stands; run again to go on from there{hint}.")
         raise typer.Exit(1)
     _print_report(plan, place)
+
+
+@app.command()
+def cost(
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    corpus_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to choose from; by default the least that the arms need."),
+    ] = None,
+    domain_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a domain's text; by default left out.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="Sustained rate of one device; by default what was measured in the home."
+        ),
+    ] = None,
+) -> None:
+    """Say what a recipe costs, before it runs: model forwards, FLOPs and time of every stage.
+
+    Opens no source and writes nothing. Where the recipe has run in the home, what it took stands
+    beside it.
+    """
+    from colorfilter.recipe import load
+    from pipelines.costs import print_cost
+    from resources.home import Home
+
+    plan = load(settings.recipe_path(recipe), sources=False)
+    print_cost(console, plan, Home(home), corpus_tokens, domain_tokens, tflops)
 
 
 @app.command()
@@ -153,13 +192,29 @@ def _open(recipe: str, home: Path) -> tuple["Recipe", "Home"]:
     """Load the recipe, claim the home, and set the environment for Dagster's processes."""
     from resources.home import Home
 
-    path = settings.recipe_path(recipe).resolve()
-    os.environ[settings.RECIPE_VARIABLE] = str(path)
-    plan = settings.recipe()
+    plan = _load(recipe)
     place = Home(home).claim(plan.name)
     os.environ[settings.HOME_VARIABLE] = str(place.root)
     os.environ["DAGSTER_HOME"] = str(place.dagster)
     return plan, place
+
+
+def _load(recipe: str) -> "Recipe":
+    """Load the recipe, and name it in the environment for Dagster's processes."""
+    path = settings.recipe_path(recipe).resolve()
+    os.environ[settings.RECIPE_VARIABLE] = str(path)
+    return settings.recipe()
+
+
+def _dry_run(recipe: str, home: Path) -> None:
+    from resources.home import Home
+
+    plan = _load(recipe)
+    place = Home(home)
+    place.check(plan.name)
+    from pipelines.costs import print_plan
+
+    print_plan(console, plan, place)
 
 
 def _artifacts(place: "Home") -> "ArtifactStore":

@@ -50,22 +50,39 @@ class Home:
                 folder.mkdir(parents=True, exist_ok=True)
             if not self._owner.exists():
                 write_text_atomically(self._owner, json.dumps({"recipe": recipe}))
-            owner = json.loads(self._owner.read_text(encoding="utf-8"))["recipe"]
             if not os.access(self.root, os.W_OK):
                 raise PermissionError(13, "Permission denied")
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"home {self.root}: cannot be used ({error}); name another with --home"
-            ) from error
-        if owner != recipe:
-            raise InputError(
-                f"home {self.root}: belongs to the recipe '{owner}', not to '{recipe}'; name "
-                "another with --home"
-            )
+        except OSError as error:
+            raise self._unusable(error) from error
+        self.check(recipe)
         settings = self.dagster / "dagster.yaml"
         if not settings.exists():
             write_text_atomically(settings, DAGSTER_YAML)
         return self
+
+    def check(self, recipe: str) -> None:
+        """Raise InputError for a home that belongs to another recipe. Makes nothing."""
+        owner = self.owner()
+        if owner not in {None, recipe}:
+            raise InputError(
+                f"home {self.root}: belongs to the recipe '{owner}', not to '{recipe}'; name "
+                "another with --home"
+            )
+
+    def owner(self) -> str | None:
+        """The recipe that the home belongs to, None where there is no home yet.
+
+        Raises InputError for a home that cannot be read.
+        """
+        try:
+            if not self._owner.exists():
+                return None
+            return str(json.loads(self._owner.read_text(encoding="utf-8"))["recipe"])
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
 
     def shards(self) -> list[Shard]:
         """The planned shards of the corpus, in order of name."""

@@ -3,6 +3,7 @@
 import polars as pl
 import pytest
 
+from colorfilter import cost
 from colorfilter.tables import fetch
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
@@ -131,3 +132,16 @@ def test_the_confidence_at_the_cutoff_is_told_for_what_losses_rank(
         assert 0 < row["flips"] < row["selected"] / 2
         assert row["correlation"] > 0.8
     assert not (made.path / "sample").exists()
+
+
+def test_what_every_arm_trains_on_is_predicted_to_the_token(
+    project: Project, artifacts: ArtifactStore
+) -> None:
+    candidates = artifacts.current("reference/full/selection").facts["selected"]
+    sizes = cost.sizes_of(project.recipe, corpus_tokens=candidates * 32)
+    trained = [r for r in project.kernel_runs() if r["verb"] == "train"]
+    for stage in cost.predict(project.recipe, sizes):
+        if stage.asset.endswith(("/selection", "/target_model")):
+            runs = [r["tokens"] for r in trained if f"/{stage.asset}/" in r["model"]]
+            assert len(runs) == stage.runs, stage.asset
+            assert sum(runs) == stage.tokens, stage.asset

@@ -204,6 +204,19 @@ def test_an_unset_environment_variable_is_named_with_its_field(
     assert "tokenizer.path" in problem(tmp_path, content)
 
 
+def test_without_its_sources_a_recipe_needs_no_variable_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    content = changed("corpus.sources.0.files", "$NOT_SET_ANYWHERE/*.jsonl")
+    content["prior"] = {"sample_chars": 10, "path": "./checkpoint"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    recipe = load(path, sources=False)
+    assert recipe.corpus.sources[0].files == "$NOT_SET_ANYWHERE/*.jsonl"
+    assert recipe.prior.path == str(tmp_path / "checkpoint")
+
+
 def test_a_set_environment_variable_is_expanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,7 @@ def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) ->
     assert not done.stderr.strip()
 
 
-@pytest.mark.parametrize("command", ["run", "status", "ui"])
+@pytest.mark.parametrize("command", ["run", "cost", "status", "ui"])
 def test_help_says_what_a_command_takes(command: str) -> None:
     done = colorfilter(command, "--help")
     assert done.returncode == 0

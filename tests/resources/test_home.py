@@ -14,6 +14,24 @@ def test_a_home_belongs_to_one_recipe(tmp_path: Path) -> None:
         Home(tmp_path / "home").claim("two")
 
 
+def test_checking_a_home_makes_nothing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.check("one")
+    assert home.owner() is None
+    assert not list(tmp_path.iterdir())
+    home.claim("one").check("one")
+    assert home.owner() == "one"
+    with pytest.raises(InputError, match="belongs to the recipe 'one', not to 'two'"):
+        home.check("two")
+
+
+def test_a_home_that_does_not_say_whose_it_is_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "home.json").write_text("{")
+    for use in (Home(tmp_path).check, Home(tmp_path).claim):
+        with pytest.raises(InputError, match="cannot be used"):
+            use("one")
+
+
 def test_a_home_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be used"):
