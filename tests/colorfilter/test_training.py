@@ -294,8 +294,7 @@ def test_planned_tokens_are_those_that_are_trained_on(
     run = replace(spec, training=changed, endpoints=endpoints, held_out=None, out=tmp_path)
     done: list[int] = []
     train(run, progress=done.append)
-    padding = len(endpoints) * (16 - int(sizes(spec).min()))
-    assert sum(done) <= planned_tokens(run) <= sum(done) + padding
+    assert sum(done) == planned_tokens(run)
 
 
 def test_more_than_the_data_holds_is_refused(spec: TrainSpec, tmp_path: Path) -> None:
