@@ -153,10 +153,11 @@ def pack_examples(
     left of the row is padding, which is in no label (labels.shifted_labels): the loss is that of
     the whole text, question and answer, as with the authors, but not of the padding, unlike theirs.
     A document longer than a sequence loses its beginning, so that the answer stays. Returns counts:
-    documents, cut, tokens, sequences. Memory is bounded by a batch of texts.
+    documents, cut, tokens, label_bytes (of the text behind each row's first token), sequences.
+    Memory is bounded by a batch of texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {"documents": 0, "cut": 0, "tokens": 0}
+    counts = {"documents": 0, "cut": 0, "tokens": 0, "label_bytes": 0}
     with _Packer(folder, length, encoder.dtype, encoder.end_of_text) as packer:
         for batch in _batches(documents):
             for document, encoding in zip(
@@ -168,6 +169,8 @@ def pack_examples(
                 counts["documents"] += 1
                 counts["cut"] += start > 0
                 counts["tokens"] += len(encoding.ids) + 1 - start
+                first_end = encoding.offsets[start][1] if encoding.ids else 0
+                counts["label_bytes"] += len(document["text"][first_end:].encode("utf-8"))
     return {**counts, "sequences": packer.sequences}
 
 
