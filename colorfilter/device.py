@@ -111,7 +111,7 @@ def evaluate_tasks(checkpoint: Path, items: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     model = _load(checkpoint, "float32")
-    return harness.evaluate(model, Encoder(checkpoint), items, workers.report)
+    return harness.evaluate(harness.ScoredModel(model, Encoder(checkpoint), workers.report), items)
 
 
 def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:

@@ -92,8 +92,8 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     The harness's own template cuts prompts into tokens; a continuation's log-likelihood is the loss
     that Scorer gives when its tokens alone are labels. Whether it is what the model would have said
     itself, which the harness wants beside it, is not computed and always False: neither accuracy
-    nor length-normalised accuracy reads it. `losses` keeps, by (context, continuation), the loss in
-    nats per token.
+    nor length-normalised accuracy reads it. `answers` keeps, by (context, continuation), the
+    log-likelihood in nats and the number of tokens. `progress` is called with choices done.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, progress: Progress = silent):
@@ -102,7 +102,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         self._encoder = encoder
         self._progress = progress
         self._context: int = resolve_max_length(model.config)
-        self.losses: dict[tuple[str, str], float] = {}
+        self.answers: dict[tuple[str, str], tuple[float, int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -136,12 +136,9 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
             tokens = (before + after)[-(self._context + 1) :]
             inputs.append(tokens[:-1])
             labels.append([IGNORED] * (len(tokens) - 1 - len(after)) + after)
-        answers = [(math.nan, False)] * len(requests)
         for i, (loss, n) in self._losses(inputs, labels):
-            pair = requests[i][0]
-            self.losses[pair] = loss
-            answers[i] = -loss * n, False
-        return answers
+            self.answers[requests[i][0]] = -loss * n, n
+        return [(self.answers[pair][0], False) for pair, _, _ in requests]
 
     def _losses(
         self, inputs: Sequence[list[int]], labels: Sequence[list[int]]
@@ -180,18 +177,14 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError("the tasks of this project need loglikelihood only")
 
 
-def evaluate(
-    model: PreTrainedModel, encoder: Encoder, items: Path, progress: Progress = silent
-) -> dict[str, float]:
+def evaluate(scored: ScoredModel, items: Path) -> dict[str, float]:
     """Evaluate a model on the test items of tasks, the files `<task>.jsonl` of `items`.
 
     Returns `<task>_acc` and `<task>_acc_norm` (where the harness has it) and `<task>_loss`, the
     mean over items of the loss of the correct answer in nats per token, each with its standard
     error, `..._stderr`; and `<task>_items`, their number. Items with a choice longer than the
-    model's context are left out. `progress` is called with the number of choices done. Raises
-    InputError as write_tasks does.
+    model's context are left out. Raises InputError as write_tasks does.
     """
-    scored = ScoredModel(model, encoder, progress)
     with TemporaryDirectory() as folder, _quiet():
         counts = write_tasks(items, Path(folder), scored.fits)
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
@@ -209,7 +202,8 @@ def evaluate(
                 value = found[name].get(f"{metric}{suffix},none")
                 if isinstance(value, float):
                     results[f"{name}_{metric}{suffix}"] = value
-        losses = np.array([scored.losses[item.correct] for item in tested_items])
+        correct = np.array([scored.answers[item.correct] for item in tested_items])
+        losses = -correct[:, 0] / correct[:, 1]
         results[f"{name}_loss"] = float(losses.mean())
         if len(losses) > 1:
             results[f"{name}_loss_stderr"] = float(losses.std(ddof=1) / math.sqrt(len(losses)))
