@@ -112,8 +112,9 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         )
 
     @dg.asset(
-        description=f"{what} held-out loss and bits per byte of every target model; where text of "
-        "the domain ranks against the corpus (the probe).",
+        description=f"{what} held-out loss and bits per byte of every target model, and its "
+        "accuracies and losses on the domain's tasks; where text of the domain ranks against the "
+        "corpus (the probe).",
         key_prefix=prefix,
         deps=[target_model, dg.AssetKey([domain.name, "domain_tokens"]), "score_tables"],
         group_name=GROUP,
@@ -123,7 +124,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         code_version=code_version(1),
     )
     def evaluation(
-        artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
         from colorfilter import evaluation as method
         from colorfilter.report import EVALUATIONS
@@ -136,19 +137,30 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         def build(folder: Path) -> dict[str, Any]:
             split = held_out.path / "held_out"
             rows: list[tuple[str, str, int | None, int | None, str, float]] = []
-            texts = pl.read_parquet(text.path / "held_out" / "documents.parquet", columns=["text"])
-            n_bytes = int(texts["text"].str.len_bytes().sum())
+            if domain.tasks:
+                n_bytes = held_out.facts["held_out_label_bytes"]
+            else:
+                path = text.path / "held_out" / "documents.parquet"
+                texts = pl.read_parquet(path, columns=["text"])["text"]
+                n_bytes = int(texts.str.len_bytes().sum())
             ends = [
                 (target, int(tokens), place)
                 for target in targets
                 for tokens, place in target.facts["checkpoints"].items()
             ]
-            losses = gpu.evaluate([t.path / place for t, _, place in ends], split)
-            for (target, tokens, _), (nll, n) in zip(ends, losses, strict=True):
+            checkpoints = [t.path / place for t, _, place in ends]
+            losses = gpu.evaluate(checkpoints, split)
+            on_tasks: list[dict[str, float]] = [{} for _ in ends]
+            if domain.tasks:
+                choices = len(ends) * text.facts["test_choices"]
+                progress = Progress(context, choices, "choices")
+                on_tasks = gpu.evaluate_tasks(checkpoints, text.path / "tasks", progress)
+            for (target, tokens, _), (nll, n), metrics in zip(ends, losses, on_tasks, strict=True):
                 loss = method.mean_loss(nll, n)
                 bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
                 where = (domain.name, arm.name, target.facts["seed"], tokens)
                 rows += [(*where, "held_out_loss", loss), (*where, "bits_per_byte", bits)]
+                rows += [(*where, metric, value) for metric, value in metrics.items()]
             if arm.method in SCORED:
                 cutoff = chosen.facts["cutoff"]
                 with score_store.read() as connection:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from colorfilter import body, models, scoring, training, workers
 from colorfilter.scoring import Losses, Receipt, Scorer
-from colorfilter.tokens import open_tokens, real_tokens
+from colorfilter.tokens import Encoder, open_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
 
 # What is tried in turn where a precision is asked for.
@@ -103,6 +103,15 @@ def evaluate(checkpoint: Path, tokens: Path) -> Losses:
     rows, n_tokens = open_tokens(tokens), real_tokens(tokens)
     (losses,) = scoring.sequence_losses(scorers, rows, n_tokens, progress=workers.report)
     return losses
+
+
+def evaluate_tasks(checkpoint: Path, items: Path) -> dict[str, float]:
+    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them."""
+    from colorfilter import harness
+
+    torch.set_num_threads(1)
+    model = _load(checkpoint, "float32")
+    return harness.evaluate(harness.ScoredModel(model, Encoder(checkpoint), workers.report), items)
 
 
 def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:

@@ -77,6 +77,13 @@ class Document(NamedTuple):
     extra: dict[str, Any]
 
 
+class Row(NamedTuple):
+    """A record of a file as it stands there, with its number."""
+
+    line: int
+    value: Any
+
+
 class Reject(NamedTuple):
     """What could not be used, and why."""
 
@@ -87,7 +94,16 @@ class Reject(NamedTuple):
 
 
 def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
-    """Stream one file's documents and rejects, in order.
+    """Stream one file's documents and rejects, in order. Raises as read_rows."""
+    for row in read_rows(file, source):
+        if isinstance(row, Row):
+            yield _document(file.uri, row, source.text_field)
+        else:
+            yield row
+
+
+def read_rows(file: InputFile, source: Source) -> Iterator[Row | Reject]:
+    """Stream one file's records, and what is none, in order.
 
     Raises InputError where the file as a whole cannot be read.
     """
@@ -121,7 +137,7 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
     return raw
 
 
-def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+def _jsonl(stream: BinaryIO, uri: str, _field: str) -> Iterator[Row | Reject]:
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
@@ -140,40 +156,39 @@ def _jsonl(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject
             blank = not line.strip()
             yield Reject(uri, number, "blank line" if blank else "not JSON", _excerpt(line))
         else:
-            yield _document(uri, number, row, field)
+            yield Row(number, row)
 
 
-def _parquet(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+def _parquet(stream: BinaryIO, _uri: str, _field: str) -> Iterator[Row | Reject]:
     number = 0
     for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
         for row in batch.to_pylist():
             number += 1
-            yield _document(uri, number, row, field)
+            yield Row(number, row)
 
 
-def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Row | Reject]:
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         yield Reject(uri, 1, "longer than 16 MiB", _excerpt(data[:200]))
         return
     try:
-        yield _document(uri, 1, {field: data.decode("utf-8-sig")}, field)
+        yield Row(1, {field: data.decode("utf-8-sig")})
     except UnicodeDecodeError:
         yield Reject(uri, 1, "not UTF-8", _excerpt(data[:200]))
 
 
-def _python_dict(stream: BinaryIO, uri: str, field: str) -> Iterator[Document | Reject]:
+def _python_dict(stream: BinaryIO, _uri: str, field: str) -> Iterator[Row | Reject]:
     """The string values of a module's dict literals, parsed and never run."""
     for statement in ast.parse(stream.read()).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             for key, value in zip(statement.value.keys, statement.value.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                    yield _document(
-                        uri, value.lineno, {"key": key.value, field: value.value}, field
-                    )
+                    yield Row(value.lineno, {"key": key.value, field: value.value})
 
 
-def _document(uri: str, line: int, row: object, field: str) -> Document | Reject:
+def _document(uri: str, found: Row, field: str) -> Document | Reject:
+    line, row = found
     if not isinstance(row, dict) or row.get(field) is None:
         return Reject(uri, line, f"no field '{field}'", _excerpt(str(row)))
     text = row[field]

@@ -17,7 +17,16 @@ from typing import Any
 from colorfilter.files import file_sha256, write_text_atomically
 
 MANIFEST = "manifest.json"
-LIBRARIES = ("torch", "transformers", "tokenizers", "polars", "duckdb", "pyarrow", "dagster")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "polars",
+    "duckdb",
+    "pyarrow",
+    "dagster",
+    "lm_eval",
+)
 
 
 def artifact_key(

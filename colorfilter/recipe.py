@@ -22,6 +22,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Format = Literal["jsonl", "parquet", "text", "python_dict"]
+TaskName = Literal[
+    "piqa",
+    "hellaswag",
+    "boolq",
+    "sciq",
+    "openbookqa",
+    "arc_easy",
+    "arc_challenge",
+    "winogrande",
+]
 
 
 class Section(BaseModel):
@@ -116,20 +126,63 @@ class Prior(Section):
         return self
 
 
+class Task(Section):
+    """A multiple-choice task by its name in lm-evaluation-harness, and the files of its items.
+
+    A file that is named as both is split between the two.
+    """
+
+    name: TaskName
+    train: str | None = Field(None, description="glob or URL; its items go to D_down and probe")
+    test: str | None = Field(None, description="glob or URL; its items are only evaluated on")
+
+    @model_validator(mode="after")
+    def has_items(self) -> Self:
+        if self.train is None and self.test is None:
+            raise ValueError("give the task's files: train, test or both")
+        return self
+
+    def source(self, part: Literal["train", "test"]) -> Source | None:
+        """The files of a part as a source, where the task has them."""
+        files = self.train if part == "train" else self.test
+        if files is None:
+            return None
+        return Source.model_validate({"name": self.name, "files": files})
+
+
 class Domain(Section):
-    """What one wants to be good at. Split once into D_down, held-out and probe, by bytes."""
+    """What one wants to be good at: text, or tasks. Split once into D_down, held-out and probe."""
 
     name: Name
-    sources: list[Source] = Field(min_length=1)
-    held_out: Fraction = 0.15
-    probe: Fraction = 0.15
+    sources: list[Source] = Field([], description="text")
+    tasks: list[Task] = Field([], description="multiple-choice tasks, instead of sources")
+    held_out: Fraction = Field(
+        0.15,
+        description="share of the text; of tasks, share of the items where one file is train "
+        "and test",
+    )
+    probe: Fraction = Field(0.15, description="share of the text, or of the tasks' train items")
+    test_items: int | None = Field(
+        None, ge=2, description="draw so many test items of each task (default: all)"
+    )
     training: Training = Field(description="one epoch over D_down, from the prior")
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> Self:
+        if bool(self.sources) == bool(self.tasks):
+            raise ValueError("give either sources (text) or tasks (multiple choice)")
+        if self.test_items is not None and not self.tasks:
+            raise ValueError("test_items belongs to tasks")
+        for part in ("train", "test"):
+            if self.tasks and not any(t.source(part) for t in self.tasks):
+                raise ValueError(f"tasks: none has a {part} file; add one")
+        return _unique_names(self, "sources", "tasks")
 
     @model_validator(mode="after")
     def something_is_left(self) -> Self:
         if self.held_out + self.probe >= 0.9:
             raise ValueError("held_out + probe must leave at least a tenth for D_down")
-        return _unique_names(self)
+        return self
 
 
 class Scoring(Section):
@@ -372,13 +425,23 @@ def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
     def source(s: Source, where: str) -> Source:
         return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
 
+    def task(t: Task, where: str) -> Task:
+        files = {"train": t.train, "test": t.test}
+        expanded = {
+            part: path and _expand(path, beside, f"{where}.{t.name}.{part}")
+            for part, path in files.items()
+        }
+        return t.model_copy(update=expanded)
+
+    def domain(d: Domain) -> Domain:
+        where = f"domains.{d.name}"
+        sources, tasks = [source(s, where) for s in d.sources], [task(t, where) for t in d.tasks]
+        return d.model_copy(update={"sources": sources, "tasks": tasks})
+
     corpus = recipe.corpus.model_copy(
         update={"sources": [source(s, "corpus.sources") for s in recipe.corpus.sources]}
     )
-    domains = [
-        d.model_copy(update={"sources": [source(s, f"domains.{d.name}") for s in d.sources]})
-        for d in recipe.domains
-    ]
+    domains = [domain(d) for d in recipe.domains]
     return recipe.model_copy(update={"corpus": corpus, "domains": domains})
 
 

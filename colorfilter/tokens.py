@@ -1,10 +1,12 @@
 """Documents to fixed-length sequences: tokenizer, packing, spans back to documents.
 
 Documents are encoded, each closed by the end-of-text token, joined in order and cut into sequences
-of T tokens (the paper's way, section 4). A folder of packed tokens holds
+of T tokens (the paper's way, section 4). Examples of tasks are not joined: each is a sequence. A
+folder of packed tokens holds
 
-- `tokens.npy`         uint16 or uint32 [n_sequences, T], memory-mapped; the last row may be padded
-- `sequences.parquet`  position, n_tokens (T but for the last row), sha256 of the row's real tokens
+- `tokens.npy`         uint16 or uint32 [n_sequences, T], memory-mapped; padded behind `n_tokens`
+- `sequences.parquet`  position, n_tokens (T but for the last row, or of an example), sha256 of the
+                       row's real tokens
 - `spans.parquet`      position, offset, doc_id, doc_start, n_tokens, char_start, char_end
 
 A span is a piece of one document in one sequence: `n_tokens` tokens at `offset` of the sequence
@@ -142,6 +144,36 @@ def pack(
     return {**counts, "sequences": packer.sequences}
 
 
+def pack_examples(
+    documents: Iterable[dict[str, Any]], encoder: Encoder, length: int, folder: Path
+) -> dict[str, int]:
+    """Encode documents (`doc_id`, `text`) and give each a sequence of its own.
+
+    The paper's form of a task's examples (section 4). The end-of-text token closes it, and what is
+    left of the row is padding, which is in no label (labels.shifted_labels): the loss is that of
+    the whole text, question and answer, as with the authors, but not of the padding, unlike theirs.
+    A document longer than a sequence loses its beginning, so that the answer stays. Returns counts:
+    documents, cut, tokens, label_bytes (of the text behind each row's first token), sequences.
+    Memory is bounded by a batch of texts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"documents": 0, "cut": 0, "tokens": 0, "label_bytes": 0}
+    with _Packer(folder, length, encoder.dtype, encoder.end_of_text) as packer:
+        for batch in _batches(documents):
+            for document, encoding in zip(
+                batch, encoder.encode([d["text"] for d in batch]), strict=True
+            ):
+                start = max(0, len(encoding.ids) + 1 - length)
+                packer.add(document["doc_id"], len(document["text"]), encoding, start)
+                packer.end_sequence()
+                counts["documents"] += 1
+                counts["cut"] += start > 0
+                counts["tokens"] += len(encoding.ids) + 1 - start
+                first_end = encoding.offsets[start][1] if encoding.ids else 0
+                counts["label_bytes"] += len(document["text"][first_end:].encode("utf-8"))
+    return {**counts, "sequences": packer.sequences}
+
+
 def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     chars = 0
@@ -176,18 +208,19 @@ class _Packer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._used and kind is None:
-            self._emit()
+        if kind is None:
+            self.end_sequence()
         self._tokens.close()
         self._sequences.close()
         self._spans.close()
 
-    def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding) -> None:
+    def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding, start: int = 0) -> None:
+        """Append a document, from its token `start` on."""
         ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
         # Asking for the end of one token at a time takes time in the document's length. The
         # end-of-text token, and whatever a tokenizer strips behind the last word, end the text.
         ends = [end for _, end in encoding.offsets[:-1]] + [n_chars, n_chars]
-        start = char_start = 0
+        char_start = ends[start - 1] if start else 0
         while start < len(ids):
             take = min(len(self._row) - self._used, len(ids) - start)
             end = start + take
@@ -207,6 +240,11 @@ class _Packer:
             start, char_start = end, ends[end - 1]
             if self._used == len(self._row):
                 self._emit()
+
+    def end_sequence(self) -> None:
+        """Pad the sequence that is begun, if one is."""
+        if self._used:
+            self._emit()
 
     def _emit(self) -> None:
         real = self._row[: self._used]

@@ -100,10 +100,17 @@ def train(
 
 def planned_tokens(spec: TrainSpec) -> int:
     """Tokens that a run trains on in all, branches included, and those it chooses from."""
-    sequences = planned_sequences(spec.training, spec.endpoints)
+    size = spec.training.batch_sequences
+    n_tokens = real_tokens(spec.tokens)
+    seen = _seen(n_tokens, _order(spec, len(n_tokens)))
+    tokens = 0
+    for phase in _phases(spec.training, spec.endpoints):
+        last = spec.endpoints[phase.target]
+        tokens += seen[min(phase.stop * size, last)] - seen[min(phase.start * size, last)]
     if spec.online:
-        sequences += spec.online.candidates(sequences)
-    return sequences * int(open_tokens(spec.tokens).shape[1])
+        candidates = spec.online.candidates(spec.endpoints[-1])
+        tokens += candidates * open_tokens(spec.tokens).shape[1]
+    return int(tokens)
 
 
 def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
@@ -114,6 +121,16 @@ def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
         last = endpoints[phase.target]
         sequences += min(phase.stop * size, last) - min(phase.start * size, last)
     return sequences
+
+
+def _order(spec: TrainSpec, sequences: int) -> np.ndarray:
+    """The order in which the sequences are trained on."""
+    return np.random.default_rng(spec.seed).permutation(sequences)
+
+
+def _seen(n_tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Tokens in the first 0, 1, 2, ... sequences of an order."""
+    return np.concatenate([[0], np.cumsum(n_tokens[order])])
 
 
 def _phases(training: Training, endpoints: Sequence[int]) -> list[_Phase]:
@@ -153,8 +170,8 @@ class _Run:
         self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
-        self.order = np.random.default_rng(spec.seed).permutation(len(self.tokens))
-        self.seen = np.concatenate([[0], np.cumsum(self.n_tokens[self.order])])
+        self.order = _order(spec, len(self.tokens))
+        self.seen = _seen(self.n_tokens, self.order)
         self.chooser = None
         if spec.online:
             spec.out.mkdir(parents=True, exist_ok=True)
@@ -265,7 +282,10 @@ class _Run:
         self._seed_dropout(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens_BxT = torch.from_numpy(self.tokens[rows].astype(np.int64)).to(self.device)
+        # Examples are mostly padding: what none of the batch reaches is not computed.
+        longest = self.n_tokens[rows].max()
+        batch = self.tokens[rows][:, :longest].astype(np.int64)
+        tokens_BxT = torch.from_numpy(batch).to(self.device)
         n_tokens = torch.from_numpy(self.n_tokens[rows]).to(self.device)
         labels = shifted_labels(tokens_BxT, n_tokens)
         n_labels = int((labels != IGNORED).sum())

@@ -122,6 +122,19 @@ class Gpu(dg.ConfigurableResource):
         done = dict(_workers().run(device.evaluate, calls))
         return [done[i] for i in range(len(checkpoints))]
 
+    def evaluate_tasks(
+        self, checkpoints: Sequence[Path], items: Path, progress: Progress = silent
+    ) -> list[dict[str, float]]:
+        """Metrics of the tasks whose test items lie in a folder, by each checkpoint.
+
+        As harness.evaluate gives them; `progress` is called with the number of choices done.
+        """
+        from colorfilter import device
+
+        calls = [(checkpoint, items) for checkpoint in checkpoints]
+        done = dict(_workers().run(device.evaluate_tasks, calls, progress))
+        return [done[i] for i in range(len(checkpoints))]
+
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
         facts = {
             "shard": job.shard,

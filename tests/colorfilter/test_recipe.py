@@ -67,6 +67,13 @@ def problem(folder: Path, content: object) -> str:
     return message
 
 
+PIQA = {"name": "piqa", "train": "piqa/train.jsonl.gz", "test": "piqa/test.jsonl"}
+
+
+def with_tasks(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return changed("domains.0", {"name": "t", "training": TRAINING, "tasks": list(tasks), **more})
+
+
 def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> None:
     recipe = load_content(tmp_path, VALID)
     assert recipe.name == "mine"
@@ -144,6 +151,48 @@ def test_a_proxy_wants_to_know_how_the_prior_is_trained(tmp_path: Path) -> None:
 def test_an_arm_may_have_seeds_of_its_own(tmp_path: Path) -> None:
     recipe = load_content(tmp_path, changed("arms.0.seeds", [7]))
     assert [recipe.seeds(arm) for arm in recipe.arms] == [[7], recipe.evaluation.seeds]
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (with_tasks(), "domains.0: give either sources (text) or tasks"),
+        (with_tasks(PIQA, sources=VALID["domains"][0]["sources"]), "domains.0: give either"),
+        (with_tasks({**PIQA, "name": "lambada"}), "domains.0.tasks.0.name: "),
+        (with_tasks({"name": "piqa"}), "domains.0.tasks.0: give the task's files: train, test"),
+        (with_tasks({**PIQA, "dev": "x"}), "domains.0.tasks.0.dev: unknown key"),
+        (with_tasks(PIQA, PIQA), "domains.0: tasks: the name piqa stands twice"),
+        (with_tasks({"name": "piqa", "train": "a"}), "domains.0: tasks: none has a test file"),
+        (with_tasks({"name": "piqa", "test": "a"}), "domains.0: tasks: none has a train file"),
+        (with_tasks(PIQA, test_items=1), "domains.0.test_items: "),
+        (changed("domains.0.test_items", 9), "domains.0: test_items belongs to tasks"),
+    ],
+)
+def test_a_wrong_domain_of_tasks_is_refused(
+    tmp_path: Path, content: dict[str, Any], where: str
+) -> None:
+    assert where in problem(tmp_path, content)
+
+
+def test_a_task_may_lack_one_of_its_files(tmp_path: Path) -> None:
+    only = [{"name": "arc_easy", "train": "a"}, {"name": "boolq", "test": "b"}]
+    arc, boolq = load_content(tmp_path, with_tasks(*only)).domains[0].tasks
+    assert (arc.train, arc.source("test")) == (str(tmp_path / "a"), None)
+    assert (boolq.source("train"), boolq.test) == (None, str(tmp_path / "b"))
+
+
+def test_the_files_of_tasks_are_expanded_as_those_of_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_DATA", "/data/mine")
+    content = with_tasks({**PIQA, "train": "${MY_DATA}/train.jsonl"})
+    (task,) = load_content(tmp_path, content).domains[0].tasks
+    assert (task.train, task.test) == ("/data/mine/train.jsonl", str(tmp_path / PIQA["test"]))
+    source = task.source("train")
+    assert source is not None
+    assert (source.name, source.files) == ("piqa", "/data/mine/train.jsonl")
+    monkeypatch.delenv("MY_DATA")
+    assert "domains.t.piqa.train" in problem(tmp_path, content)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

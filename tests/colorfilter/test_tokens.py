@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from colorfilter import tokens
 from colorfilter.documents import text_sha256
 from colorfilter.errors import InputError
-from colorfilter.tokens import END_OF_TEXT, Encoder, open_tokens, pack, train_tokenizer
+from colorfilter.tokens import (
+    END_OF_TEXT,
+    Encoder,
+    open_tokens,
+    pack,
+    pack_examples,
+    train_tokenizer,
+)
 
 
 def as_documents(texts: list[str]) -> list[dict[str, str]]:
@@ -303,3 +310,45 @@ def test_a_tokenizer_without_end_of_text_is_refused(tokenizer_folder: Path, tmp_
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="eos_token"):
         tokens.copy_tokenizer(str(tmp_path), tmp_path / "out")
+
+
+# Examples ------------------------------------------------------------------------------------
+
+
+@given(st.lists(any_text, max_size=8), st.integers(2, 20))
+@example(["\U0001f600" * 20, "x"], 3)
+@example(["a b", "time year people way " * 9], 8)
+def test_every_example_is_a_row_of_its_own_that_keeps_its_end(
+    encoder: Encoder,
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str],
+    length: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("examples")
+    counts = pack_examples(as_documents(texts), encoder, length, folder)
+    rows, sequences, spans = read_packed(folder)
+    streams = [[*encoder.encode([text])[0].ids, encoder.end_of_text] for text in texts]
+    assert rows.shape == (len(texts), length)
+    assert counts["documents"] == counts["sequences"] == len(texts)
+    assert counts["cut"] == sum(len(stream) > length for stream in streams)
+    assert counts["tokens"] == sum(min(length, len(stream)) for stream in streams)
+    assert sequences["n_tokens"].to_list() == [min(length, len(stream)) for stream in streams]
+    for i, (row, stream, span) in enumerate(zip(rows, streams, spans.to_dicts(), strict=True)):
+        n = min(length, len(stream))
+        assert row[:n].tolist() == stream[-length:]
+        assert (row[n:] == encoder.end_of_text).all()
+        assert (span["position"], span["offset"], span["n_tokens"]) == (i, 0, n)
+        assert (span["doc_id"], span["doc_start"]) == (f"doc{i}", len(stream) - n)
+        assert span["char_end"] == len(texts[i])
+        kept = texts[i][span["char_start"] :].encode()
+        assert kept.endswith(encoder.decode(stream[-length:-1]).strip("\ufffd").encode())
+
+
+def test_label_bytes_are_those_behind_each_rows_first_token(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    whole, cut = "time year", "x" * 30
+    counts = pack_examples(as_documents([whole, cut]), encoder, 16, tmp_path)
+    first = encoder.decode(encoder.encode([whole])[0].ids[:1])
+    kept = encoder.decode(encoder.encode([cut])[0].ids[-14:])
+    assert counts["label_bytes"] == len(whole) - len(first) + len(kept)
