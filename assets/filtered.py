@@ -15,12 +15,15 @@ from assets.figures import table
 from assets.refined import near
 from assets.scores import refined_of
 from colorfilter import selection as method
+from colorfilter.errors import InputError
+from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.report import excerpts, extremes
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
+SPARE = 20  # random selects this part more than training needs, in case some of it leaks
 
 
 def endpoints(recipe: Recipe, arm: Arm) -> tuple[int, ...]:
@@ -58,7 +61,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         kinds={"duckdb", arm.name},
         owners=OWNERS,
         pool="scores",
-        code_version=code_version(1, arm, recipe.target.training_tokens, recipe.seed),
+        code_version=code_version(2, arm, recipe.target.training_tokens, recipe.seed),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         tables = artifacts.current("score_tables")
@@ -69,7 +72,7 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
             with score_store.read() as connection:
                 candidates = method.count_candidates(connection)
                 fits = method.n_to_keep(candidates, arm.tau or 1, needed)
-                keep = needed if arm.method == "random" else fits
+                keep = min(fits, needed + needed // SPARE) if arm.method == "random" else fits
                 scores = connection, arm.method, domain.name
                 if arm.tau and arm.batch:
                     chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
@@ -98,10 +101,11 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
                 f"{name}/selection",
                 inputs=[tables, *refined],
                 recipe={
-                    **arm.facts(),
+                    **arm.choice(),
                     "needed": needed,
                     "sequence_length": recipe.sequence_length,
                 },
+                code=2,
                 seed=recipe.seed if arm.method == "random" or arm.batch else None,
             ),
             build,
@@ -122,17 +126,25 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
     @dg.asset(
         description=f"{what} what the target model trains on (`tokens/`), and the same as text "
-        "(`documents/`).",
+        "(`documents/`), without what leaks unless the arm keeps it.",
         key_prefix=prefix,
-        deps=[selection, all_of("corpus_tokens"), all_of("raw_corpus")],
+        deps=[
+            selection,
+            dg.AssetKey([*prefix, "leakage"]),
+            all_of("corpus_tokens"),
+            all_of("raw_corpus"),
+        ],
         group_name=GROUP,
         kinds={"parquet", "numpy", arm.name},
         owners=OWNERS,
-        code_version=code_version(1, recipe.filtered, recipe.seed),
+        code_version=code_version(1, recipe.filtered, recipe.seed, arm.leaks),
     )
     def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
         chosen = artifacts.current(f"{name}/selection")
+        leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
         rows = pl.read_parquet(chosen.path / "selection.parquet")
+        leaks = pl.read_parquet(leaking.path / "leakage.parquet")
+        leaks = leaks if arm.leaks == "remove" else leaks.clear()
         shards = sorted(rows["shard"].unique())
         packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
         raw = {s: artifacts.current("raw_corpus", s) for s in shards}
@@ -140,15 +152,30 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         def build(folder: Path) -> dict[str, Any]:
             tokens = {s: a.path for s, a in packed.items()}
             texts = {s: a.path / "documents.parquet" for s, a in raw.items()}
-            counts = method.write_tokens(rows, tokens, recipe.seed, folder / "tokens")
+            kept = without_leaks(rows, leaks)
+            needed = endpoints(recipe, arm)[-1]
+            if len(kept) < needed:
+                raise InputError(
+                    f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
+                    f"held-out text and are left out, and training needs {needed}; lower "
+                    "target.training_tokens or tau, or write `leaks: keep` for this arm"
+                )
+            counts = method.write_tokens(kept, tokens, recipe.seed, folder / "tokens")
+            counts["left_out"] = len(rows) - len(kept)
             counts |= method.write_selected_text(
-                rows, tokens, texts, recipe.filtered.whole_documents_from, folder / "documents"
+                kept,
+                tokens,
+                texts,
+                recipe.filtered.whole_documents_from,
+                folder / "documents",
+                left_out=leaks["doc_id"].unique(),
             )
             method.write_card(
                 folder,
                 f"{recipe.name}: {domain.name}, {arm.name}",
                 f"Selected for the domain '{domain.name}' by the method '{arm.name}' from "
-                f"{chosen.facts['candidates']:,} sequences.",
+                f"{chosen.facts['candidates']:,} sequences. {counts['left_out']:,} that quote "
+                "held-out text were left out.",
                 counts["sequences"],
                 recipe.sequence_length,
             )
@@ -157,8 +184,8 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         made = artifacts.make(
             Work(
                 f"{name}/filtered_dataset",
-                inputs=[chosen, *packed.values(), *raw.values()],
-                recipe=recipe.filtered.facts(),
+                inputs=[chosen, leaking, *packed.values(), *raw.values()],
+                recipe={**recipe.filtered.facts(), "leaks": arm.leaks},
                 seed=recipe.seed,
             ),
             build,

@@ -43,7 +43,8 @@ def near(
 
 
 def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    arms = [arm for arm in recipe.arms if arm.tau]
+    # Arms that differ in what becomes of leaks have the same cutoff.
+    arms = list({str(arm.choice()): arm for arm in recipe.arms if arm.tau}.values())
     conditional = [domain.name, "conditional_model"]
 
     @dg.asset(
@@ -112,7 +113,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             Work(
                 f"{domain.name}/refined_scores",
                 inputs=[tables, *models],
-                recipe={"scoring": recipe.scoring.facts(), "arms": [a.facts() for a in arms]},
+                recipe={"scoring": recipe.scoring.facts(), "arms": [a.choice() for a in arms]},
                 seed=recipe.seed,
                 precision="float32",
             ),

@@ -147,6 +147,9 @@ class Arm(Section):
     batch: int | None = Field(
         None, ge=1, description="choose so many sequences from every random tau * batch"
     )
+    leaks: Literal["remove", "keep"] = Field(
+        "remove", description="selected sequences that quote held-out text: not trained on, or are"
+    )
 
     @model_validator(mode="after")
     def tau_where_it_counts(self) -> Self:
@@ -158,10 +161,16 @@ class Arm(Section):
 
     @property
     def name(self) -> str:
-        if self.tau is None:
-            return self.method
-        name = f"{self.method}_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
-        return name if self.batch is None else f"{name}_batch{self.batch}"
+        name: str = self.method
+        if self.tau is not None:
+            name += f"_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
+        if self.batch is not None:
+            name += f"_batch{self.batch}"
+        return name if self.leaks == "remove" else f"{name}_leaks"
+
+    def choice(self) -> dict[str, Any]:
+        """What decides which sequences are selected: all but what becomes of leaks."""
+        return self.model_dump(mode="json", exclude={"leaks"})
 
 
 class Filtered(Section):
