@@ -145,6 +145,14 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         rows = pl.read_parquet(chosen.path / "selection.parquet")
         leaks = pl.read_parquet(leaking.path / "leakage.parquet")
         leaks = leaks if arm.leaks == "remove" else leaks.clear()
+        kept = without_leaks(rows, leaks)
+        needed = endpoints(recipe, arm)[-1]
+        if len(kept) < needed:
+            raise InputError(
+                f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
+                f"held-out text and are left out, but training needs {needed}; lower "
+                "target.training_tokens or tau, or write `leaks: keep` for this arm"
+            )
         shards = sorted(rows["shard"].unique())
         packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
         raw = {s: artifacts.current("raw_corpus", s) for s in shards}
@@ -152,14 +160,6 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         def build(folder: Path) -> dict[str, Any]:
             tokens = {s: a.path for s, a in packed.items()}
             texts = {s: a.path / "documents.parquet" for s, a in raw.items()}
-            kept = without_leaks(rows, leaks)
-            needed = endpoints(recipe, arm)[-1]
-            if len(kept) < needed:
-                raise InputError(
-                    f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
-                    f"held-out text and are left out, and training needs {needed}; lower "
-                    "target.training_tokens or tau, or write `leaks: keep` for this arm"
-                )
             counts = method.write_tokens(kept, tokens, recipe.seed, folder / "tokens")
             counts["left_out"] = len(rows) - len(kept)
             counts |= method.write_selected_text(

@@ -96,12 +96,12 @@ def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
             ),
             build,
         )
-        return result([made], {**made.facts, "longest matches": _longest(made)})
+        return result([made], {**made.facts, **_longest(made)})
 
     return leakage
 
 
-def _longest(made: Artifact) -> dg.TableMetadataValue:
+def _longest(made: Artifact) -> dict[str, dg.TableMetadataValue]:
     leaks = pl.read_parquet(made.path / "leakage.parquet").head(10)
     shown = leaks.select(
         words="n_words",
@@ -109,7 +109,7 @@ def _longest(made: Artifact) -> dg.TableMetadataValue:
         file=pl.col("source_file").str.split("/").list.last(),
         held_out=pl.col("protected").str.split("/").list.last(),
     )
-    return table(shown.to_dicts())
+    return {"longest matches": table(shown.to_dicts())} if len(shown) else {}
 
 
 def _leakage_removed(domain: Domain, arm: Arm) -> dg.AssetChecksDefinition:
