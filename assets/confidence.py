@@ -10,9 +10,9 @@ import polars as pl
 from assets.auxiliary import conditional_spec
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.figures import table
-from assets.refined import gathered
+from assets.refined import arms_with_a_cutoff, gathered
 from assets.scores import GROUP, boundary
-from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
@@ -22,7 +22,7 @@ FLIPS_FILE = "flips.parquet"
 
 def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
-    arms = [arm for arm in recipe.arms if arm.method in SCORED and not arm.batch]
+    arms = [arm for arm in arms_with_a_cutoff(recipe) if not arm.batch]
     return [_cutoff_confidence(recipe, domain, arms) for domain in recipe.domains if arms]
 
 

@@ -64,7 +64,8 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
                 sizes = method.document_tokens(connection)
             ranked = ranked.join(sizes, on=["shard", "doc_id"], maintain_order="left")
             before = pl.col("n_tokens").cum_sum() - pl.col("n_tokens")
-            drawn = ranked.filter(before < needed * recipe.sequence_length)
+            wanted = recipe.with_spare(arm)
+            drawn = ranked.filter(before < wanted * recipe.sequence_length)
             packed = folder / PACKED
             packed.mkdir(exist_ok=True)
             dsir.write_in_order(drawn, raw, packed / "documents.parquet")
@@ -80,7 +81,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
                 spans.group_by("position")
                 .agg(pl.col("score").min())
                 .sort("position")
-                .head(needed)
+                .head(min(wanted, counts["tokens"] // recipe.sequence_length))
                 .select(
                     pl.col("position").alias("rank") + 1,
                     "position",

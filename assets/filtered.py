@@ -10,10 +10,12 @@ from assets.common import OWNERS, all_of, code_version, result
 from assets.dsir import dsir_selection
 from assets.figures import table
 from assets.online import online_selection
-from assets.selected import GROUP, PACKED, queried_selection
+from assets.selected import GROUP, origins, queried_selection
 from colorfilter import selection as method
+from colorfilter.errors import InputError
+from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import ArtifactStore, Work
 
 # How an arm's `selection` is made. A further method is a line here and one in recipe.Arm; if a
 # query on the score tables decides it, one in selection.SCORES instead of a module of its own.
@@ -47,29 +49,52 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
 
     @dg.asset(
         description=f"{arm.name} for {domain.name}: what the target model trains on (`tokens/`), "
-        "and the same as text (`documents/`).",
+        "and the same as text (`documents/`), without what leaks unless the arm keeps it.",
         key_prefix=prefix,
-        deps=[dg.AssetKey([*prefix, "selection"]), all_of("corpus_tokens"), all_of("raw_corpus")],
+        deps=[
+            dg.AssetKey([*prefix, "selection"]),
+            dg.AssetKey([*prefix, "leakage"]),
+            all_of("corpus_tokens"),
+            all_of("raw_corpus"),
+        ],
         group_name=GROUP,
         kinds={"parquet", "numpy", arm.name},
         owners=OWNERS,
-        code_version=code_version(1, recipe.filtered, recipe.seed),
+        code_version=code_version(1, recipe.filtered, recipe.seed, arm.leaks),
     )
     def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
         chosen = artifacts.current(f"{name}/selection")
+        leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
         rows = pl.read_parquet(chosen.path / "selection.parquet")
+        leaks = pl.read_parquet(leaking.path / "leakage.parquet")
+        leaks = leaks if arm.leaks == "remove" else leaks.clear()
+        kept = without_leaks(rows, leaks)
+        needed = recipe.endpoints(arm, 0)[-1]
+        if len(kept) < needed:
+            raise InputError(
+                f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
+                f"held-out text and are left out, but training needs {needed}; lower "
+                "target.training_tokens or tau, or write `leaks: keep` for this arm"
+            )
         shards = sorted(rows["shard"].unique())
-        tokens, texts, made_from = _origins(artifacts, chosen, shards)
+        tokens, texts, made_from = origins(artifacts, chosen, shards)
 
         def build(folder: Path) -> dict[str, Any]:
-            counts = method.write_tokens(rows, tokens, recipe.seed, folder / "tokens")
+            counts = method.write_tokens(kept, tokens, recipe.seed, folder / "tokens")
+            counts["left_out"] = len(rows) - len(kept)
             counts |= method.write_selected_text(
-                rows, tokens, texts, recipe.filtered.whole_documents_from, folder / "documents"
+                kept,
+                tokens,
+                texts,
+                recipe.filtered.whole_documents_from,
+                folder / "documents",
+                left_out=leaks["doc_id"].unique(),
             )
             method.write_card(
                 folder,
                 f"{recipe.name}: {domain.name}, {arm.name}",
-                f"Selected for the domain '{domain.name}' by the method '{arm.name}'.",
+                f"Selected for the domain '{domain.name}' by the method '{arm.name}'. "
+                f"{counts['left_out']:,} sequences that quote held-out text were left out.",
                 counts["sequences"],
                 recipe.sequence_length,
             )
@@ -78,8 +103,8 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         made = artifacts.make(
             Work(
                 f"{name}/filtered_dataset",
-                inputs=[chosen, *made_from],
-                recipe=recipe.filtered.facts(),
+                inputs=[chosen, leaking, *made_from],
+                recipe={**recipe.filtered.facts(), "leaks": arm.leaks},
                 seed=recipe.seed,
             ),
             build,
@@ -87,25 +112,6 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return filtered_dataset
-
-
-def _origins(
-    artifacts: ArtifactStore, chosen: Artifact, shards: list[str]
-) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
-    """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
-
-    A selection may bring sequences of its own, which stand beside it.
-    """
-    own = chosen.path / PACKED
-    if own.exists():
-        return dict.fromkeys(shards, own), dict.fromkeys(shards, own / "documents.parquet"), []
-    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
-    raw = {s: artifacts.current("raw_corpus", s) for s in shards}
-    return (
-        {s: a.path for s, a in packed.items()},
-        {s: a.path / "documents.parquet" for s, a in raw.items()},
-        [*packed.values(), *raw.values()],
-    )
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

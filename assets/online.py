@@ -59,9 +59,9 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
 
             with score_store.read() as connection:
                 candidates = method.count_candidates(connection)
-                method.n_to_keep(candidates, tau, needed)
+                wanted = min(method.n_to_keep(candidates, tau, needed), recipe.with_spare(arm))
                 drawn = method.select(
-                    connection, "full", domain.name, int(tau * needed), recipe.seed
+                    connection, "full", domain.name, int(tau * wanted), recipe.seed
                 )
                 losses = method.losses_of(connection, drawn, role, domain.name)
             shards = drawn["shard"].unique()
@@ -78,7 +78,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 tokenizer=encoder.path,
                 training=training,
                 seed=recipe.seed,
-                endpoints=(needed,),
+                endpoints=(wanted,),
                 out=folder / "proxy",
                 online=Online(conditional, tau),
             )

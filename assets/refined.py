@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
-    if recipe.scoring.precision == "float32" or not _arms_with_a_cutoff(recipe):
+    if recipe.scoring.precision == "float32" or not arms_with_a_cutoff(recipe):
         return []
     return [_refined_scores(recipe, domain) for domain in recipe.domains]
 
 
-def _arms_with_a_cutoff(recipe: Recipe) -> list[Arm]:
-    return [arm for arm in recipe.arms if arm.method in SCORED]
+def arms_with_a_cutoff(recipe: Recipe) -> list[Arm]:
+    """The arms that select by standing losses, each choice once."""
+    arms = [arm for arm in recipe.arms if arm.method in SCORED]
+    # Arms that differ in what becomes of leaks have the same cutoff.
+    return list({str(arm.choice()): arm for arm in arms}.values())
 
 
 def near(
@@ -49,7 +52,7 @@ def near(
 
 
 def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    arms = _arms_with_a_cutoff(recipe)
+    arms = arms_with_a_cutoff(recipe)
     conditional = [domain.name, "conditional_model"]
 
     @dg.asset(
@@ -118,7 +121,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             Work(
                 f"{domain.name}/refined_scores",
                 inputs=[tables, *models],
-                recipe={"scoring": recipe.scoring.facts(), "arms": [a.name for a in arms]},
+                recipe={"scoring": recipe.scoring.facts(), "arms": [a.choice() for a in arms]},
                 seed=recipe.seed,
                 precision="float32",
             ),

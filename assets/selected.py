@@ -52,7 +52,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
             with score_store.read() as connection:
                 candidates = method.count_candidates(connection)
                 fits = method.n_to_keep(candidates, arm.tau or 1, needed)
-                keep = needed if arm.method == "random" else fits  # of full, all
+                keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
                 scores = connection, arm.method, domain.name
                 if arm.tau and arm.batch:
                     chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
@@ -82,7 +82,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                 f"{name}/selection",
                 inputs=[tables, *refined],
                 recipe={
-                    **arm.model_dump(include={"method", "tau", "batch"}),
+                    **arm.choice(),
                     "needed": needed,
                     "sequence_length": recipe.sequence_length,
                 },
@@ -115,6 +115,25 @@ def publish(
         arm.name,
         models,
         datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def origins(
+    artifacts: ArtifactStore, chosen: Artifact, shards: list[str]
+) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
+    """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
+
+    A selection may bring sequences of its own, which stand beside it.
+    """
+    own = chosen.path / PACKED
+    if own.exists():
+        return dict.fromkeys(shards, own), dict.fromkeys(shards, own / "documents.parquet"), []
+    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
+    raw = {s: artifacts.current("raw_corpus", s) for s in shards}
+    return (
+        {s: a.path for s, a in packed.items()},
+        {s: a.path / "documents.parquet" for s, a in raw.items()},
+        [*packed.values(), *raw.values()],
     )
 
 

@@ -226,7 +226,7 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
         for arm in recipe.arms:
             asset = f"{d.name}/{arm.name}"
             if METHODS[arm.method].proxy and arm.tau:
-                stages.append(_proxy(f"{asset}/selection", _trained(recipe, arm, sizes), arm.tau))
+                stages.append(_proxy(f"{asset}/selection", _chosen(recipe, arm, sizes), arm.tau))
             seeds = len(recipe.seeds(arm))
             tokens = seeds * _trained(recipe, arm, sizes)
             stages.append(Stage(f"{asset}/target_model", "train", tokens, TRAINING * ratio, seeds))
@@ -243,6 +243,12 @@ def _proxy(asset: str, n: int, tau: float) -> Stage:
     """
     seen = tau * n + n
     return Stage(asset, "train", seen, (tau * n + TRAINING * n) / seen)
+
+
+def _chosen(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
+    """Tokens that a proxy chooses: what training needs, and a little more where there is more."""
+    sequences = int(sizes.corpus / recipe.sequence_length / (arm.tau or 1))
+    return recipe.sequence_length * min(sequences, recipe.with_spare(arm))
 
 
 def arm_forwards(recipe: Recipe, sizes: Sizes) -> list[tuple[str, int, float]]:

@@ -224,6 +224,9 @@ class Arm(Section):
     seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="of the target models (default: evaluation.seeds)"
     )
+    leaks: Literal["remove", "keep"] = Field(
+        "remove", description="selected sequences that quote held-out text: not trained on, or are"
+    )
 
     @model_validator(mode="after")
     def tau_where_it_counts(self) -> Self:
@@ -238,10 +241,16 @@ class Arm(Section):
 
     @property
     def name(self) -> str:
-        if self.tau is None:
-            return self.method
-        name = f"{self.method}_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
-        return name if self.batch is None else f"{name}_batch{self.batch}"
+        name: str = self.method
+        if self.tau is not None:
+            name += f"_tau{int(self.tau) if self.tau.is_integer() else self.tau}"
+        if self.batch is not None:
+            name += f"_batch{self.batch}"
+        return name if self.leaks == "remove" else f"{name}_leaks"
+
+    def choice(self) -> dict[str, Any]:
+        """What decides which sequences are selected."""
+        return self.model_dump(include={"method", "tau", "batch"})
 
 
 class Filtered(Section):
@@ -348,6 +357,13 @@ class Recipe(Section):
         if arm.method == "full" and selected > ends[-1]:
             ends.append(selected)
         return tuple(ends)
+
+    def with_spare(self, arm: Arm) -> int:
+        """Sequences that an arm without a cutoff selects: what its training needs, and a
+        twentieth more, in case some of it leaks.
+        """
+        needed = self.endpoints(arm, 0)[-1]
+        return needed + needed // 20
 
 
 def load(path: Path, sources: bool = True) -> Recipe:

@@ -5,7 +5,7 @@ algorithm 1). The order is canonical: score in float64, then shard, then positio
 fall the same way everywhere. Lower is better for every method.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -268,24 +268,29 @@ def write_selected_text(
     documents: Mapping[str, Path],
     whole_documents_from: float | None,
     out: Path,
+    left_out: Collection[str] = (),
 ) -> dict[str, int]:
     """Write the selected spans as text, one Parquet file per shard.
 
     A row is an unbroken run of selected text of one document: its original characters, `color`
     (token-weighted mean of its sequences), and `fraction`, the selected share of the whole
     document's tokens. With `whole_documents_from` a row is a whole document instead, given for
-    those of which at least that fraction was selected. Returns counts.
+    those of which at least that fraction was selected, but not for those whose `doc_id` is in
+    `left_out`. Returns counts.
     """
     out.mkdir(parents=True, exist_ok=True)
     counts = {"texts": 0, "chars": 0}
     for shard in sorted(selection["shard"].unique()):
         spans = pl.read_parquet(tokens[shard] / "spans.parquet")
         chosen = selection.filter(pl.col("shard") == shard)
-        runs = _runs(spans, chosen)
+        runs = unbroken_runs(spans, chosen)
         if whole_documents_from is not None:
-            runs = _whole(runs, spans).filter(pl.col("fraction") >= whole_documents_from)
+            runs = whole_documents(runs, spans).filter(
+                pl.col("fraction") >= whole_documents_from,
+                ~pl.col("doc_id").is_in(list(left_out)),
+            )
         with TableWriter(out / f"{shard}.parquet", FILTERED) as writer:
-            for row in _with_text(runs, documents[shard], shard):
+            for row in with_text(runs, documents[shard], shard):
                 writer.add(row, len(row["text"]))
                 counts["texts"] += 1
                 counts["chars"] += len(row["text"])
@@ -300,7 +305,7 @@ MEAN_COLOR = (
 )
 
 
-def _runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
+def unbroken_runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
     """Unbroken runs of selected spans: doc_id, char_start, char_end, n_tokens, color, fraction."""
     size = spans.group_by("doc_id").agg(document_tokens=pl.col("n_tokens").sum())
     selected = spans.join(chosen.select("position", "color"), on="position").sort(
@@ -324,7 +329,8 @@ def _runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _whole(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
+def whole_documents(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
+    """The documents that have selected runs, each as a run from end to end, in the same columns."""
     whole = spans.group_by("doc_id").agg(
         pl.col("char_end").max(), whole_tokens=pl.col("n_tokens").sum().cast(pl.Int64)
     )
@@ -340,10 +346,11 @@ def _whole(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, Any]]:
+def with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, Any]]:
+    """Runs in the order of the documents, with their text and fields of their documents."""
     by_document = runs.partition_by("doc_id", as_dict=True)
     for batch in pq.ParquetFile(documents).iter_batches(
-        batch_size=256, columns=["doc_id", "source", "extra", "text"]
+        batch_size=256, columns=["doc_id", "source_file", "source", "extra", "text"]
     ):
         for document in batch.to_pylist():
             part = by_document.get((document["doc_id"],))

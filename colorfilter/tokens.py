@@ -131,7 +131,7 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"documents": 0, "left_out": 0, "tokens": 0}
     with _Packer(folder, length, encoder.dtype, encoder.end_of_text) as packer:
-        for batch in _batches(documents):
+        for batch in batches_of_text(documents):
             kept = [d for d in batch if d["sha256"] not in left_out]
             counts["left_out"] += len(batch) - len(kept)
             for document, encoding in zip(
@@ -159,7 +159,7 @@ def pack_examples(
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"documents": 0, "cut": 0, "tokens": 0, "label_bytes": 0}
     with _Packer(folder, length, encoder.dtype, encoder.end_of_text) as packer:
-        for batch in _batches(documents):
+        for batch in batches_of_text(documents):
             for document, encoding in zip(
                 batch, encoder.encode([d["text"] for d in batch]), strict=True
             ):
@@ -174,7 +174,8 @@ def pack_examples(
     return {**counts, "sequences": packer.sequences}
 
 
-def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def batches_of_text(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows (`text`) in lists of some BATCH_CHARS characters."""
     batch: list[dict[str, Any]] = []
     chars = 0
     for document in documents:

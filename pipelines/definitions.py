@@ -7,6 +7,7 @@ from assets.confidence import confidence_assets
 from assets.corpus import corpus_assets, corpus_checks
 from assets.evaluated import evaluated_assets
 from assets.filtered import filtered_assets
+from assets.leakage import leakage_assets, leakage_checks
 from assets.refined import refined_assets
 from assets.scores import score_assets, score_checks
 from colorfilter.recipe import Recipe
@@ -26,12 +27,14 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *refined_assets(recipe),
             *confidence_assets(recipe),
             *filtered_assets(recipe),
+            *leakage_assets(recipe),
             *evaluated_assets(recipe),
         ],
         asset_checks=[
             *corpus_checks(recipe),
             *auxiliary_checks(recipe),
             *score_checks(recipe),
+            *leakage_checks(recipe),
         ],
         resources={
             "artifacts": ArtifactStore(home=home),

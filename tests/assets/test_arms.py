@@ -21,6 +21,7 @@ ARMS = [
     {"method": "full", "seeds": [1]},
 ]
 NEEDED = 8_000 // 32
+SELECTED = NEEDED + NEEDED // 20
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +78,27 @@ def test_what_stood_before_the_arms_came_is_not_computed_again(project: Project)
     assert made["reference/color_tau4/target_model"] == 2
 
 
-def test_full_trains_on_everything_and_random_on_a_part_of_it(artifacts: ArtifactStore) -> None:
+def test_full_trains_on_everything_and_random_on_a_part_of_it(
+    project: Project, artifacts: ArtifactStore
+) -> None:
     full = chosen(artifacts, "full")
     assert len(full) == artifacts.current("reference/full/selection").facts["candidates"]
     assert (
         chosen(artifacts, "random")["score"].to_list()
-        == full["score"][: int(1.5 * NEEDED)].to_list()
+        == full["score"][: project.recipe.with_spare(project.recipe.arm("random"))].to_list()
     )
+    kept = artifacts.current("reference/full/filtered_dataset").facts["sequences"]
+    assert kept <= len(full)
     target = artifacts.current("reference/full/target_model", "seed_1")
-    assert [int(n) for n in target.facts["checkpoints"]] == [NEEDED * 32, len(full) * 32]
+    assert [int(n) for n in target.facts["checkpoints"]] == [NEEDED * 32, kept * 32]
 
 
 def test_the_proxies_choose_by_their_own_conditional(artifacts: ArtifactStore) -> None:
     alone, with_prior = (chosen(artifacts, f"rho_down{p}_tau3") for p in ("", "_prior"))
-    assert len(alone) == len(with_prior) == NEEDED
+    assert len(alone) == len(with_prior) == SELECTED
     assert not alone.equals(with_prior)
     facts = artifacts.current("reference/rho_down_prior_tau3/selection")
-    assert facts.facts["candidates"] == 3 * NEEDED
+    assert facts.facts["candidates"] == 3 * SELECTED
     assert not (facts.path / "pool").exists()
     # The proxy has learnt of the corpus, so what it chooses has lower color than the corpus.
     assert with_prior["color"].mean() < chosen(artifacts, "full")["color"].mean() - 0.01

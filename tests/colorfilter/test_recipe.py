@@ -101,6 +101,7 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
         ("arms.0.seeds", [1, 1], "arms.0: seeds must differ"),
         ("arms.0.seeds", [], "arms.0.seeds: "),
         ("arms.0.method", "colour", "arms.0.method: "),
+        ("arms.1.leaks", "drop", "arms.1.leaks: "),
         ("tokenizer.path", "gpt2", "tokenizer: give either vocab_size"),
         ("tokenizer.vocab_size", MISSING, "tokenizer: give either vocab_size"),
         ("tokenizer.vocab_size", 256, "tokenizer.vocab_size: "),
@@ -316,6 +317,15 @@ def test_facts_are_plain_values_that_load_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tau", [1, 2.5, 16, 1_000_000])
 def test_an_arms_name_can_name_an_asset(tau: float) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_.]+", Arm(method="color", tau=tau).name)
+
+
+def test_an_arm_that_keeps_leaks_is_an_arm_of_its_own_with_the_same_choice() -> None:
+    for arm in (Arm(method="color", tau=8, batch=4), Arm(method="random")):
+        keeps = Arm.model_validate({**arm.facts(), "leaks": "keep"})
+        assert keeps.name == f"{arm.name}_leaks"
+        assert keeps.choice() == arm.choice()
+        assert keeps.facts() != arm.facts()
+    assert Arm(method="color", tau=8).choice() != Arm(method="color", tau=4).choice()
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)

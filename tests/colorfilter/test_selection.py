@@ -485,6 +485,15 @@ def test_whole_documents_are_those_of_which_enough_was_selected(
         assert row["fraction"] == pytest.approx(share[row["doc_id"]])
 
 
+def test_whole_documents_that_are_left_out_are_not_written(corpus: Corpus, tmp_path: Path) -> None:
+    chosen = corpus.selection(corpus.sequences())
+    every = corpus.write_text(chosen, tmp_path / "every", 0.5)
+    gone = every["doc_id"][::2]
+    write_selected_text(chosen, corpus.tokens, corpus.documents, 0.5, tmp_path / "some", gone)
+    some = pl.concat([pl.read_parquet(p) for p in sorted((tmp_path / "some").glob("*.parquet"))])
+    assert some.equals(every.filter(~pl.col("doc_id").is_in(gone.to_list())))
+
+
 @pytest.mark.parametrize("whole_from", [None, 0.1])
 def test_text_that_was_not_scored_has_no_color(
     corpus: Corpus, tmp_path: Path, whole_from: float | None

@@ -1,0 +1,142 @@
+"""Stage 4, between selection and dataset: what was selected that quotes the held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.common import OWNERS, Context, Progress, all_of, code_version, result
+from assets.figures import table
+from assets.selected import GROUP, origins
+from colorfilter import leakage as method
+from colorfilter.documents import read_documents
+from colorfilter.recipe import Arm, Domain, Recipe
+from resources.artifacts import Artifact, ArtifactStore, Work
+
+
+def leakage_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`leakage` for every domain and arm."""
+    return [_leakage(recipe, domain, arm) for domain in recipe.domains for arm in recipe.arms]
+
+
+def leakage_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
+    """What must hold of every filtered dataset before anything is trained on it."""
+    return [_leakage_removed(domain, arm) for domain in recipe.domains for arm in recipe.arms]
+
+
+def held_out(text: Artifact) -> method.Protected:
+    """The held-out documents of a domain, each by its file and line."""
+    path = text.path / "held_out" / "documents.parquet"
+    rows = read_documents(path, ["source_file", "source_line", "text"])
+    return method.Protected((f"{r['source_file']}:{r['source_line']}", r["text"]) for r in rows)
+
+
+def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    prefix = [domain.name, arm.name]
+    name = "/".join(prefix)
+    whole = recipe.filtered.whole_documents_from is not None
+
+    @dg.asset(
+        description=f"{arm.name} for {domain.name}: selected text that has 13 words in a row in "
+        "common with held-out text, the longest match first, and the sequences that carry it. A "
+        "copy of D_down is no leak.",
+        key_prefix=prefix,
+        deps=[
+            dg.AssetKey([*prefix, "selection"]),
+            dg.AssetKey([domain.name, "domain_text"]),
+            all_of("corpus_tokens"),
+            all_of("raw_corpus"),
+        ],
+        group_name=GROUP,
+        kinds={"numpy", arm.name},
+        owners=OWNERS,
+        code_version=code_version(1, int(whole)),
+    )
+    def leakage(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        chosen = artifacts.current(f"{name}/selection")
+        text = artifacts.current(f"{domain.name}/domain_text")
+        rows = pl.read_parquet(chosen.path / "selection.parquet")
+        shards = sorted(rows["shard"].unique())
+        tokens, texts, made_from = origins(artifacts, chosen, shards)
+
+        def build(folder: Path) -> dict[str, Any]:
+            progress = Progress(context, len(rows), "sequences")
+            protected = held_out(text)
+            tables, n_texts = [], 0
+            for shard in shards:
+                mine = rows.filter(pl.col("shard") == shard)
+                found, looked_through = method.find_leaks(
+                    protected, shard, mine, tokens[shard], texts[shard], whole
+                )
+                tables.append(found)
+                n_texts += looked_through
+                progress(len(mine))
+            leaks = pl.concat(tables).sort(
+                "n_words", "shard", "doc_id", "char_start", descending=[True, False, False, False]
+            )
+            leaks.write_parquet(folder / "leakage.parquet", compression="zstd")
+            sequences = len(rows) - len(method.without_leaks(rows, leaks))
+            return {
+                "texts": n_texts,
+                "matches": len(leaks),
+                "sequences": sequences,
+                "share": sequences / len(rows),
+                "protected": len(protected),
+                "too_short_to_protect": protected.too_short,
+            }
+
+        made = artifacts.make(
+            Work(
+                f"{name}/leakage",
+                inputs=[chosen, text, *made_from],
+                recipe={"whole_documents": whole},
+            ),
+            build,
+        )
+        return result([made], {**made.facts, **_longest(made)})
+
+    return leakage
+
+
+def _longest(made: Artifact) -> dict[str, dg.TableMetadataValue]:
+    leaks = pl.read_parquet(made.path / "leakage.parquet").head(10)
+    shown = leaks.select(
+        words="n_words",
+        quote=pl.col("quote").str.slice(0, 200),
+        file=pl.col("source_file").str.split("/").list.last(),
+        held_out=pl.col("protected").str.split("/").list.last(),
+    )
+    return {"longest matches": table(shown.to_dicts())} if len(shown) else {}
+
+
+def _leakage_removed(domain: Domain, arm: Arm) -> dg.AssetChecksDefinition:
+    prefix = [domain.name, arm.name]
+    kept = arm.leaks == "keep"
+
+    @dg.asset_check(
+        asset=dg.AssetKey([*prefix, "filtered_dataset"]), name="leakage_removed", blocking=True
+    )
+    def leakage_removed(artifacts: ArtifactStore) -> dg.AssetCheckResult:
+        """The dataset as written has no 13 words in a row in common with held-out text."""
+        dataset = artifacts.current("/".join([*prefix, "filtered_dataset"]))
+        protected = held_out(artifacts.current(f"{domain.name}/domain_text"))
+        files = sorted((dataset.path / "documents").glob("*.parquet"))
+        rows = (row for file in files for row in read_documents(file, ["doc_id", "text"]))
+        found = sorted(method.search(protected, rows), key=lambda f: -f[1].n_words)
+        description = f"no text of {dataset.facts['texts']:,} quotes held-out text"
+        if found:
+            row, match = found[0]
+            description = (
+                f"{len(found):,} quotes of held-out text, the longest in document "
+                f"{row['doc_id']}, of {match.protected}, {match.n_words} words: "
+                f"{match.quote[:200]}"
+            )
+        return dg.AssetCheckResult(
+            passed=not found,
+            severity=dg.AssetCheckSeverity.WARN if kept else dg.AssetCheckSeverity.ERROR,
+            description=description,
+            metadata={"matches": len(found)},
+        )
+
+    return leakage_removed

@@ -1,0 +1,65 @@
+"""How fast text is looked through for quotes of protected text, and what is found.
+
+    python benchmarks/leakage.py --protected 'books/*.jsonl.gz' --text 'web/*.jsonl.gz'
+
+Globs of what a recipe's sources read. One core; reading the files is not counted.
+"""
+
+import argparse
+import resource
+import time
+
+from colorfilter.documents import Document, read_file
+from colorfilter.leakage import Protected, search
+from colorfilter.recipe import Source
+from colorfilter.shards import list_files
+
+
+def documents(files: str) -> list[dict[str, str]]:
+    """Name and text of all documents that a glob names."""
+    source = Source(name="files", files=files)
+    found = (d for file in list_files([source]) for d in read_file(file, source))
+    return [
+        {"name": f"{d.file}:{d.line}", "text": d.text} for d in found if isinstance(d, Document)
+    ]
+
+
+def megabytes(rows: list[dict[str, str]]) -> float:
+    """The size of texts in UTF-8."""
+    return sum(len(row["text"].encode()) for row in rows) / 1e6
+
+
+def main() -> None:
+    """Make the index, look through the text, print figures and the longest matches."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--protected", required=True)
+    parser.add_argument("--text", required=True)
+    options = parser.parse_args()
+    tests, rows = documents(options.protected), documents(options.text)
+
+    begun = time.process_time()
+    protected = Protected((row["name"], row["text"]) for row in tests)
+    seconds = time.process_time() - begun
+    print(
+        f"protected: {len(protected)} documents, {megabytes(tests):.1f} MB, in {seconds:.2f} s; "
+        f"{protected.too_short} too short"
+    )
+    begun = time.process_time()
+    found = sorted(search(protected, rows), key=lambda pair: -pair[1].n_words)
+    seconds = time.process_time() - begun
+    size = megabytes(rows)
+    print(
+        f"looked through: {len(rows):,} documents, {size:.1f} MB, in {seconds:.2f} s, "
+        f"{10 * seconds / size:.2f} s per 10 MB"
+    )
+    print(
+        f"{len(found)} matches in {len({row['name'] for row, _ in found})} documents, of "
+        f"{len({match.protected for _, match in found})} protected ones"
+    )
+    for row, match in found[:5]:
+        print(f"{match.n_words} words, {row['name']}, {match.protected}: {match.quote[:80]!r}")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
