@@ -2,19 +2,25 @@
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
+from assets.auxiliary import checkpoint
+from assets.common import OWNERS, Context, Progress, all_of, code_version, probe_shard, result
 from assets.figures import curve_metadata, table
+from assets.scores import boundary, refined_of
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
+
+if TYPE_CHECKING:
+    from colorfilter.examples import Example
 
 GROUP = "evaluated"
 
@@ -184,47 +190,80 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
 
 def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    names = [f"{domain.name}/{arm.name}" for arm in recipe.arms]
+    arms = {arm.name: f"{domain.name}/{arm.name}" for arm in recipe.arms}
 
     @dg.asset(
         key_prefix=domain.name,
-        deps=[dg.AssetKey([domain.name, arm.name, "evaluation"]) for arm in recipe.arms],
+        deps=[
+            *(
+                dg.AssetKey([domain.name, arm, stage])
+                for arm in arms
+                for stage in ("evaluation", "selection")
+            ),
+            "score_tables",
+            "tokenizer",
+            "prior_model",
+            dg.AssetKey([domain.name, "conditional_model"]),
+            all_of("corpus_tokens"),
+            all_of("raw_corpus"),
+        ],
         group_name=GROUP,
-        kinds={"markdown", "duckdb"},
+        kinds={"html", "duckdb"},
         owners=OWNERS,
-        pool="results",
-        code_version=code_version(1),
+        pool="gpu",
+        code_version=code_version(2),
     )
-    def report(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        """All arms compared, for people (`report.md`) and as tables (`results.duckdb`).
+    def report(artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore) -> dg.MaterializeResult:
+        """All arms compared, for people (`report.html`) and as tables (`results.duckdb`).
 
         tokens-to-match above 1: random needs that many times the tokens for the same loss.
         """
         from colorfilter import report as method
 
-        evaluated = [artifacts.current(f"{name}/evaluation") for name in names]
+        evaluated = [artifacts.current(f"{name}/evaluation") for name in arms.values()]
+        selected = {arm: artifacts.current(f"{name}/selection") for arm, name in arms.items()}
+        models = [
+            artifacts.current("prior_model"),
+            artifacts.current(f"{domain.name}/conditional_model"),
+        ]
+        tables = artifacts.current_from("score_tables", None, models)
+        scored = [tables, *refined_of(artifacts, domain.name, tables.fingerprint)]
         frames = [pl.read_parquet(a.path / "evaluations.parquet") for a in evaluated]
         rows = pl.concat(frames)
         matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
 
         def build(folder: Path) -> dict[str, Any]:
-            method.write_report(
-                folder,
-                f"{recipe.name}: {domain.name}",
+            cutoffs = {
+                arm.name: float(selected[arm.name].facts["cutoff"])
+                for arm in recipe.arms
+                if arm.method == "color"
+            }
+            sections = method.sections(
                 rows,
-                _samples(artifacts, recipe, domain),
+                recipe.arms,
                 {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
                 _colors(score_store, domain),
+                cutoffs,
+                _examples(artifacts, gpu, score_store, recipe, domain, models, cutoffs),
             )
+            method.write_report(folder, f"{recipe.name}: {domain.name}", sections)
             pl.concat([rows, matched]).write_parquet(folder / "evaluations.parquet")
             return {"rows": len(rows) + len(matched)}
 
-        made = artifacts.make(Work(f"{domain.name}/report", inputs=evaluated), build)
+        made = artifacts.make(
+            Work(
+                f"{domain.name}/report",
+                inputs=[*evaluated, *selected.values(), *models, *scored],
+                code=2,
+            ),
+            build,
+        )
         _publish_results(artifacts, score_store, recipe)
         lines = method.comparison_rows(method.arm_lines(rows))
         return result(
             [made],
             {
+                "page": dg.MetadataValue.path(str(made.path / "report.html")),
                 "comparison": table(
                     [dict(zip(method.COMPARISON_HEADER, line, strict=True)) for line in lines]
                 ),
@@ -238,9 +277,9 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 def _with_pictures(folder: Path) -> str:
     """The report's Markdown with its pictures within it, for the web UI."""
     text = (folder / "report.md").read_text(encoding="utf-8")
-    for picture in folder.glob("*.png"):
+    for picture in folder.glob("*.svg"):
         encoded = base64.b64encode(picture.read_bytes()).decode()
-        text = text.replace(f"({picture.name})", f"(data:image/png;base64,{encoded})")
+        text = text.replace(f"({picture.name})", f"(data:image/svg+xml;base64,{encoded})")
     return text
 
 
@@ -252,13 +291,37 @@ def _curves(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) 
     return [pl.read_parquet(t.path / "curve.parquet") for t in targets]
 
 
-def _samples(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> pl.DataFrame:
-    """Sample documents of the first arm that has them."""
-    for arm in recipe.arms:
-        path = artifacts.current(f"{domain.name}/{arm.name}/selection").path / "samples.parquet"
-        if path.exists():
-            return pl.read_parquet(path)
-    return pl.DataFrame(schema=["place", "color", "source_file", "excerpt"])
+def _examples(
+    artifacts: ArtifactStore,
+    gpu: Gpu,
+    score_store: ScoreStore,
+    recipe: Recipe,
+    domain: Domain,
+    models: Sequence[Artifact],
+    cutoffs: Mapping[str, float],
+) -> list["Example"]:
+    """Sequences from the best to the worst with the losses of their tokens, prior's first."""
+    from colorfilter import examples as method
+    from colorfilter.tokens import Encoder
+
+    cut_at = {1 / arm.tau for arm in recipe.arms if arm.name in cutoffs and arm.tau}
+    shares = [share for share in method.SHARES if share not in cut_at]
+    with score_store.read() as connection:
+        chosen = method.sequences(connection, domain.name, cutoffs, shares)
+    encoder = artifacts.current("tokenizer")
+    raw = {shard: artifacts.current("raw_corpus", shard) for shard in chosen["shard"].unique()}
+    packed = {
+        shard: artifacts.current_from("corpus_tokens", shard, [source, encoder]).path
+        for shard, source in raw.items()
+    }
+    documents = {shard: source.path / "documents.parquet" for shard, source in raw.items()}
+    prior, conditional = gpu.token_losses(
+        [checkpoint(model) for model in models],
+        method.sequence_tokens(chosen, packed),
+        boundary(artifacts, recipe.scoring),
+    )
+    texts = method.token_texts(chosen, documents, Encoder(encoder.path))
+    return method.examples(chosen, texts, prior, conditional)
 
 
 def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:

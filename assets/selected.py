@@ -14,8 +14,8 @@ from assets.figures import table
 from assets.refined import near
 from assets.scores import refined_of
 from colorfilter import selection as method
+from colorfilter.examples import excerpts, extremes
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
-from colorfilter.report import excerpts, extremes
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.score_store import ScoreStore
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import body, models, scoring, training, workers
+from colorfilter import body, models, scoring, token_losses, training, workers
 from colorfilter.scoring import Losses, Receipt, Scorer
 from colorfilter.tokens import Encoder, open_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
@@ -112,6 +112,13 @@ def evaluate_tasks(checkpoint: Path, items: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     model = _load(checkpoint, "float32")
     return harness.evaluate(harness.ScoredModel(model, Encoder(checkpoint), workers.report), items)
+
+
+def losses_by_token(checkpoint: Path, tokens: np.ndarray, boundary: int | None) -> np.ndarray:
+    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses."""
+    torch.set_num_threads(1)
+    model = models.to_device(models.load(checkpoint), own_device())
+    return token_losses.token_losses(model, tokens, boundary)
 
 
 def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:

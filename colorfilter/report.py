@@ -1,4 +1,4 @@
-"""Evaluations to a report that people read: tables in Markdown, curves and histogram as PNG."""
+"""Evaluations to a report that people read: its tables, and which sections there are."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import polars as pl
 
+from colorfilter import figures, page
 from colorfilter.evaluation import (
     Summary,
     TokensToMatch,
@@ -17,7 +17,9 @@ from colorfilter.evaluation import (
     tokens_to_match,
     verdict,
 )
-from colorfilter.tables import fetch_frame
+from colorfilter.examples import Example
+from colorfilter.page import Section, Table
+from colorfilter.recipe import Arm
 
 EVALUATIONS = {
     "domain": pl.String,
@@ -105,69 +107,6 @@ def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-EXTREMES = """
-    WITH per_document AS (
-        SELECT
-            d.shard, d.doc_id, d.source_file, d.source_line, d.n_tokens,
-            sum(c.color * s.n_tokens) / sum(s.n_tokens) AS color
-        FROM documents AS d
-        JOIN spans AS s USING (shard, doc_id)
-        JOIN color AS c ON c.shard = s.shard AND c.position = s.position AND c.domain = $domain
-        WHERE NOT starts_with(d.shard, '_') AND d.n_tokens >= $length
-        GROUP BY ALL
-    )
-    (SELECT 'best' AS place, * FROM per_document ORDER BY color, doc_id LIMIT $n)
-    UNION ALL
-    (
-        SELECT 'cutoff', * FROM per_document
-        ORDER BY abs(color - (SELECT quantile_disc(color, $share) FROM per_document)), doc_id
-        LIMIT $n
-    )
-    UNION ALL
-    (
-        SELECT 'median', * FROM per_document
-        ORDER BY abs(color - (SELECT median(color) FROM per_document)), doc_id
-        LIMIT $n
-    )
-    UNION ALL
-    (SELECT 'worst', * FROM per_document ORDER BY color DESC, doc_id LIMIT $n)
-"""
-
-
-def extremes(
-    connection: duckdb.DuckDBPyConnection, domain: str, length: int, share: float, n: int = 5
-) -> pl.DataFrame:
-    """The documents of lowest color, around the best `share`'s edge, median, and highest.
-
-    Documents of at least one sequence's length; their color is the token-weighted mean of the
-    sequences they stand in.
-    """
-    parameters = {"domain": domain, "length": length, "share": share, "n": n}
-    table = fetch_frame(connection, EXTREMES, parameters)
-    order = {"best": 0, "cutoff": 1, "median": 2, "worst": 3}
-    return table.sort(pl.col("place").replace_strict(order), "color", "doc_id")
-
-
-def excerpts(table: pl.DataFrame, documents: Mapping[str, Path], chars: int = 160) -> pl.DataFrame:
-    """Add `excerpt`, the beginning of each document's text, on one line."""
-    if table.is_empty():
-        return table.with_columns(excerpt=pl.lit("", dtype=pl.String))
-    parts = []
-    for (shard,), part in table.group_by(["shard"], maintain_order=True):
-        texts = (
-            pl.scan_parquet(documents[str(shard)])
-            .filter(pl.col("doc_id").is_in(list(part["doc_id"])))
-            .select("doc_id", excerpt=pl.col("text").str.slice(0, 4 * chars))
-            .collect()
-        )
-        parts.append(part.join(texts, on="doc_id", maintain_order="left"))
-    one_line = pl.col("excerpt").str.replace_all(r"\s+", " ").str.strip_chars().str.slice(0, chars)
-    joined = pl.concat(parts).with_columns(one_line)
-    return table.join(
-        joined.select("doc_id", "excerpt").unique(), on="doc_id", maintain_order="left"
-    )
-
-
 def interval(summary: Summary, places: int = 3) -> str:
     """'mean ± half-width', or the mean alone for one seed."""
     if math.isnan(summary.half_width):
@@ -209,94 +148,106 @@ COMPARISON_HEADER = [
 ]
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; bars within cells are escaped."""
+Rows = Sequence[Mapping[str, object]]
 
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+COMPARISON = (
+    "Held-out loss in nats per token, lower is better, of target models trained on what each arm "
+    "selected. Against random: the difference at as many tokens, paired by seed, with its 95 % "
+    "interval. tokens-to-match: how many times the tokens random needs for the same loss, seed by "
+    "seed, from its annealed end points."
+)
+MATCHES = (
+    "A dot is a seed, a triangle a bound: random's end points reach no farther. Where no seed is a "
+    "bound, the diamond is the mean and the bar its 95 % interval, cut where it leaves the picture."
+)
+SWEEP = "The bars, and the band of random at the same number of tokens, are 95 % intervals."
+CURVES = (
+    "Lines are the trunks, at a constant learning rate; dots are end points, annealed by a decay."
+)
+SCORES = (
+    "The probe is text of the domain that was scored like corpus and is never selected. probe_auc: "
+    "the chance that a sequence of it ranks before one of the corpus; probe_recall: the share of "
+    "it that lies before the cutoff."
+)
+LEAKAGE = "Overlap of what each arm selected with held-out text and task items."
+COST = "Model forwards, predicted and measured."
+SELECTED = (
+    "Sequences from the best end of the corpus to the worst. Every token is coloured by what the "
+    "conditional loses on it minus what the prior loses: blue tokens make the color lower, which "
+    "is better, orange ones higher. The number shows when the pointer rests on a token."
+)
 
-    return "\n".join([line(header), line(["---"] * len(header)), *(line(r) for r in rows)])
 
-
-def write_report(
-    folder: Path,
-    title: str,
+def sections(
     evaluations: pl.DataFrame,
-    documents: pl.DataFrame,
+    arms: Sequence[Arm],
     curves: Mapping[str, Sequence[pl.DataFrame]],
     colors: Mapping[str, Sequence[float]],
-) -> None:
-    """Write `report.md`, `curves.png` and `color.png`.
+    cutoffs: Mapping[str, float],
+    examples: Sequence[Example],
+    cost: Rows | None = None,
+    leakage: Rows | None = None,
+) -> list[Section]:
+    """What the report says, in the order of reading; a section without content is left out.
 
-    `documents` comes from `excerpts`, `curves` are learning curves per arm (one per seed),
-    `colors` values of color to draw as histograms by name.
+    `evaluations` has the columns EVALUATIONS; `curves` are learning curves per arm, one per seed;
+    `colors` are values of color to draw as histograms by name, `cutoffs` those that arms cut at;
+    `cost` and `leakage` are rows of tables, all with the keys of the first.
     """
-    draw_curves(curves, folder / "curves.png")
-    draw_colors(colors, folder / "color.png")
-    others = evaluations.filter(pl.col("metric").str.starts_with("probe"))
-    facts = [[r["arm"], r["metric"], f"{r['value']:.4f}"] for r in others.to_dicts()]
-    samples = [
-        [r["place"], f"{r['color']:.3f}", Path(r["source_file"]).name, f"`{_code(r['excerpt'])}`"]
-        for r in documents.to_dicts()
-    ]
-    text = f"""# {title}
-
-Held-out loss in nats per token, lower is better. Against random: the difference to the random arm
-at as many tokens, paired by seed, with its 95 % interval. tokens-to-match: how many times the
-tokens the random arm needs for the same loss, seed by seed, from its annealed end points.
-
-{markdown_table(COMPARISON_HEADER, comparison_rows(arm_lines(evaluations)))}
-
-![learning curves](curves.png)
-
-## The probe
-
-Text of the domain, scored like corpus and never selected: the chance that it ranks before a
-sequence of the corpus, and the share of it that lies before the cutoff.
-
-{markdown_table(["arm", "metric", "value"], facts)}
-
-![color](color.png)
-
-## Documents
-
-The corpus's documents with the lowest color, at the cutoff, in the middle, and with the highest.
-
-{markdown_table(["place", "color", "file", "begins"], samples)}
-"""
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    lines = arm_lines(evaluations)
+    found = [Section("Comparison", COMPARISON, Table(COMPARISON_HEADER, comparison_rows(lines)))]
+    matches = {line.arm: line.matches for line in lines if line.matches}
+    if matches:
+        found.append(Section("tokens-to-match", MATCHES, picture=figures.match_plot(matches)))
+    by_tau = _losses_by_tau(lines, arms)
+    if by_tau:
+        random = next((line.held_out_loss for line in lines if line.arm == "random"), None)
+        found.append(Section("Loss by tau", SWEEP, picture=figures.tau_sweep(by_tau, random)))
+    found.append(Section("Learning curves", CURVES, picture=figures.learning_curves(curves)))
+    probe = evaluations.filter(pl.col("metric").str.starts_with("probe"))
+    found.append(
+        Section(
+            "Scores",
+            SCORES,
+            _table(probe.select("arm", "metric", "value").to_dicts()),
+            figures.score_histogram(colors, cutoffs),
+        )
+    )
+    if leakage:
+        found.append(Section("Leakage", LEAKAGE, _table(leakage)))
+    if cost:
+        found.append(Section("Cost", COST, _table(cost)))
+    return [*found, Section("What was selected", SELECTED, examples=examples)]
 
 
-def _code(text: str) -> str:
-    return (text or "").replace("`", "'")
+def _losses_by_tau(
+    lines: Sequence[ArmLine], arms: Sequence[Arm]
+) -> dict[str, dict[float, Summary]]:
+    """Held-out loss of the arms of method color by tau, global and by size of batch."""
+    losses = {line.arm: line.held_out_loss for line in lines}
+    found: dict[str, dict[float, Summary]] = {}
+    for arm in arms:
+        if arm.method == "color" and arm.tau and arm.name in losses:
+            name = "color" if arm.batch is None else f"color, batch {arm.batch}"
+            found.setdefault(name, {})[arm.tau] = losses[arm.name]
+    return found
 
 
-def draw_curves(curves: Mapping[str, Sequence[pl.DataFrame]], path: Path) -> None:
-    """Held-out loss over training tokens: the trunk as a line, annealed end points as dots."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="training tokens", ylabel="held-out loss, nats per token")
-    for i, (arm, seeds) in enumerate(curves.items()):
-        for j, curve in enumerate(seeds):
-            points = curve.drop_nulls("held_out_loss")
-            trunk = points.filter(pl.col("endpoint").is_null())
-            ends = points.filter(pl.col("tokens") == pl.col("endpoint"))
-            label = arm if j == 0 else None
-            axes.plot(trunk["tokens"], trunk["held_out_loss"], color=f"C{i}", alpha=0.5)
-            axes.plot(ends["tokens"], ends["held_out_loss"], "o", color=f"C{i}", label=label)
-    axes.set_xscale("log")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def _table(rows: Rows) -> Table | None:
+    if not rows:
+        return None
+    return Table(list(rows[0]), [[_words(value) for value in row.values()] for row in rows])
 
 
-def draw_colors(colors: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Histograms of color, each scaled to its own number of sequences."""
-    from matplotlib.figure import Figure
+def _words(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.add_subplot(xlabel="color, nats per token (lower is better)", ylabel="density")
-    for name, values in colors.items():
-        axes.hist(values, bins=80, density=True, alpha=0.6, label=name)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+
+def write_report(folder: Path, title: str, found: Sequence[Section]) -> None:
+    """Write `report.html`, which needs no other file, and `report.md` with its pictures."""
+    (folder / "report.html").write_text(page.html(title, found), encoding="utf-8")
+    (folder / "report.md").write_text(page.markdown(title, found), encoding="utf-8")
+    for picture in (section.picture for section in found if section.picture):
+        (folder / f"{picture.name}.svg").write_bytes(picture.light)

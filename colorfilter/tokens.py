@@ -174,6 +174,15 @@ def pack_examples(
     return {**counts, "sequences": packer.sequences}
 
 
+def token_ends(encoding: tokenizers.Encoding, n_chars: int) -> list[int]:
+    """Where each token's text ends in a document of so many characters, the end-of-text token last.
+
+    It, and whatever a tokenizer strips behind the last word, end the text.
+    """
+    # Asking for the end of one token at a time takes time in the document's length.
+    return [end for _, end in encoding.offsets[:-1]] + [n_chars, n_chars]
+
+
 def batches_of_text(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Rows (`text`) in lists of some BATCH_CHARS characters."""
     batch: list[dict[str, Any]] = []
@@ -218,9 +227,7 @@ class _Packer:
     def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding, start: int = 0) -> None:
         """Append a document, from its token `start` on."""
         ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
-        # Asking for the end of one token at a time takes time in the document's length. The
-        # end-of-text token, and whatever a tokenizer strips behind the last word, end the text.
-        ends = [end for _, end in encoding.offsets[:-1]] + [n_chars, n_chars]
+        ends = token_ends(encoding, n_chars)
         char_start = ends[start - 1] if start else 0
         while start < len(ids):
             take = min(len(self._row) - self._used, len(ids) - start)

@@ -248,7 +248,7 @@ def _print_report(plan: "Recipe", place: "Home") -> None:
         console.print(table)
         for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
             console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")
-        console.print(f"report    {report.path / 'report.md'}", soft_wrap=True)
+        console.print(f"report    {report.path / 'report.html'}", soft_wrap=True)
         for arm in plan.arms:
             made = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
             console.print(f"dataset   {made.path}", soft_wrap=True)

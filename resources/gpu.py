@@ -1,9 +1,9 @@
-"""The one way from an asset to torch: three verbs on whatever devices there are.
+"""The one way from an asset to torch: four verbs on whatever devices there are.
 
-`score`, `train` and `evaluate` hold alike locally and on a cluster. Locally the work is done in
-worker processes, one per CUDA device, or one per CPU core: a core each does more than all cores at
-one small matrix, and does not stand still when another program takes one of them. Every kernel
-run leaves lines in `kernel_runs.jsonl` of the home.
+`score`, `train`, `evaluate` and `token_losses` hold alike locally and on a cluster. Locally the
+work is done in worker processes, one per CUDA device, or one per CPU core: a core each does more
+than all cores at one small matrix, and does not stand still when another program takes one of
+them. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
 """
 
 import uuid
@@ -24,6 +24,8 @@ from resources.artifacts import append_line
 from resources.home import Home
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from colorfilter.scoring import Losses, Receipt
     from colorfilter.training import Checkpoint, TrainSpec
 
@@ -133,6 +135,19 @@ class Gpu(dg.ConfigurableResource):
 
         calls = [(checkpoint, items) for checkpoint in checkpoints]
         done = dict(_workers().run(device.evaluate_tasks, calls, progress))
+        return [done[i] for i in range(len(checkpoints))]
+
+    def token_losses(
+        self, checkpoints: Sequence[Path], tokens: "np.ndarray", boundary: int | None = None
+    ) -> list["np.ndarray"]:
+        """Losses of every token of a few sequences [N, T] by each checkpoint.
+
+        Each is float32 [N, T], as of colorfilter.token_losses; computed in float32.
+        """
+        from colorfilter import device
+
+        calls = [(checkpoint, tokens, boundary) for checkpoint in checkpoints]
+        done = dict(_workers().run(device.losses_by_token, calls))
         return [done[i] for i in range(len(checkpoints))]
 
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
