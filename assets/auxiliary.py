@@ -116,7 +116,7 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         def build(folder: Path) -> dict[str, Any]:
             from colorfilter.evaluation import mean_loss
 
-            spec = conditional_spec(domain, prior, encoder, packed, recipe.seed, folder)
+            spec = finetuning(domain, checkpoint(prior), encoder, packed, recipe.seed, folder)
             facts = _train(context, gpu, spec)
             held_out = packed.path / "held_out"
             own = folder / facts["checkpoint"]
@@ -143,14 +143,14 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     return conditional_model
 
 
-def conditional_spec(
-    domain: Domain, prior: Artifact, encoder: Artifact, packed: Artifact, seed: int, out: Path
+def finetuning(
+    domain: Domain, start: Path, encoder: Artifact, packed: Artifact, seed: int, out: Path
 ) -> "TrainSpec":
-    """One epoch over D_down from the prior, in the order of a seed."""
+    """One epoch over D_down from a checkpoint, in the order of a seed."""
     from colorfilter.training import TrainSpec
 
     return TrainSpec(
-        start=str(checkpoint(prior)),
+        start=str(start),
         tokens=packed.path / "down",
         tokenizer=encoder.path,
         training=domain.training,

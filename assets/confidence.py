@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.auxiliary import conditional_spec
+from assets.auxiliary import checkpoint, finetuning
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.figures import table
 from assets.refined import arms_with_a_cutoff, gathered
@@ -22,8 +22,13 @@ FLIPS_FILE = "flips.parquet"
 
 def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
-    arms = [arm for arm in arms_with_a_cutoff(recipe) if not arm.batch]
+    arms = arms_with_confidence(recipe)
     return [_cutoff_confidence(recipe, domain, arms) for domain in recipe.domains if arms]
+
+
+def arms_with_confidence(recipe: Recipe) -> list[Arm]:
+    """Those with one cutoff over the whole corpus."""
+    return [arm for arm in arms_with_a_cutoff(recipe) if not arm.batch]
 
 
 def _cutoff_confidence(recipe: Recipe, domain: Domain, arms: list[Arm]) -> dg.AssetsDefinition:
@@ -59,7 +64,7 @@ def _cutoff_confidence(recipe: Recipe, domain: Domain, arms: list[Arm]) -> dg.As
             from colorfilter.training import planned_tokens
 
             second = folder / "conditional"
-            spec = conditional_spec(domain, prior, encoder, packed, seed, second)
+            spec = finetuning(domain, checkpoint(prior), encoder, packed, seed, second)
             sizes = {s: int(a.facts["sequences"]) for s, a in corpus.items()}
             sample = refinement.draw_sample(sizes, seed)
             tokens = len(sample) * recipe.sequence_length

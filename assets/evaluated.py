@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
-from assets.auxiliary import checkpoint
+from assets.auxiliary import checkpoint, finetuning
 from assets.common import OWNERS, Context, Progress, all_of, code_version, probe_shard, result
+from assets.confidence import FLIPS_FILE, arms_with_confidence
 from assets.figures import curve_metadata, table
+from assets.measured import cost_rows
 from assets.scores import boundary, refined_of
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch
@@ -26,7 +28,7 @@ GROUP = "evaluated"
 
 
 def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`target_model` and `evaluation` for every domain and arm, and `report` for every domain."""
+    """`target_model` and `evaluation` of every domain and arm, and `report` of every domain."""
     arms = [
         asset
         for domain in recipe.domains
@@ -122,7 +124,12 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         "accuracies and losses on the domain's tasks; where text of the domain ranks against the "
         "corpus (the probe).",
         key_prefix=prefix,
-        deps=[target_model, dg.AssetKey([domain.name, "domain_tokens"]), "score_tables"],
+        deps=[
+            target_model,
+            *([dg.AssetKey([*prefix, "finetuned_model"])] if recipe.evaluation.finetune else []),
+            dg.AssetKey([domain.name, "domain_tokens"]),
+            "score_tables",
+        ],
         group_name=GROUP,
         kinds={"pytorch", arm.name},
         owners=OWNERS,
@@ -135,38 +142,26 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
         from colorfilter import evaluation as method
         from colorfilter.report import EVALUATIONS
 
-        held_out = artifacts.current(f"{domain.name}/domain_tokens")
+        packed = artifacts.current(f"{domain.name}/domain_tokens")
         text = artifacts.current(f"{domain.name}/domain_text")
         chosen = artifacts.current(f"{name}/selection")
         targets = [artifacts.current(f"{name}/target_model", f"seed_{s}") for s in seeds]
+        tuned = []
+        if recipe.evaluation.finetune:
+            tuned = [artifacts.current(f"{name}/finetuned_model", f"seed_{s}") for s in seeds]
 
         def build(folder: Path) -> dict[str, Any]:
-            split = held_out.path / "held_out"
-            rows: list[tuple[str, str, int | None, int | None, str, float]] = []
-            if domain.tasks:
-                n_bytes = held_out.facts["held_out_label_bytes"]
-            else:
-                path = text.path / "held_out" / "documents.parquet"
-                texts = pl.read_parquet(path, columns=["text"])["text"]
-                n_bytes = int(texts.str.len_bytes().sum())
             ends = [
-                (target, int(tokens), place)
-                for target in targets
+                (target, int(tokens), target.path / place)
+                for target in (*targets, *tuned)
                 for tokens, place in target.facts["checkpoints"].items()
             ]
-            checkpoints = [t.path / place for t, _, place in ends]
-            losses = gpu.evaluate(checkpoints, split)
-            on_tasks: list[dict[str, float]] = [{} for _ in ends]
-            if domain.tasks:
-                choices = len(ends) * text.facts["test_choices"]
-                progress = Progress(context, choices, "choices")
-                on_tasks = gpu.evaluate_tasks(checkpoints, text.path / "tasks", progress)
-            for (target, tokens, _), (nll, n), metrics in zip(ends, losses, on_tasks, strict=True):
-                loss = method.mean_loss(nll, n)
-                bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
+            found = _metrics(context, gpu, domain, packed, text, [place for *_, place in ends])
+            rows: list[tuple[str, str, int | None, int | None, str, float]] = []
+            for (target, tokens, _), metrics in zip(ends, found, strict=True):
                 where = (domain.name, arm.name, target.facts["seed"], tokens)
-                rows += [(*where, "held_out_loss", loss), (*where, "bits_per_byte", bits)]
-                rows += [(*where, metric, value) for metric, value in metrics.items()]
+                suffix = method.FINETUNED if target in tuned else ""
+                rows += [(*where, f"{m}{suffix}", value) for m, value in metrics.items()]
             if arm.method in SCORED:
                 cutoff = chosen.facts["cutoff"]
                 with score_store.read() as connection:
@@ -181,16 +176,123 @@ def _arm_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefin
 
         scores = [artifacts.current("score_tables"), chosen]
         made = artifacts.make(
-            Work(f"{name}/evaluation", inputs=[*targets, held_out, text, *scores]), build
+            Work(f"{name}/evaluation", inputs=[*targets, *tuned, packed, text, *scores]), build
         )
         rows = pl.read_parquet(made.path / "evaluations.parquet").drop("domain", "arm")
         return result([made], {"evaluations": table(rows.to_dicts())})
 
-    return [target_model, evaluation]
+    finetuned = [_finetuned_model(recipe, domain, arm)] if recipe.evaluation.finetune else []
+    return [target_model, *finetuned, evaluation]
+
+
+def _finetuned_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    name = f"{domain.name}/{arm.name}"
+
+    @dg.asset(
+        description=f"{arm.name} for {domain.name}: every target model after one epoch over "
+        "D_down, as the conditional is trained. The gain of choosing shrinks there (the paper, "
+        "section 5).",
+        key_prefix=[domain.name, arm.name],
+        deps=[
+            dg.AssetKey([domain.name, arm.name, "target_model"]),
+            dg.AssetKey([domain.name, "domain_tokens"]),
+            "tokenizer",
+        ],
+        group_name=GROUP,
+        kinds={"pytorch", arm.name},
+        owners=OWNERS,
+        pool="gpu",
+        code_version=code_version(1, domain.training),
+    )
+    def finetuned_model(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu
+    ) -> dg.MaterializeResult:
+        from colorfilter.training import planned_tokens
+
+        encoder = artifacts.current("tokenizer")
+        packed = artifacts.current(f"{domain.name}/domain_tokens")
+        seeds = recipe.seeds(arm)
+        targets = [artifacts.current(f"{name}/target_model", f"seed_{s}") for s in seeds]
+        works = [
+            Work(
+                f"{name}/finetuned_model",
+                target.partition,
+                inputs=[target, packed, encoder],
+                recipe=domain.training.facts(),
+                seed=target.facts["seed"],
+            )
+            for target in targets
+        ]
+        with artifacts.attempts(works) as attempts:
+            missing = [
+                (target, attempt)
+                for target, attempt in zip(targets, attempts, strict=True)
+                if not attempt.standing
+            ]
+            specs = [
+                finetuning(
+                    domain,
+                    _at_equal_tokens(target)[1],
+                    encoder,
+                    packed,
+                    target.facts["seed"],
+                    attempt.folder,
+                )
+                for target, attempt in missing
+            ]
+            progress = Progress(context, sum(planned_tokens(s) for s in specs), "tokens")
+            for i, (*_, done) in gpu.train(specs, share=len(works), progress=progress):
+                target, attempt = missing[i]
+                tokens = _at_equal_tokens(target)[0]
+                attempt.commit(
+                    {"seed": target.facts["seed"], "checkpoints": {tokens: done.path.name}}
+                )
+            made = [a.artifact for a in attempts]
+        return result(made, {"seeds": len(made), **curve_metadata(made[0].path)})
+
+    return finetuned_model
+
+
+def _at_equal_tokens(target: Artifact) -> tuple[str, Path]:
+    """The end point that all arms have, in tokens, and its checkpoint."""
+    tokens = min(target.facts["checkpoints"], key=int)
+    return tokens, target.path / target.facts["checkpoints"][tokens]
+
+
+def _metrics(
+    context: Context,
+    gpu: Gpu,
+    domain: Domain,
+    packed: Artifact,
+    text: Artifact,
+    checkpoints: Sequence[Path],
+) -> list[dict[str, float]]:
+    """What is measured of checkpoints on the domain's held-out text and tasks."""
+    from colorfilter import evaluation as method
+
+    if domain.tasks:
+        n_bytes = packed.facts["held_out_label_bytes"]
+    else:
+        path = text.path / "held_out" / "documents.parquet"
+        texts = pl.read_parquet(path, columns=["text"])["text"]
+        n_bytes = int(texts.str.len_bytes().sum())
+    found = []
+    for nll, n in gpu.evaluate(checkpoints, packed.path / "held_out"):
+        loss = method.mean_loss(nll, n)
+        bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
+        found.append({"held_out_loss": loss, "bits_per_byte": bits})
+    if domain.tasks:
+        choices = len(checkpoints) * text.facts["test_choices"]
+        progress = Progress(context, choices, "choices")
+        on_tasks = gpu.evaluate_tasks(checkpoints, text.path / "tasks", progress)
+        for metrics, of_tasks in zip(found, on_tasks, strict=True):
+            metrics.update(of_tasks, tasks_loss=method.mean_over_tasks(of_tasks))
+    return found
 
 
 def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     arms = {arm.name: f"{domain.name}/{arm.name}" for arm in recipe.arms}
+    sure = [[domain.name, "cutoff_confidence"]] if arms_with_confidence(recipe) else []
 
     @dg.asset(
         key_prefix=domain.name,
@@ -198,8 +300,9 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             *(
                 dg.AssetKey([domain.name, arm, stage])
                 for arm in arms
-                for stage in ("evaluation", "selection")
+                for stage in ("evaluation", "selection", "leakage")
             ),
+            *(dg.AssetKey(key) for key in sure),
             "score_tables",
             "tokenizer",
             "prior_model",
@@ -228,6 +331,8 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         ]
         tables = artifacts.current_from("score_tables", None, models)
         scored = [tables, *refined_of(artifacts, domain.name, tables.fingerprint)]
+        leaking = {arm: artifacts.current(f"{name}/leakage") for arm, name in arms.items()}
+        flips = [artifacts.current("/".join(key)) for key in sure]
         frames = [pl.read_parquet(a.path / "evaluations.parquet") for a in evaluated]
         rows = pl.concat(frames)
         matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
@@ -245,6 +350,9 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 _colors(score_store, domain),
                 cutoffs,
                 _examples(artifacts, gpu, score_store, recipe, domain, models, cutoffs),
+                confidence=_flips(flips),
+                leakage=[{"arm": arm, **_leaks(made)} for arm, made in leaking.items()],
+                cost=cost_rows(artifacts, recipe, domain),
             )
             method.write_report(folder, f"{recipe.name}: {domain.name}", sections)
             pl.concat([rows, matched]).write_parquet(folder / "evaluations.parquet")
@@ -253,7 +361,14 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         made = artifacts.make(
             Work(
                 f"{domain.name}/report",
-                inputs=[*evaluated, *selected.values(), *models, *scored],
+                inputs=[
+                    *evaluated,
+                    *selected.values(),
+                    *leaking.values(),
+                    *flips,
+                    *models,
+                    *scored,
+                ],
                 code=2,
             ),
             build,
@@ -272,6 +387,15 @@ def _report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         )
 
     return report
+
+
+def _flips(made: Sequence[Artifact]) -> list[dict[str, Any]]:
+    return [row for a in made for row in pl.read_parquet(a.path / FLIPS_FILE).to_dicts()]
+
+
+def _leaks(made: Artifact) -> dict[str, Any]:
+    facts = ("texts", "matches", "sequences", "share")
+    return {fact: made.facts[fact] for fact in facts}
 
 
 def _with_pictures(folder: Path) -> str:

@@ -22,6 +22,18 @@ def bits_per_byte(loss: float, n_labels: int, n_bytes: int) -> float:
     return loss * n_labels / (math.log(2) * n_bytes)
 
 
+FINETUNED = "_finetuned"  # of a metric: after an epoch over D_down
+
+
+def mean_over_tasks(metrics: Mapping[str, float]) -> float:
+    """Mean of the tasks' losses of the correct answer (harness.evaluate), each task alike.
+
+    Small models sit at chance on accuracy; this is what tells arms apart.
+    """
+    losses = [value for name, value in metrics.items() if name.endswith("_loss")]
+    return sum(losses) / len(losses)
+
+
 @dataclass(frozen=True)
 class TokensToMatch:
     """How many times the tokens another arm needs for the same loss.

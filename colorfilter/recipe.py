@@ -281,6 +281,10 @@ class Evaluation(Section):
         [1.0, 1.5, 2.0], description="end points of the random arm, in units of training_tokens"
     )
 
+    finetune: bool = Field(
+        False, description="fine-tune every target model on D_down as well, and evaluate it again"
+    )
+
     @model_validator(mode="after")
     def in_order(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):

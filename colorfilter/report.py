@@ -10,6 +10,7 @@ import polars as pl
 
 from colorfilter import figures, page
 from colorfilter.evaluation import (
+    FINETUNED,
     Summary,
     TokensToMatch,
     paired_difference,
@@ -44,18 +45,26 @@ class ArmLine:
     against_random: Summary | None
 
     @property
-    def held_out_loss(self) -> Summary:
+    def loss(self) -> Summary:
         return summarize(self.losses)
 
 
-def arm_lines(evaluations: pl.DataFrame) -> list[ArmLine]:
+def judged_by(evaluations: pl.DataFrame) -> str:
+    """The loss that arms are compared by: of the tasks' correct answers, or of held-out text."""
+    measured = set(evaluations["metric"])
+    return "tasks_loss" if "tasks_loss" in measured else "held_out_loss"
+
+
+def arm_lines(evaluations: pl.DataFrame, suffix: str = "") -> list[ArmLine]:
     """The comparison: a line per arm and end point. `evaluations` has the columns EVALUATIONS.
 
-    Every arm but random is held against random seed by seed: by the difference of losses at the
-    same number of tokens, and by its tokens-to-match, from random's end points.
+    By the metrics with a suffix, such as evaluation.FINETUNED. Every arm but random is held against
+    random seed by seed: by the difference of losses at the same number of tokens, and by its
+    tokens-to-match, from random's end points.
     """
-    losses = evaluations.filter(pl.col("metric") == "held_out_loss").sort("tokens", "seed")
-    bits = evaluations.filter(pl.col("metric") == "bits_per_byte")
+    metric = judged_by(evaluations) + suffix
+    losses = evaluations.filter(pl.col("metric") == metric).sort("tokens", "seed")
+    bits = evaluations.filter(pl.col("metric") == f"bits_per_byte{suffix}")
     random = losses.filter(pl.col("arm") == "random")
     lines = []
     for (arm, tokens), part in losses.group_by(["arm", "tokens"], maintain_order=True):
@@ -107,6 +116,22 @@ def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+def task_rows(evaluations: pl.DataFrame) -> list[dict[str, str]]:
+    """Loss and accuracy by task, a row per arm and end point; none where there are no tasks."""
+    metrics = evaluations["metric"]
+    tasks = sorted({m.removesuffix("_acc") for m in metrics if m.endswith("_acc")})
+    means = evaluations.group_by("arm", "tokens", "metric", maintain_order=True).agg(
+        pl.col("value").mean()
+    )
+    rows = []
+    for (arm, tokens), part in means.group_by(["arm", "tokens"], maintain_order=True):
+        value = dict(zip(part["metric"], part["value"], strict=True))
+        if "tasks_loss" in value:
+            cells = {t: f"{value[f'{t}_loss']:.3f}, {value[f'{t}_acc']:.1%}" for t in tasks}
+            rows.append({"arm": str(arm), "tokens": f"{tokens:,}", **cells})
+    return rows
+
+
 def interval(summary: Summary, places: int = 3) -> str:
     """'mean ± half-width', or the mean alone for one seed."""
     if math.isnan(summary.half_width):
@@ -128,7 +153,7 @@ def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
             line.arm,
             f"{line.tokens:,}",
             " ".join(f"{loss:.3f}" for loss in line.losses),
-            interval(line.held_out_loss),
+            interval(line.loss),
             interval(line.bits_per_byte),
             against(line.against_random),
             " ".join(str(m) for m in line.matches) or "-",
@@ -150,11 +175,15 @@ COMPARISON_HEADER = [
 
 Rows = Sequence[Mapping[str, object]]
 
+LOSSES = {
+    "held_out_loss": "Held-out loss",
+    "tasks_loss": "Loss of the tasks' correct answers, each task alike,",
+}
 COMPARISON = (
-    "Held-out loss in nats per token, lower is better, of target models trained on what each arm "
-    "selected. Against random: the difference at as many tokens, paired by seed, with its 95 % "
-    "interval. tokens-to-match: how many times the tokens random needs for the same loss, seed by "
-    "seed, from its annealed end points."
+    "{loss} in nats per token, lower is better, of target models trained on what each arm "
+    "selected. Bits per byte are those of held-out text. Against random: the difference at as many "
+    "tokens, paired by seed, with its 95 % interval. tokens-to-match: how many times the tokens "
+    "random needs for the same loss, seed by seed, from its annealed end points."
 )
 MATCHES = (
     "A dot is a seed, a triangle a bound: random's end points reach no farther. Where no seed is a "
@@ -169,8 +198,20 @@ SCORES = (
     "the chance that a sequence of it ranks before one of the corpus; probe_recall: the share of "
     "it that lies before the cutoff."
 )
-LEAKAGE = "Overlap of what each arm selected with held-out text and task items."
-COST = "Model forwards, predicted and measured."
+FINETUNED_TOO = "The target models after an epoch over D_down. The paper finds less gain here."
+ON_TASKS = "Loss of the correct answer, nats per token, and accuracy; means over seeds."
+CONFIDENCE = (
+    "A conditional trained with another seed scores a sample of the corpus. Of the sample's best "
+    "1/tau, so many would not be selected by it."
+)
+LEAKAGE = (
+    "Selected text that has 13 words in a row in common with held-out text or task items. Its "
+    "sequences are not trained on, unless the arm keeps leaks."
+)
+COST = (
+    "Predicted: tokens that pass, and billions of auxiliary-model forwards of a token, a backward "
+    "counting as two. Measured: tokens that passed, and seconds added up over workers."
+)
 SELECTED = (
     "Sequences from the best end of the corpus to the worst. Every token is coloured by what the "
     "conditional loses on it minus what the prior loses: blue tokens make the color lower, which "
@@ -185,23 +226,31 @@ def sections(
     colors: Mapping[str, Sequence[float]],
     cutoffs: Mapping[str, float],
     examples: Sequence[Example],
-    cost: Rows | None = None,
-    leakage: Rows | None = None,
+    confidence: Rows = (),
+    leakage: Rows = (),
+    cost: Rows = (),
 ) -> list[Section]:
     """What the report says, in the order of reading; a section without content is left out.
 
     `evaluations` has the columns EVALUATIONS; `curves` are learning curves per arm, one per seed;
     `colors` are values of color to draw as histograms by name, `cutoffs` those that arms cut at;
-    `cost` and `leakage` are rows of tables, all with the keys of the first.
+    `confidence`, `leakage` and `cost` are rows of tables, all with the keys of the first.
     """
     lines = arm_lines(evaluations)
-    found = [Section("Comparison", COMPARISON, Table(COMPARISON_HEADER, comparison_rows(lines)))]
+    words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])
+    found = [Section("Comparison", words, Table(COMPARISON_HEADER, comparison_rows(lines)))]
+    on_tasks = task_rows(evaluations)
+    if on_tasks:
+        found.append(Section("Tasks", ON_TASKS, _table(on_tasks)))
+    tuned = comparison_rows(arm_lines(evaluations, FINETUNED))
+    if tuned:
+        found.append(Section("Fine-tuned", FINETUNED_TOO, Table(COMPARISON_HEADER, tuned)))
     matches = {line.arm: line.matches for line in lines if line.matches}
     if matches:
         found.append(Section("tokens-to-match", MATCHES, picture=figures.match_plot(matches)))
     by_tau = _losses_by_tau(lines, arms)
     if by_tau:
-        random = next((line.held_out_loss for line in lines if line.arm == "random"), None)
+        random = next((line.loss for line in lines if line.arm == "random"), None)
         found.append(Section("Loss by tau", SWEEP, picture=figures.tau_sweep(by_tau, random)))
     found.append(Section("Learning curves", CURVES, picture=figures.learning_curves(curves)))
     probe = evaluations.filter(pl.col("metric").str.starts_with("probe"))
@@ -213,10 +262,12 @@ def sections(
             figures.score_histogram(colors, cutoffs),
         )
     )
-    if leakage:
-        found.append(Section("Leakage", LEAKAGE, _table(leakage)))
-    if cost:
-        found.append(Section("Cost", COST, _table(cost)))
+    tables = [
+        ("Confidence at the cutoff", CONFIDENCE, confidence),
+        ("Leakage", LEAKAGE, leakage),
+        ("Cost", COST, cost),
+    ]
+    found += [Section(title, words, _table(rows)) for title, words, rows in tables if rows]
     return [*found, Section("What was selected", SELECTED, examples=examples)]
 
 
@@ -224,7 +275,7 @@ def _losses_by_tau(
     lines: Sequence[ArmLine], arms: Sequence[Arm]
 ) -> dict[str, dict[float, Summary]]:
     """Held-out loss of the arms of method color by tau, global and by size of batch."""
-    losses = {line.arm: line.held_out_loss for line in lines}
+    losses = {line.arm: line.loss for line in lines}
     found: dict[str, dict[float, Summary]] = {}
     for arm in arms:
         if arm.method == "color" and arm.tau and arm.name in losses:

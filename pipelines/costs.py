@@ -1,26 +1,18 @@
 """What a recipe would do and cost, in words and tables, and beside it what its home measured."""
 
-import contextlib
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from assets.measured import kernel_runs, took_by_stage
 from colorfilter import cost
 from colorfilter.cost import Measured, Sizes, Stage
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe
-from resources.artifacts import ArtifactStore
 from resources.home import Home
-
-NOT_CURRENT = "no longer current"
-NEAR_CUTOFFS = "refined_scores"
 
 
 def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
@@ -32,6 +24,13 @@ def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
     assets = ", ".join(f"{count} {group}" for group, count in groups.items())
     sources = [("corpus", source) for source in recipe.corpus.sources]
     sources += [(domain.name, source) for domain in recipe.domains for source in domain.sources]
+    sources += [
+        (f"{domain.name}, {part}", source)
+        for domain in recipe.domains
+        for task in domain.tasks
+        for part in ("train", "test")
+        if (source := task.source(part))
+    ]
     lines = [
         f"recipe   {recipe.name}: valid",
         f"home     {home.root}: {'stands' if home.owner() else 'would be made'}",
@@ -70,7 +69,7 @@ def print_cost(
     ]
     records = []
     if home.owner() in {None, recipe.name}:
-        records = _records(home)
+        records = kernel_runs(home)
     else:
         notes.append(f"Home {home.root} is another recipe's: its records are not used.")
     if tflops is not None:
@@ -79,7 +78,7 @@ def print_cost(
     else:
         device = records[-1]["device"] if records else ""
         latest = [r for r in records if r["device"] == device]
-        rates = cost.rates(stages, _by_stage(home, latest), sizes.auxiliary)
+        rates = cost.rates(stages, took_by_stage(home, latest), sizes.auxiliary)
         notes.append(_words_on_rates(rates, device))
     seconds = {
         s.asset: s.forwards * sizes.auxiliary / rates[s.verb]
@@ -88,7 +87,7 @@ def print_cost(
     }
     console.print(_predicted(stages, sizes, seconds))
     if records:
-        console.print(_measured(stages, seconds, _by_stage(home, records)))
+        console.print(_measured(stages, seconds, took_by_stage(home, records)))
     console.print(_arms(recipe, sizes))
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -162,40 +161,6 @@ def _words_on_rates(rates: dict[str, float], device: str) -> str:
         )
     words = ", ".join(f"{verb} {rate / 1e12:.3g} TFLOP/s" for verb, rate in rates.items())
     return f"Time is one worker's, at the rates measured in the home on {device}: {words}."
-
-
-def _records(home: Home) -> list[dict[str, Any]]:
-    """Runs of the kernel, oldest first. A line cut off by a crash is passed over."""
-    records = []
-    if home.kernel_runs.exists():
-        for line in home.kernel_runs.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
-
-
-def _by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measured]:
-    """What stages took, by asset; the ledger says which asset a record belongs to."""
-    entries = ArtifactStore(home=str(home.root)).entries()
-    trained = {e["key"][:16]: asset for (asset, _), e in entries.items()}
-    models = {e["fingerprint"]: a for (a, _), e in entries.items() if a.endswith("_model")}
-    shards = {partition for asset, partition in entries if asset == "corpus_tokens"}
-    stages: dict[str, Measured] = {}
-    for record in records:
-        if record["verb"] == "train":
-            parts = Path(record["model"]).parts
-            asset = next((trained[part] for part in parts if part in trained), NOT_CURRENT)
-        elif record["model"] not in models:
-            asset = NOT_CURRENT
-        elif record["shard"] in shards:
-            asset = models[record["model"]].replace("_model", "_scores")
-        else:
-            asset = NEAR_CUTOFFS
-        so_far = stages.get(asset, Measured(0, 0.0))
-        stages[asset] = Measured(
-            so_far.tokens + record["tokens"], so_far.seconds + record["seconds"]
-        )
-    return stages
 
 
 def _table(title: str, first: str, *heads: str) -> Table:

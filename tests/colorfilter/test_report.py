@@ -62,8 +62,8 @@ def test_there_is_a_line_per_arm_and_number_of_tokens_with_losses_by_seed() -> N
         ("best_tau8", 100): [4.0, 4.0],
     }
     color = lines["color_tau8", 100]
-    assert color.held_out_loss.mean == pytest.approx(5.35)
-    assert color.held_out_loss.half_width == pytest.approx(12.706 * 0.15, rel=1e-3)
+    assert color.loss.mean == pytest.approx(5.35)
+    assert color.loss.half_width == pytest.approx(12.706 * 0.15, rel=1e-3)
     assert color.bits_per_byte.mean == pytest.approx(5.35 / 4)
 
 
