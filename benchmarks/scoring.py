@@ -7,8 +7,8 @@ reported are medians of CPU time on one thread (on a GPU: of wall time), the rat
 form, the largest error against float64, and the model's arithmetic as a share of what matrix
 products of the same shapes reach in the same process. The first family is measured against
 everything, the others against the naive form and at the first vocabulary; precisions that the
-device only emulates are left out. On a GPU the whole takes less than ten minutes; Liger and cut-cross-entropy are measured where
-they are installed.
+device only emulates are left out. On a GPU the whole takes less than ten minutes; Liger and
+cut-cross-entropy are measured where they are installed.
 """
 
 import argparse
