@@ -32,12 +32,12 @@ class Theme:
 LIGHT = Theme(
     "#ffffff",
     "#24292f",
-    "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf",
+    "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf",
 )
 DARK = Theme(
     "#16181d",
     "#d5d9e0",
-    "5aa9e6 ff9e4a 5cc46b f26d6d b794e0 c49a84 f0a1d3 a8adb3 d8d85a 4fd3dc",
+    "#5aa9e6 #ff9e4a #5cc46b #f26d6d #b794e0 #c49a84 #f0a1d3 #a8adb3 #d8d85a #4fd3dc",
 )
 
 

@@ -293,7 +293,9 @@ def _table(rows: Rows) -> Table | None:
 def _words(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
 
 
 def write_report(folder: Path, title: str, found: Sequence[Section]) -> None:

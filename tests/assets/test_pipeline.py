@@ -14,8 +14,11 @@ import pytest
 from assets.auxiliary import auxiliary_checks
 from assets.corpus import corpus_checks
 from assets.scores import score_checks
+from colorfilter import page
+from colorfilter.examples import Example
 from colorfilter.scoring import Receipt
 from colorfilter.tables import fetch, fetch_row
+from colorfilter.tokens import Encoder, open_tokens
 from resources.artifacts import ArtifactStore
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
@@ -291,6 +294,31 @@ def test_a_conditional_that_is_no_better_fails_the_check(finished: Project, tmp_
     worse = loss.facts["prior_held_out_loss"] + 0.1
     project.home.ledger.write_text(ledger.replace(f"{loss.facts['held_out_loss']}", f"{worse}"))
     assert not evaluate(check, project).passed
+
+
+@pytest.mark.parametrize("labels", ["all", "within_documents"])
+def test_the_losses_of_the_tokens_shown_make_up_their_color(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str
+) -> None:
+    project = copy_of(finished, tmp_path)
+    project.facts = {**finished.facts, "scoring": {"labels": labels}}
+    project.write()
+    shown: list[Example] = []
+    monkeypatch.setattr(page, "html", lambda _, found: shown.extend(found[-1].examples) or "")
+    shutil.rmtree(project.home.artifacts / "reference" / "report")
+    assert project.run(monkeypatch) is None
+    store = ArtifactStore(home=str(project.home.root))
+    encoder = Encoder(store.current("tokenizer").path)
+    assert len(shown) == 5 * len({example.place for example in shown}) == 30
+    masked = 0
+    for example in shown:
+        difference = example.conditional.astype(np.float64) - example.prior
+        assert np.nanmean(difference) == pytest.approx(example.color, abs=1e-4)
+        masked += np.isnan(difference).sum() > 1
+        tokens = open_tokens(store.current("corpus_tokens", example.shard).path)
+        decoded = encoder.decode(t for t in tokens[example.position] if t != encoder.end_of_text)
+        assert "".join(example.texts) == decoded
+    assert bool(masked) == (labels == "within_documents")
 
 
 def test_losses_in_the_table_are_the_models_losses(finished: Project) -> None:

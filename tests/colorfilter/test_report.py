@@ -1,27 +1,28 @@
+import base64
 import math
-import random
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
+from colorfilter import figures, report
 from colorfilter.evaluation import Summary, TokensToMatch
+from colorfilter.examples import Example
+from colorfilter.page import Section, Table
+from colorfilter.recipe import Arm
 from colorfilter.report import (
+    COMPARISON_HEADER,
     EVALUATIONS,
     arm_lines,
     comparison_rows,
-    draw_colors,
-    draw_curves,
-    excerpts,
-    extremes,
     interval,
-    markdown_table,
     match_rows,
+    sections,
     write_report,
 )
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def evaluations(*rows: tuple[str, int, int, str, float]) -> pl.DataFrame:
@@ -130,134 +131,131 @@ def test_an_interval_is_shown_only_where_there_is_one() -> None:
     assert interval(Summary(1.23456, math.nan, 1)) == "1.235"
 
 
-# Documents -----------------------------------------------------------------------------------
+# What the report says ------------------------------------------------------------------------
 
-LENGTH = 16
+ARMS = [
+    Arm(method="color", tau=8),
+    Arm(method="color", tau=32),
+    Arm(method="color", tau=8, batch=64),
+    Arm(method="random"),
+]
+CURVE = pl.DataFrame({"endpoint": [None, 300], "tokens": [100, 300], "held_out_loss": [6.0, 5.0]})
 
 
-def test_extremes_are_the_documents_of_lowest_middle_and_highest_color(store: Any) -> None:
-    rng = random.Random(0)
-    n = 60
-    colors = [{i: round(rng.uniform(-3, 3), 3) for i in range(2 * n)} for _ in range(2)]
-    expected = {}
-    for shard, mine in zip(("a", "b"), colors, strict=True):
-        store.add_sequences(shard, [LENGTH] * (2 * n))
-        store.add_colors(shard, mine)
-        for i in range(n):
-            spans = [(2 * i, 16), (2 * i + 1, rng.randint(1, 16))]
-            store.add_document(shard, f"{shard}{i:02d}", f"{shard}{i}", spans)
-            total = sum(k for _, k in spans)
-            expected[f"{shard}{i:02d}"] = sum(mine[p] * k for p, k in spans) / total
-        store.add_document(shard, f"{shard}-short", f"{shard}short", [(0, LENGTH - 1)])
-    store.add_sequences("_probe_books", [LENGTH])
-    store.add_colors("_probe_books", {0: -50.0})
-    store.add_document("_probe_books", "p", "p", [(0, LENGTH)])
-    store.publish()
-    table = extremes(store.connection, "books", LENGTH, share=0.25, n=4)
-    by_color = sorted(expected, key=lambda d: expected[d])
-    places = {
-        str(place): part["doc_id"].to_list()
-        for (place,), part in table.group_by(["place"], maintain_order=True)
+def example(text: str = "some text") -> Example:
+    span = {"doc_id": "d1", "source_file": "/data/books.jsonl", "source_line": 7, "doc_start": 0}
+    span |= {"n_tokens": 1, "char_start": 0, "char_end": 9, "closes": False}
+    loss = np.ones(1, dtype=np.float32)
+    return Example("best", "a", 0, -1.25, [span], [text], loss, loss)
+
+
+def report_of(evaluations: pl.DataFrame, **changed: Any) -> dict[str, Section]:
+    facts: dict[str, Any] = {
+        "arms": ARMS,
+        "curves": {"random": [CURVE]},
+        "colors": {"corpus": [0.1, 0.2, 0.5], "probe": [-1.0]},
+        "cutoffs": {},
+        "examples": [example()],
     }
-    assert list(places) == sorted(places, key=["best", "cutoff", "median", "worst"].index)
-    assert places["best"] == by_color[:4]
-    assert places["worst"] == by_color[-4:]
-    edge = expected[by_color[29]]
-    near = sorted(expected, key=lambda d: abs(expected[d] - edge))[:4]
-    assert sorted(places["cutoff"]) == sorted(near)
-    for row in table.to_dicts():
-        assert row["color"] == pytest.approx(expected[row["doc_id"]], abs=1e-5)
+    return {s.title: s for s in sections(evaluations, **facts | changed)}
 
 
-@pytest.fixture
-def sampled(tmp_path: Path) -> tuple[pl.DataFrame, dict[str, Path]]:
-    texts = {"a": ["first\n\n  line | bar " + "x" * 500, "unused"], "b": ["`code`"]}
-    documents = {}
-    for shard, mine in texts.items():
-        documents[shard] = tmp_path / f"{shard}.parquet"
-        ids = [f"{shard}{i}" for i in range(len(mine))]
-        pl.DataFrame({"doc_id": ids, "text": mine}).write_parquet(documents[shard])
-    table = pl.DataFrame(
-        {
-            "place": ["best", "worst", "worst"],
-            "shard": ["b", "a", "b"],
-            "doc_id": ["b0", "a0", "b0"],
-            "source_file": ["/data/b.jsonl", "/data/a|x.jsonl", "/data/b.jsonl"],
-            "source_line": [1, 1, 1],
-            "n_tokens": [20, 200, 20],
-            "color": [-2.0, 1.0, 3.0],
-        }
-    )
-    return table, documents
-
-
-def test_excerpts_are_the_beginnings_of_the_texts_on_one_line(
-    sampled: tuple[pl.DataFrame, dict[str, Path]],
-) -> None:
-    table, documents = sampled
-    found = excerpts(table, documents, chars=30)
-    assert found["doc_id"].to_list() == ["b0", "a0", "b0"]
-    assert found["excerpt"].to_list() == ["`code`", "first line | bar " + "x" * 13, "`code`"]
-
-
-def test_without_documents_there_are_no_excerpts(
-    sampled: tuple[pl.DataFrame, dict[str, Path]],
-) -> None:
-    table, documents = sampled
-    found = excerpts(table.clear(), documents)
-    assert len(found) == 0
-    assert "excerpt" in found.columns
-
-
-# Markdown and pictures -----------------------------------------------------------------------
-
-
-def test_a_table_has_a_rule_and_escaped_bars() -> None:
-    text = markdown_table(["a", "b|c"], [["x|y", 1], ["|", None]])
-    assert text.splitlines() == [
-        "| a | b\\|c |",
-        "| --- | --- |",
-        "| x\\|y | 1 |",
-        "| \\| | None |",
+def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
+    probed = pl.concat([COMPARED, evaluations(("color_tau8", None, None, "probe_auc", 0.98765))])
+    made = report_of(probed)
+    assert list(made) == [
+        "Comparison",
+        "tokens-to-match",
+        "Loss by tau",
+        "Learning curves",
+        "Scores",
+        "What was selected",
     ]
+    pictures = [s.picture.name for s in made.values() if s.picture]
+    assert pictures == ["matches", "tau", "curves", "color"]
+    comparison, scores = made["Comparison"].table, made["Scores"].table
+    assert comparison == Table(COMPARISON_HEADER, comparison_rows(arm_lines(probed)))
+    assert scores == Table(["arm", "metric", "value"], [["color_tau8", "probe_auc", "0.9877"]])
+    assert len(made["What was selected"].examples) == 1
 
 
-def a_curve(seed: int) -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            "endpoint": [None, None, 300, 300],
-            "tokens": [100, 200, 250, 300],
-            "held_out_loss": [6.0 + seed, 5.5, None, 5.0],
-        }
+def test_cost_and_leakage_are_tables_where_there_are_any() -> None:
+    cost = [{"stage": "prior", "forwards": 3_100_000_000, "hours": 1.5, "measured": None}]
+    made = report_of(COMPARED, cost=cost, leakage=[{"arm": "random", "overlaps": 12}])
+    assert list(made)[-3:] == ["Leakage", "Cost", "What was selected"]
+    assert made["Cost"].table == Table(
+        ["stage", "forwards", "hours", "measured"],
+        [["prior", "3,100,000,000", "1.5000", "-"]],
     )
+    assert made["Leakage"].table == Table(["arm", "overlaps"], [["random", "12"]])
 
 
-def test_pictures_are_written(tmp_path: Path) -> None:
-    draw_curves({"color": [a_curve(0), a_curve(1)], "random": [a_curve(2)]}, tmp_path / "a.png")
-    draw_colors({"corpus": [0.1, 0.2, 0.5], "probe": [-1.0]}, tmp_path / "b.png")
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes().startswith(PNG)
+def test_a_report_on_random_alone_has_nothing_to_match_or_sweep() -> None:
+    rows = COMPARED.filter(pl.col("arm") == "random")
+    made = report_of(rows, arms=[Arm(method="random")])
+    assert list(made) == ["Comparison", "Learning curves", "Scores", "What was selected"]
 
 
-def test_the_report_holds_comparison_probe_documents_and_pictures(
-    sampled: tuple[pl.DataFrame, dict[str, Path]], tmp_path: Path
+def test_a_report_on_one_seed_is_made() -> None:
+    made = report_of(COMPARED.filter(pl.col("seed") == 1))
+    table = made["Comparison"].table
+    assert table is not None
+    assert not [cell for row in table.rows for cell in row if "nan" in str(cell)]
+    assert made["tokens-to-match"].picture
+
+
+def test_the_sweep_is_of_the_color_arms_against_random_at_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table, documents = sampled
-    rows = pl.concat([COMPARED, evaluations(("color_tau8", None, None, "probe_auc", 0.98765))])
-    colors = {"corpus": [0.1, 0.2, 0.5], "probe": [-1.0, -0.5]}
-    curves = {"color": [a_curve(0)]}
-    write_report(tmp_path, "books", rows, excerpts(table, documents, 40), curves, colors)
-    text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# books\n")
-    assert (
-        "| color_tau8 | 100 | 5.500 5.200 | 5.350 ± 1.906 | 1.337 ± 0.476 | -0.750 ± 3.176" in text
+    rows = pl.concat(
+        [
+            COMPARED,
+            evaluations(
+                *losses_and_bits("color_tau32", 1, 100, 5.0),
+                *losses_and_bits("color_tau8_batch64", 1, 100, 5.6),
+            ),
+        ]
     )
-    assert "| color_tau8 | probe_auc | 0.9877 |" in text
-    assert "| best | -2.000 | b.jsonl | `'code'` |" in text
-    assert "| a\\|x.jsonl | `first line \\| bar xxx" in text
-    for name in ("curves.png", "color.png"):
-        assert f"({name})" in text
-        assert (tmp_path / name).read_bytes().startswith(PNG)
-    for line in text.splitlines():
-        if line.startswith("|"):
-            assert line.replace("\\|", "").count("|") in (4, 5, 8), line
+    given: list[Any] = []
+    picture = figures.Picture("tau", "", b"", b"")
+    monkeypatch.setattr(figures, "tau_sweep", lambda *a: given.extend(a) or picture)
+    report_of(rows)
+    series, random = given
+    means = {name: {tau: s.mean for tau, s in line.items()} for name, line in series.items()}
+    assert means == {
+        "color": {8.0: pytest.approx(5.35), 32.0: pytest.approx(5.0)},
+        "color, batch 64": {8.0: pytest.approx(5.6)},
+    }
+    assert random.mean == pytest.approx(6.1)
+
+
+def test_page_markdown_and_pictures_are_written_from_the_same_sections(tmp_path: Path) -> None:
+    found = list(report_of(COMPARED, examples=[example("<script>alert(1)</script>")]).values())
+    write_report(tmp_path, "books", found)
+    page, text = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    pictures = {s.picture.name: s.picture for s in found if s.picture}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("report.html", "report.md"),
+        *(f"{name}.svg" for name in pictures),
+    }
+    for name, picture in pictures.items():
+        assert (tmp_path / f"{name}.svg").read_bytes() == picture.light
+        assert f"({name}.svg)" in text
+        assert base64.b64encode(picture.dark).decode() in page
+    for row in comparison_rows(arm_lines(COMPARED)):
+        assert "| " + " | ".join(row) + " |" in text
+        for cell in row:
+            assert f">{escape(cell)}</td>" in page
+    assert "<script" not in page
+
+
+def test_a_new_column_of_the_comparison_shows_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "COMPARISON_HEADER", [*COMPARISON_HEADER, "verdict"])
+    monkeypatch.setattr(
+        report, "comparison_rows", lambda lines: [[*r, "better"] for r in comparison_rows(lines)]
+    )
+    write_report(tmp_path, "books", list(report_of(COMPARED).values()))
+    assert "<th>verdict</th>" in (tmp_path / "report.html").read_text()
+    assert "| better |" in (tmp_path / "report.md").read_text()

@@ -213,7 +213,7 @@ def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) ->
     assert done.returncode == 0, done.stderr
     assert "color_tau4" in done.stdout
     assert "probe_auc" in done.stdout
-    for what in ("report.md", "scores.duckdb", "results.duckdb", "filtered_dataset"):
+    for what in ("report.html", "scores.duckdb", "results.duckdb", "filtered_dataset"):
         assert what in done.stdout
     assert not done.stderr.strip()
 

@@ -18,9 +18,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import psutil
 import pytest
 
+from colorfilter.examples import Example
+from colorfilter.page import Section, html
 from resources.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
@@ -292,8 +295,47 @@ def test_a_target_model_shows_its_learning_curves(page: "Page") -> None:
 
 def test_the_report_compares_the_arms(page: "Page") -> None:
     page.goto("/assets/reference/report")
-    for fact in ("color_tau8", "random", "loss by seed", "report.md"):
+    for fact in ("color_tau8", "random", "loss by seed", "report.html"):
         see(page, fact)
+
+
+def test_the_report_opens_offline(run_home: Path, browser: "Browser") -> None:
+    """From the disk, in a browser that can reach nothing, by day and by night."""
+    folder = ArtifactStore(home=str(run_home)).current("reference/report").path
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme, offline=True)
+        complaints: list[str] = []
+        asked: list[str] = []
+        context.on("console", lambda message, to=complaints: to.append(message.text))
+        context.on("request", lambda request, to=asked: to.append(request.url))
+        page = context.new_page()
+        page.goto((folder / "report.html").as_uri())
+        sync_api.expect(page.get_by_role("cell", name="color_tau8", exact=True)).not_to_have_count(
+            0
+        )
+        pictures = page.evaluate("[...document.images].map(i => [i.currentSrc, i.naturalWidth])")
+        assert len(pictures) == 4
+        assert all(source.startswith("data:") and width > 100 for source, width in pictures)
+        assert [url for url in asked if not url.startswith("data:")] == [page.url]
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 29)"}[scheme]
+        colour = "getComputedStyle(document.querySelector('div.tokens .lower8')).backgroundColor"
+        assert page.evaluate(colour) == "rgba(37, 99, 235, 0.8)"
+        assert complaints == []
+        context.close()
+
+
+def test_the_report_shows_untrusted_text_as_it_is(browser: "Browser", tmp_path: Path) -> None:
+    texts = ["<script>document.title = 'run'</script>", "\r\n", "\t<b>", " & \u202e\u65e5", "&lt;"]
+    losses = np.ones(len(texts), dtype=np.float32)
+    example = Example("best", "a", 0, -1.0, [], texts, losses, losses)
+    written = html("books", [Section("What was selected", "", examples=[example])])
+    (tmp_path / "report.html").write_text(written, encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.querySelector('div.tokens').textContent") == "".join(texts)
+    assert page.title() == "books"
+    page.close()
 
 
 def test_every_shard_is_a_partition_that_stands(page: "Page", server: Server) -> None:
