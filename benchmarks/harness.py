@@ -27,19 +27,20 @@ from resources.artifacts import ArtifactStore
 
 def command_line(checkpoint: Path, names: list[str], folder: Path) -> dict[str, Any]:
     """Results of the harness's own command line, with every log-likelihood under `samples`."""
+    out = Path(mkdtemp(dir=folder))
     command = [
         *(sys.executable, "-m", "lm_eval", "--model", "hf"),
         *("--model_args", f"pretrained={checkpoint},dtype=float32"),
         *("--tasks", ",".join(names), "--include_path", str(folder)),
         *("--device", "cpu", "--batch_size", "16"),
-        *("--log_samples", "--output_path", str(folder / "results")),
+        *("--log_samples", "--output_path", str(out)),
     ]
     print(shlex.join(command), flush=True)
     subprocess.run(command, check=True, capture_output=True)
-    (path,) = (folder / "results").rglob("results_*.json")
+    (path,) = out.rglob("results_*.json")
     found: dict[str, Any] = json.loads(path.read_text())["results"]
     for name in names:
-        (path,) = (folder / "results").rglob(f"samples_{name}_*.jsonl")
+        (path,) = out.rglob(f"samples_{name}_*.jsonl")
         found[name]["samples"] = [json.loads(line) for line in path.read_text().splitlines()]
     return found
 

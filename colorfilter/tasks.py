@@ -287,7 +287,7 @@ def _example(task: str, file: InputFile, row: Row, seed: int) -> _Example | Reje
     try:
         fields = hub_fields(task, row.value)
         item = to_item(task, fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         excerpt = ascii(row.value)[:200]
         return Reject(file.uri, row.line, f"no item of {task}: {error}", excerpt)
     sha256 = text_sha256(item.text)

@@ -49,6 +49,7 @@ def test_a_finished_prompt_is_the_same_item_as_the_hubs_fields(task: str) -> Non
         ("arc_easy", {**ITEMS["arc_easy"][0], "answerKey": "E"}),
         ("arc_easy", {**PROMPTS["arc_easy"], "gold": 9}),
         ("arc_easy", {**PROMPTS["arc_easy"], "query": "What is it?"}),
+        ("arc_easy", {**PROMPTS["arc_easy"], "choices": list("abcdefghij"), "gold": 9}),
         ("boolq", {**PROMPTS["boolq"], "choices": ["maybe", "never"]}),
         ("boolq", ["a", "list"]),
         ("sciq", {**ITEMS["sciq"][0], "support": None}),
@@ -163,6 +164,16 @@ def test_equal_texts_stand_once_but_every_test_item_is_evaluated(tmp_path: Path)
     split(tmp_path, train=trainable(tmp_path), test=test)
     assert len(texts(tmp_path, "held_out")) == 1
     assert len(read_items(tmp_path / "tasks" / "piqa.jsonl")) == 2
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "hellaswag", "winogrande"])
+def test_items_of_the_hubs_parquet_are_those_of_json_lines(tmp_path: Path, task: str) -> None:
+    row = ITEMS[task][0]
+    pl.DataFrame([row]).write_parquet(tmp_path / f"{task}.parquet")
+    source = Task(name=task, test=str(tmp_path / "*.parquet")).source("test")
+    assert source is not None
+    split(tmp_path, train=trainable(tmp_path), test={task: list_files([source])})
+    assert read_items(tmp_path / "tasks" / f"{task}.jsonl") == [to_item(task, row)]
 
 
 def test_files_of_another_task_are_refused_with_the_reason(tmp_path: Path) -> None:
