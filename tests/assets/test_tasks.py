@@ -74,7 +74,8 @@ def quiz(tmp_path_factory: pytest.TempPathFactory) -> Project:
         }
     ]
     facts["target"]["training_tokens"] = 1_500
-    facts["evaluation"] = {"seeds": [2], "random_multiples": [1, 1.5]}
+    facts["arms"] = [{"method": "color", "tau": 4}, {"method": "random"}]
+    facts["evaluation"] = {"seeds": [2], "random_multiples": [1, 1.5], "finetune": True}
     project = Project(root, facts)
     with pytest.MonkeyPatch.context() as monkeypatch:
         failure = project.run(monkeypatch)
@@ -115,9 +116,11 @@ def test_evaluations_hold_the_tasks_of_every_seed_and_end_point(quiz: Project) -
     places = {(arm, seed, tokens) for arm, seed, tokens, _, _ in rows}
     assert {(arm, seed) for arm, seed, _ in places} == {("color_tau4", 2), ("random", 2)}
     assert len(places) == 3  # random has two end points
+    least = min(tokens for *_, tokens in places)
     for place in places:
         found = {metric: value for *where, metric, value in rows if tuple(where) == place}
-        assert found.keys() == metrics
+        tuned = {f"{metric}_finetuned" for metric in metrics} if place[2] == least else set()
+        assert found.keys() == metrics | tuned
         assert found["piqa_items"] == found["openbookqa_items"] == 10
         assert 0 <= found["piqa_acc"] <= 1
         assert 0 < found["piqa_loss"] < 10

@@ -181,13 +181,42 @@ def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
 
 def test_cost_and_leakage_are_tables_where_there_are_any() -> None:
     cost = [{"stage": "prior", "forwards": 3_100_000_000, "hours": 1.5, "measured": None}]
-    made = report_of(COMPARED, cost=cost, leakage=[{"arm": "random", "overlaps": 12}])
-    assert list(made)[-3:] == ["Leakage", "Cost", "What was selected"]
+    flips = [{"arm": "color_tau8", "sampled": 9, "selected": 3, "flips": 1}]
+    made = report_of(
+        COMPARED, confidence=flips, cost=cost, leakage=[{"arm": "random", "overlaps": 12}]
+    )
+    assert list(made)[-4:] == ["Confidence at the cutoff", "Leakage", "Cost", "What was selected"]
     assert made["Cost"].table == Table(
         ["stage", "forwards", "hours", "measured"],
         [["prior", "3,100,000,000", "1.5000", "-"]],
     )
     assert made["Leakage"].table == Table(["arm", "overlaps"], [["random", "12"]])
+
+
+def test_tasks_are_what_arms_are_judged_by_where_there_are_any() -> None:
+    on_tasks = [
+        (arm, seed, 100, metric, value)
+        for arm, loss in (("color_tau8", 3.0), ("random", 3.5))
+        for seed in (1, 2)
+        for metric, value in (
+            ("piqa_acc", 0.5 + seed / 10),
+            ("piqa_loss", loss + seed),
+            ("tasks_loss", loss + seed),
+            ("tasks_loss_finetuned", loss),
+            ("bits_per_byte_finetuned", 1.0),
+        )
+    ]
+    made = report_of(pl.concat([COMPARED, evaluations(*on_tasks)]))
+    comparison, tasks, tuned = (made[t].table for t in ("Comparison", "Tasks", "Fine-tuned"))
+    assert comparison is not None
+    assert comparison.rows[0][2:4] == ["4.000 5.000", "4.500 ± 6.353"]
+    assert comparison.rows[0][-2] == "-0.500 ± 0.000, better"
+    assert tasks == Table(
+        ["arm", "tokens", "piqa"],
+        [["random", "100", "5.000, 65.0%"], ["color_tau8", "100", "4.500, 65.0%"]],
+    )
+    assert tuned is not None
+    assert [row[3] for row in tuned.rows] == ["3.000 ± 0.000", "3.500 ± 0.000"]
 
 
 def test_a_report_on_random_alone_has_nothing_to_match_or_sweep() -> None:
