@@ -21,6 +21,9 @@ FALLBACKS = {
     "bf16": ("bf16", "float32"),
     "float32": ("float32",),
 }
+# Of fewer tokens in a step a thread waits for the others more than it works, and spins while it
+# waits: as soon as anything else runs on the machine, a step takes many times as long.
+TOKENS_PER_THREAD = 512
 TOLERANCE = 5e-3  # nats per token, of a sequence's loss in 16 bits against float64
 
 _loaded: dict[tuple[str, str], Scorer] = {}
@@ -80,9 +83,13 @@ def score(
 
 
 def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
-    """Train as the spec says, on so many CPU threads; also the tokens and seconds it took."""
+    """Train as the spec says, on so many CPU threads; also the tokens and seconds it took.
+
+    On fewer where a step has little to divide between them.
+    """
     _loaded.clear()
-    torch.set_num_threads(threads)
+    step = spec.training.batch_sequences * open_tokens(spec.tokens).shape[1]
+    torch.set_num_threads(max(1, min(threads, step // TOKENS_PER_THREAD)))
     body.prefer_onednn()
     tokens = 0
 
