@@ -53,14 +53,15 @@ def kernel_runs(home: Home) -> list[dict[str, Any]]:
 def took_by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measured]:
     """What stages took, by asset; the ledger says which asset a record belongs to."""
     entries = ArtifactStore(home=str(home.root)).entries()
-    trained = {e["key"][:16]: asset for (asset, _), e in entries.items()}
+    by_key = {e["key"][:16]: asset for (asset, _), e in entries.items()}
     models = {e["fingerprint"]: a for (a, _), e in entries.items() if a.endswith("_model")}
     shards = {partition for asset, partition in entries if asset == "corpus_tokens"}
     stages: dict[str, Measured] = {}
     for record in records:
-        if record["verb"] == "train":
-            parts = Path(record["model"]).parts
-            asset = next((trained[part] for part in parts if part in trained), NOT_CURRENT)
+        # A checkpoint that is no artefact of its own goes by the folder it lies in.
+        within = [by_key[part] for part in Path(record["model"]).parts if part in by_key]
+        if within:
+            asset = within[0]
         elif record["model"] not in models:
             asset = NOT_CURRENT
         elif record["shard"] in shards:
