@@ -139,11 +139,12 @@ def interval(summary: Summary, places: int = 3) -> str:
     return f"{summary.mean:.{places}f} ± {summary.half_width:.{places}f}"
 
 
-def against(difference: Summary | None) -> str:
-    """A paired difference in words: 'mean ± half-width, verdict'."""
-    if difference is None:
-        return "-"
-    return f"{interval(difference)}, {verdict(difference)}"
+def matches_in_words(matches: Sequence[TokensToMatch]) -> str:
+    """tokens-to-match by seed; where all are equal, as bounds may be, once."""
+    words = [str(m) for m in matches]
+    if len(words) > 1 and len(set(words)) == 1:
+        return f"{words[0]} x{len(words)}"
+    return " ".join(words) or "-"
 
 
 def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
@@ -155,11 +156,15 @@ def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
             " ".join(f"{loss:.3f}" for loss in line.losses),
             interval(line.loss),
             interval(line.bits_per_byte),
-            against(line.against_random),
-            " ".join(str(m) for m in line.matches) or "-",
+            *_against(line.against_random),
+            matches_in_words(line.matches),
         ]
         for line in lines
     ]
+
+
+def _against(difference: Summary | None) -> list[str]:
+    return ["-", "-"] if difference is None else [interval(difference), verdict(difference)]
 
 
 COMPARISON_HEADER = [
@@ -169,8 +174,24 @@ COMPARISON_HEADER = [
     "mean, 95 %",
     "bits/byte",
     "against random",
+    "verdict",
     "tokens-to-match",
 ]
+
+
+def comparison_in_brief(lines: Sequence[ArmLine]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison for a terminal of 80 columns."""
+    rows = [
+        [
+            line.arm,
+            f"{line.tokens:,}",
+            interval(line.loss),
+            _against(line.against_random)[1],
+            matches_in_words(line.matches),
+        ]
+        for line in lines
+    ]
+    return ["arm", "tokens", "mean, 95 %", "than random", "tokens-to-match"], rows
 
 
 Rows = Sequence[Mapping[str, object]]

@@ -226,25 +226,21 @@ def _artifacts(place: "Home") -> "ArtifactStore":
 def _print_report(plan: "Recipe", place: "Home") -> None:
     import polars as pl
 
-    from colorfilter.report import COMPARISON_HEADER, arm_lines, comparison_rows
+    from colorfilter.report import LOSSES, arm_lines, comparison_in_brief, judged_by
 
     artifacts = _artifacts(place)
     for domain in plan.domains:
         report = artifacts.current(f"{domain.name}/report")
         rows = pl.read_parquet(report.path / "evaluations.parquet")
         measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
-        # Without these, which the report has, the table fits 80 columns.
-        left_out = {"loss by seed", "bits/byte"}
-        shown = [i for i, name in enumerate(COMPARISON_HEADER) if name not in left_out]
-        title = f"{domain.name}: held-out loss, nats per token, lower is better"
-        table = Table(
-            *(COMPARISON_HEADER[i] for i in shown),
-            title=title,
-            box=box.SIMPLE,
-            pad_edge=False,
-        )
-        for line in comparison_rows(arm_lines(measured)):
-            table.add_row(*(line[i] for i in shown))
+        header, brief = comparison_in_brief(arm_lines(measured))
+        words = LOSSES[judged_by(measured)].lower().rstrip(",")
+        title = f"{domain.name}: {words}, nats per token, lower is better"
+        table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for line in brief:
+            table.add_row(*line)
         console.print(table)
         for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
             console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")

@@ -17,6 +17,7 @@ from colorfilter.report import (
     COMPARISON_HEADER,
     EVALUATIONS,
     arm_lines,
+    comparison_in_brief,
     comparison_rows,
     interval,
     match_rows,
@@ -117,13 +118,28 @@ def test_the_comparison_is_in_words() -> None:
         "5.500 5.200",
         "5.350 ± 1.906",
         "1.337 ± 0.476",
-        "-0.750 ± 3.176, not told apart",
+        "-0.750 ± 3.176",
+        "not told apart",
         "1.41 2.00",
     ]
-    assert rows["best_tau8", "100"][-2] == "-2.100 ± 1.271, better"
+    assert rows["best_tau8", "100"][-3:-1] == ["-2.100 ± 1.271", "better"]
     assert rows["random", "100"][-2] == "-"
     assert rows["random", "100"][-1] == "-"
-    assert rows["best_tau8", "100"][-1] == ">2.00 >2.00"
+    assert rows["best_tau8", "100"][-1] == ">2.00 x2"
+
+
+def test_in_brief_equal_matches_are_told_once() -> None:
+    header, rows = comparison_in_brief(arm_lines(COMPARED))
+    by_arm = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in rows}
+    assert by_arm["best_tau8", "100"] == {
+        "arm": "best_tau8",
+        "tokens": "100",
+        "mean, 95 %": "4.000 ± 0.000",
+        "than random": "better",
+        "tokens-to-match": ">2.00 x2",
+    }
+    assert by_arm["color_tau8", "100"]["tokens-to-match"] == "1.41 2.00"
+    assert list(by_arm["random", "100"].values())[3:] == ["-", "-"]
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:
@@ -210,7 +226,7 @@ def test_tasks_are_what_arms_are_judged_by_where_there_are_any() -> None:
     comparison, tasks, tuned = (made[t].table for t in ("Comparison", "Tasks", "Fine-tuned"))
     assert comparison is not None
     assert comparison.rows[0][2:4] == ["4.000 5.000", "4.500 ± 6.353"]
-    assert comparison.rows[0][-2] == "-0.500 ± 0.000, better"
+    assert comparison.rows[0][-3:-1] == ["-0.500 ± 0.000", "better"]
     assert tasks == Table(
         ["arm", "tokens", "piqa"],
         [["random", "100", "5.000, 65.0%"], ["color_tau8", "100", "4.500, 65.0%"]],
@@ -281,10 +297,12 @@ def test_page_markdown_and_pictures_are_written_from_the_same_sections(tmp_path:
 def test_a_new_column_of_the_comparison_shows_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "COMPARISON_HEADER", [*COMPARISON_HEADER, "verdict"])
+    monkeypatch.setattr(report, "COMPARISON_HEADER", [*COMPARISON_HEADER, "remark"])
     monkeypatch.setattr(
-        report, "comparison_rows", lambda lines: [[*r, "better"] for r in comparison_rows(lines)]
+        report,
+        "comparison_rows",
+        lambda lines: [[*r, "remarkable"] for r in comparison_rows(lines)],
     )
     write_report(tmp_path, "books", list(report_of(COMPARED).values()))
-    assert "<th>verdict</th>" in (tmp_path / "report.html").read_text()
-    assert "| better |" in (tmp_path / "report.md").read_text()
+    assert "<th>remark</th>" in (tmp_path / "report.html").read_text()
+    assert "| remarkable |" in (tmp_path / "report.md").read_text()
