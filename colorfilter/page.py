@@ -256,8 +256,8 @@ nav {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; }}
 small {{ color: var(--quiet); }}
 img {{ max-width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: 0.3rem 0.9rem; border-bottom: 1px solid var(--rule); }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--rule); }}
 th {{ border-bottom-width: 2px; }}
 .figures {{ text-align: right; white-space: nowrap; }}
 article {{ margin: 1rem 0 1.5rem; }}
