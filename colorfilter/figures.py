@@ -122,9 +122,10 @@ def tau_sweep(series: Mapping[str, Mapping[float, Summary]], random: Summary | N
     def draw(axes: "Axes") -> None:
         for i, (name, line) in enumerate(series.items()):
             mine = sorted(line)
-            axes.plot(mine, [line[t].mean for t in mine], "o-", color=f"C{i}", label=name)
-            for tau in mine:
-                _error_bar(axes, line[tau], tau, line[tau].mean, f"C{i}", across=False)
+            places = [tau * 1.05**i for tau in mine]  # or one series hides another
+            axes.plot(places, [line[t].mean for t in mine], "o-", color=f"C{i}", label=name)
+            for place, tau in zip(places, mine, strict=True):
+                _error_bar(axes, line[tau], place, line[tau].mean, f"C{i}", across=False)
         if random is not None:
             axes.axhline(random.mean, color="C7", linestyle="--", label="random")
             if not math.isnan(random.half_width):
