@@ -90,8 +90,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
                     color=pl.lit(None, dtype=pl.Float64),
                 )
             )
-            columns = ["rank", "shard", "position", "score", "color"]
-            chosen.select(columns).write_parquet(folder / "selection.parquet", compression="zstd")
+            method.write_selection(chosen, folder)
             return {
                 "considered": len(ranked),
                 "documents": len(drawn),

@@ -11,7 +11,7 @@ from assets.dsir import dsir_selection
 from assets.figures import table
 from assets.online import online_selection
 from assets.selected import GROUP, origins, queried_selection
-from colorfilter import selection as method
+from colorfilter import dataset as method
 from colorfilter.errors import InputError
 from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe

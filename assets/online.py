@@ -93,8 +93,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 rank=pl.int_range(1, pl.len() + 1),
                 score=rows["score"],
             )
-            columns = ["rank", "shard", "position", "score", "color"]
-            chosen.select(columns).write_parquet(folder / "selection.parquet", compression="zstd")
+            method.write_selection(chosen, folder)
             shutil.rmtree(folder / "pool")
             return {
                 "candidates": len(drawn),

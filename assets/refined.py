@@ -136,7 +136,7 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
 def gathered(places: "pl.DataFrame", tokens: Mapping[str, Path], folder: Path) -> Path:
     """The sequences at these places as one folder of tokens, made once."""
-    from colorfilter.selection import write_tokens
+    from colorfilter.dataset import write_tokens
 
     whole, begun = folder / "tokens", folder / "tokens.begun"
     if not whole.exists():

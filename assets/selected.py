@@ -68,7 +68,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                     }
                     excerpts(found, texts).write_parquet(folder / "samples.parquet")
                 unsure = _unsure(connection, recipe, domain.name, arm, refined)
-            chosen.write_parquet(folder / "selection.parquet", compression="zstd")
+            method.write_selection(chosen, folder)
             return {
                 "candidates": candidates,
                 "selected": len(chosen),

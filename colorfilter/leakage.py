@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from colorfilter.selection import unbroken_runs, whole_documents, with_text
+from colorfilter.dataset import unbroken_runs, whole_documents, with_text
 from colorfilter.tokens import batches_of_text
 
 NGRAM_WORDS = 13

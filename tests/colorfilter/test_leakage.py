@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colorfilter import leakage
+from colorfilter.dataset import unbroken_runs, whole_documents, with_text
 from colorfilter.leakage import Match, Protected, find_leaks, search, without_leaks, words
-from colorfilter.selection import unbroken_runs, whole_documents, with_text
 
 PASSAGE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
