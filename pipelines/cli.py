@@ -110,7 +110,7 @@ def cost(
     Opens no source and writes nothing. Where the recipe has run in the home, what it took stands
     beside it.
     """
-    from colorfilter.recipe import load
+    from colorfilter.recipe_file import load
     from pipelines.costs import print_cost
     from resources.home import Home
 

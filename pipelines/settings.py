@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from colorfilter.errors import InputError
-from colorfilter.recipe import Recipe, load
+from colorfilter.recipe import Recipe
+from colorfilter.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 RECIPE_VARIABLE = "COLORFILTER_RECIPE"

@@ -11,7 +11,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from colorfilter.recipe import Recipe, load
+from colorfilter.recipe import Recipe
+from colorfilter.recipe_file import load
 from pipelines.definitions import build_definitions
 from pipelines.running import Failure, execute
 from resources.home import Home

@@ -9,7 +9,7 @@ import dagster as dg
 from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 
 from assets.common import SHARDS
-from colorfilter.recipe import load
+from colorfilter.recipe_file import load
 from pipelines.definitions import build_definitions
 from pipelines.settings import recipe_path
 

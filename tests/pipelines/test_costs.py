@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from colorfilter.recipe import load
+from colorfilter.recipe_file import load
 from pipelines.costs import print_cost
 from pipelines.settings import RECIPES, recipe_path
 from resources.artifacts import ArtifactStore
