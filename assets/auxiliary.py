@@ -9,7 +9,7 @@ import dagster as dg
 from assets.common import OWNERS, Context, Progress, code_version, result
 from assets.corpus import pack_shard
 from assets.figures import curve_metadata
-from colorfilter.recipe import Domain, Recipe
+from colorfilter.recipe import Domain, Model, Recipe, Training
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
 
@@ -116,7 +116,9 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         def build(folder: Path) -> dict[str, Any]:
             from colorfilter.evaluation import mean_loss
 
-            spec = finetuning(domain, checkpoint(prior), encoder, packed, recipe.seed, folder)
+            spec = domain_epoch(
+                checkpoint(prior), domain.training, encoder, packed, recipe.seed, folder
+            )
             facts = _train(context, gpu, spec)
             held_out = packed.path / "held_out"
             own = folder / facts["checkpoint"]
@@ -143,17 +145,22 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     return conditional_model
 
 
-def finetuning(
-    domain: Domain, start: Path, encoder: Artifact, packed: Artifact, seed: int, out: Path
+def domain_epoch(
+    start: Model | Path,
+    training: Training,
+    encoder: Artifact,
+    packed: Artifact,
+    seed: int,
+    out: Path,
 ) -> "TrainSpec":
-    """One epoch over D_down from a checkpoint, in the order of a seed."""
+    """One epoch over D_down of a fresh model or from a checkpoint, in the order of a seed."""
     from colorfilter.training import TrainSpec
 
     return TrainSpec(
-        start=str(start),
+        start=str(start) if isinstance(start, Path) else start,
         tokens=packed.path / "down",
         tokenizer=encoder.path,
-        training=domain.training,
+        training=training,
         seed=seed,
         endpoints=(packed.facts["down_sequences"],),
         out=out,
@@ -184,18 +191,7 @@ def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         assert training is not None
 
         def build(folder: Path) -> dict[str, Any]:
-            from colorfilter.training import TrainSpec
-
-            spec = TrainSpec(
-                start=model,
-                tokens=packed.path / "down",
-                tokenizer=encoder.path,
-                training=training,
-                seed=recipe.seed,
-                endpoints=(packed.facts["down_sequences"],),
-                out=folder,
-                held_out=packed.path / "held_out",
-            )
+            spec = domain_epoch(model, training, encoder, packed, recipe.seed, folder)
             return _train(context, gpu, spec)
 
         made = artifacts.make(

@@ -17,8 +17,9 @@ from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
 
-# How an arm's `selection` is made. A further method is a line here and one in recipe.Arm; if a
-# query on the score tables decides it, one in selection.SCORES instead of a module of its own.
+# How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
+# cost.METHODS; if a query on the score tables decides it, one in selection.SCORES instead of a
+# module of its own.
 SELECTIONS = {
     "color": queried_selection,
     "conditional_only": queried_selection,

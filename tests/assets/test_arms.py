@@ -3,6 +3,7 @@
 import polars as pl
 import pytest
 
+from assets.confidence import flips
 from colorfilter import cost
 from colorfilter.tables import fetch
 from resources.artifacts import ArtifactStore
@@ -76,6 +77,7 @@ def test_what_stood_before_the_arms_came_is_not_computed_again(project: Project)
     assert made["prior_model"] == made["reference/conditional_model"] == 1
     assert made["prior_scores"] == made["reference/domain_only_scores"] == shards
     assert made["reference/color_tau4/target_model"] == 2
+    assert made["reference/cutoff_confidence"] == 1
 
 
 def test_full_trains_on_everything_and_random_on_a_part_of_it(
@@ -127,10 +129,12 @@ def test_a_second_run_computes_nothing(project: Project, monkeypatch: pytest.Mon
 
 
 def test_the_confidence_at_the_cutoff_is_told_for_what_losses_rank(
-    artifacts: ArtifactStore,
+    project: Project, artifacts: ArtifactStore
 ) -> None:
     made = artifacts.current("reference/cutoff_confidence")
-    rows = {r["arm"]: r for r in pl.read_parquet(made.path / "flips.parquet").to_dicts()}
+    tables = ScoreStore(home=str(project.home.root))
+    found = flips(artifacts, tables, project.recipe, project.recipe.domains[0])
+    rows = {r["arm"]: r for r in found}
     assert rows.keys() == {"color_tau4", "conditional_only_tau4"}
     for row in rows.values():
         assert row["selected"] == row["sampled"] // 4
