@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -13,12 +14,14 @@ from colorfilter import documents, tokens
 from colorfilter.recipe import Model, Training
 from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch
+from colorfilter.training import TrainSpec, train
 from resources.score_store import SCHEMA
 
 settings.register_profile("small", max_examples=40, derandomize=True, deadline=None, database=None)
 settings.load_profile("small")
 
 LENGTH = 16
+ENDPOINTS = (40, 60)  # of the run `spec`, in sequences
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -179,3 +182,34 @@ def store() -> Iterator[Store]:
     made = Store()
     yield made
     made.connection.close()
+
+
+@pytest.fixture(scope="module")
+def spec(
+    packed: Path,
+    held_out: Path,
+    tokenizer_folder: Path,
+    tiny: Model,
+    quick_training: Training,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainSpec:
+    """A small run to two end points, with dropout: its bits depend on every random draw."""
+    dropping = tiny.model_copy(update={"config": {**tiny.config, "hidden_dropout": 0.1}})
+    return TrainSpec(
+        start=dropping,
+        tokens=packed,
+        tokenizer=tokenizer_folder,
+        training=quick_training,
+        seed=5,
+        endpoints=ENDPOINTS,
+        out=tmp_path_factory.mktemp("spec"),
+        held_out=held_out,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the run of `spec` leaves when nothing disturbs it."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(replace(spec, out=out))
+    return out

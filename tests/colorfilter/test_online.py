@@ -10,7 +10,8 @@ from colorfilter import models, training
 from colorfilter.online import Online, chosen_rows
 from colorfilter.recipe import Model, Training
 from colorfilter.training import TrainSpec, planned_tokens, train
-from tests.colorfilter.test_training import assert_same_result, killed
+from tests.colorfilter.test_training import assert_same_result
+from tests.colorfilter.test_training_resume import killed
 
 N, T, TAU, BATCH = 96, 16, 4.0, 5
 NEEDED = 23  # so that the last batch is short

@@ -9,41 +9,10 @@ import safetensors.torch
 import torch
 
 from colorfilter import models, training
-from colorfilter.recipe import Model, Training
+from colorfilter.recipe import Model
 from colorfilter.tokens import Encoder, pack_examples, real_tokens
 from colorfilter.training import TrainSpec, held_out_loss, learning_rate, planned_tokens, train
-
-ENDPOINTS = (40, 60)
-STEPS = 18  # 10 steps to the first end point, and to the second 4 of the trunk and 4 of decay
-
-
-@pytest.fixture(scope="module")
-def spec(
-    packed: Path,
-    held_out: Path,
-    tokenizer_folder: Path,
-    tiny: Model,
-    quick_training: Training,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> TrainSpec:
-    dropping = tiny.model_copy(update={"config": {**tiny.config, "hidden_dropout": 0.1}})
-    return TrainSpec(
-        start=dropping,
-        tokens=packed,
-        tokenizer=tokenizer_folder,
-        training=quick_training,
-        seed=5,
-        endpoints=ENDPOINTS,
-        out=tmp_path_factory.mktemp("spec"),
-        held_out=held_out,
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    train(replace(spec, out=out))
-    return out
+from tests.colorfilter.conftest import ENDPOINTS
 
 
 def sizes(spec: TrainSpec) -> np.ndarray:
@@ -63,28 +32,6 @@ def assert_same_result(one: Path, other: Path) -> None:
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     assert pl.read_parquet(one / "curve.parquet").equals(pl.read_parquet(other / "curve.parquet"))
-
-
-class KilledError(Exception):
-    pass
-
-
-class Killer:
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def __call__(self, _: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KilledError
-
-
-def killed(spec: TrainSpec, after: int) -> None:
-    with pytest.raises(KilledError):
-        train(spec, progress=Killer(after))
-
-
-# What training does --------------------------------------------------------------------------
 
 
 def test_the_loss_goes_down(spec: TrainSpec, tmp_path: Path) -> None:
@@ -359,152 +306,6 @@ def test_more_than_the_data_holds_is_refused(spec: TrainSpec, tmp_path: Path) ->
     n = len(sizes(spec))
     with pytest.raises(ValueError, match=f"{n + 1} sequences asked for, {n} there"):
         train(replace(spec, endpoints=(8, n + 1), out=tmp_path))
-
-
-# Killed and gone on --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("after", [1, 4, 7, 8, 9, 10, 11, 13, 14, 15, 17, STEPS])
-def test_a_killed_run_ends_with_the_same_bits(
-    spec: TrainSpec,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    after: int,
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    run = replace(spec, out=tmp_path)
-    killed(run, after)
-    done: list[int] = []
-    train(run, progress=done.append)
-    assert len(done) == STEPS - after + 1
-    assert_same_result(tmp_path, undisturbed)
-
-
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(
-    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    run = replace(spec, out=tmp_path)
-    for _ in range(5):
-        killed(run, 4)
-    train(run)
-    assert_same_result(tmp_path, undisturbed)
-
-
-@pytest.mark.parametrize("after", [5, 12])
-def test_a_run_killed_before_its_first_state_begins_anew(
-    spec: TrainSpec, undisturbed: Path, tmp_path: Path, after: int
-) -> None:
-    run = replace(spec, out=tmp_path)
-    killed(run, after)
-    train(run)
-    assert_same_result(tmp_path, undisturbed)
-
-
-@pytest.mark.parametrize("nth", [0, 5, 12])
-def test_a_run_killed_while_it_saves_its_state_ends_with_the_same_bits(
-    spec: TrainSpec,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    nth: int,
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    run = replace(spec, out=tmp_path)
-    left = nth
-
-    def torn(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
-        nonlocal left
-        if left == 0:
-            Path(path).write_bytes(b"torn")
-            raise KilledError
-        left -= 1
-        save(tensors, path, **_)
-
-    save = safetensors.torch.save_file
-    with monkeypatch.context() as patch:
-        patch.setattr(training.safetensors.torch, "save_file", torn)
-        with pytest.raises(KilledError):
-            train(run)
-    train(run)
-    assert_same_result(tmp_path, undisturbed)
-
-
-@pytest.mark.parametrize("nth", [0, 1])
-def test_a_run_killed_while_it_writes_a_model_ends_with_the_same_bits(
-    spec: TrainSpec,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    nth: int,
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    run = replace(spec, out=tmp_path)
-    left = nth
-
-    def torn(model: object, folder: Path, tokenizer: Path) -> None:
-        nonlocal left
-        save(model, folder, tokenizer)
-        if left == 0:
-            (folder / "model.safetensors").write_bytes(b"torn")
-            raise KilledError
-        left -= 1
-
-    save = models.save
-    with monkeypatch.context() as patch:
-        patch.setattr(training.models, "save", torn)
-        with pytest.raises(KilledError):
-            train(run)
-    train(run)
-    assert_same_result(tmp_path, undisturbed)
-
-
-def test_a_cosine_run_killed_in_its_second_half_ends_with_the_same_bits(
-    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    cosine = spec.training.model_copy(update={"schedule": "cosine"})
-    run = replace(spec, training=cosine, endpoints=(20, 32), out=tmp_path / "whole")
-    train(run)
-    for after in (3, 6, 9):
-        again = replace(run, out=tmp_path / str(after))
-        killed(again, after)
-        train(again)
-        assert_same_result(again.out, run.out)
-
-
-def test_a_finished_run_is_not_run_again(
-    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = replace(spec, endpoints=(8, 16), out=tmp_path)
-    first = train(run)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    done: list[int] = []
-    assert train(run, progress=done.append) == first
-    assert done == []
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-
-
-def test_no_pickle_is_written_and_no_state_is_left(
-    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    run = replace(spec, out=tmp_path)
-    killed(run, 9)
-    assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk.safetensors"}
-    train(run)
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ".parquet"}
-    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"curve.parquet"}
-
-
-def test_saving_states_changes_nothing(
-    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    train(replace(spec, out=tmp_path))
-    assert_same_result(tmp_path, undisturbed)
 
 
 def test_the_curve_holds_the_rates_of_the_schedule(spec: TrainSpec, undisturbed: Path) -> None:

@@ -1,0 +1,176 @@
+"""A training run that is killed and gone on with ends with the bits of an undisturbed one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from colorfilter import models, training
+from colorfilter.training import TrainSpec, train
+from tests.colorfilter.test_training import assert_same_result
+
+STEPS = 18  # 10 steps to the first end point, and to the second 4 of the trunk and 4 of decay
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killer:
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, _: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KilledError
+
+
+def killed(spec: TrainSpec, after: int) -> None:
+    with pytest.raises(KilledError):
+        train(spec, progress=Killer(after))
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 8, 9, 10, 11, 13, 14, 15, 17, STEPS])
+def test_a_killed_run_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    killed(run, after)
+    done: list[int] = []
+    train(run, progress=done.append)
+    assert len(done) == STEPS - after + 1
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    for _ in range(5):
+        killed(run, 4)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("after", [5, 12])
+def test_a_run_killed_before_its_first_state_begins_anew(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, after: int
+) -> None:
+    run = replace(spec, out=tmp_path)
+    killed(run, after)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("nth", [0, 5, 12])
+def test_a_run_killed_while_it_saves_its_state_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nth: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    left = nth
+
+    def torn(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
+        nonlocal left
+        if left == 0:
+            Path(path).write_bytes(b"torn")
+            raise KilledError
+        left -= 1
+        save(tensors, path, **_)
+
+    save = safetensors.torch.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(training.safetensors.torch, "save_file", torn)
+        with pytest.raises(KilledError):
+            train(run)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_run_killed_while_it_writes_a_model_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nth: int,
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    left = nth
+
+    def torn(model: object, folder: Path, tokenizer: Path) -> None:
+        nonlocal left
+        save(model, folder, tokenizer)
+        if left == 0:
+            (folder / "model.safetensors").write_bytes(b"torn")
+            raise KilledError
+        left -= 1
+
+    save = models.save
+    with monkeypatch.context() as patch:
+        patch.setattr(training.models, "save", torn)
+        with pytest.raises(KilledError):
+            train(run)
+    train(run)
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_cosine_run_killed_in_its_second_half_ends_with_the_same_bits(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    cosine = spec.training.model_copy(update={"schedule": "cosine"})
+    run = replace(spec, training=cosine, endpoints=(20, 32), out=tmp_path / "whole")
+    train(run)
+    for after in (3, 6, 9):
+        again = replace(run, out=tmp_path / str(after))
+        killed(again, after)
+        train(again)
+        assert_same_result(again.out, run.out)
+
+
+def test_a_finished_run_is_not_run_again(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(spec, endpoints=(8, 16), out=tmp_path)
+    first = train(run)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done: list[int] = []
+    assert train(run, progress=done.append) == first
+    assert done == []
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_no_pickle_is_written_and_no_state_is_left(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run = replace(spec, out=tmp_path)
+    killed(run, 9)
+    assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk.safetensors"}
+    train(run)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".parquet"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"curve.parquet"}
+
+
+def test_saving_states_changes_nothing(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    train(replace(spec, out=tmp_path))
+    assert_same_result(tmp_path, undisturbed)
