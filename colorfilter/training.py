@@ -210,7 +210,7 @@ class _Run:
     def run(self) -> list[Checkpoint]:
         out = self.spec.out
         out.mkdir(parents=True, exist_ok=True)
-        running, trunk = out / "running.safetensors", out / "trunk.safetensors"
+        running = out / "running.safetensors"
         checkpoints = {i: self._checkpoint(i) for i in range(len(self.spec.endpoints))}
         if (out / "curve.parquet").exists():
             return list(checkpoints.values())
@@ -221,7 +221,7 @@ class _Run:
             phase = self.phases[index]
             if state.phase < index:
                 if not phase.branch and phase.target > 0:
-                    state = self._restore(trunk, curve=state.curve)
+                    state = self._restore(self._trunk(phase.target - 1), curve=state.curve)
                 elif phase.start == 0 and index > 0:
                     self._begin()
                 state.phase, state.step = index, phase.start
@@ -229,15 +229,22 @@ class _Run:
             if phase.branch:
                 models.save(self.model, checkpoints[phase.target].path, self.spec.tokenizer)
             else:
-                self._save(trunk, state)
+                self._save(self._trunk(phase.target), state)
         if self.chooser:
             self.chooser.sync()
         curve = pl.DataFrame(state.curve, schema=_CURVE)
         curve.write_parquet(out / "curve.tmp", compression="zstd")
         write_atomically(out / "curve.tmp", out / "curve.parquet")
-        running.unlink(missing_ok=True)
-        trunk.unlink(missing_ok=True)
+        for left in out.glob("*.safetensors"):
+            left.unlink()
         return list(checkpoints.values())
+
+    def _trunk(self, target: int) -> Path:
+        """Where the trunk's state lies at the fork to an end point.
+
+        One file each: a killed run may stand before a fork that it has already been at.
+        """
+        return self.spec.out / f"trunk-{target}.safetensors"
 
     def _checkpoint(self, endpoint: int) -> Checkpoint:
         tokens = int(self.seen[self.spec.endpoints[endpoint]])

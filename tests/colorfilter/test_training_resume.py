@@ -61,6 +61,35 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(
     assert_same_result(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize(("saved", "after"), [(8, 12), (8, 16), (9, 15), (12, 17)])
+def test_a_run_killed_long_after_its_last_state_ends_with_the_same_bits(
+    spec: TrainSpec,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: int,
+    after: int,
+) -> None:
+    """Whose trunk has gone past a fork that the state has still to come to."""
+    run = replace(spec, out=tmp_path)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    steps = []
+
+    def progress(tokens: int) -> None:
+        steps.append(tokens)
+        training.CHECKPOINT_SECONDS = -1.0 if len(steps) == saved else 1e9
+        if len(steps) == after:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(run, progress=progress)
+    assert (tmp_path / "running.safetensors").exists()
+    done: list[int] = []
+    train(run, progress=done.append)
+    assert len(done) == STEPS - saved
+    assert_same_result(tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("after", [5, 12])
 def test_a_run_killed_before_its_first_state_begins_anew(
     spec: TrainSpec, undisturbed: Path, tmp_path: Path, after: int
@@ -161,7 +190,7 @@ def test_no_pickle_is_written_and_no_state_is_left(
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     run = replace(spec, out=tmp_path)
     killed(run, 9)
-    assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk-0.safetensors"}
     train(run)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json", ".parquet"}
