@@ -82,7 +82,8 @@ def near_cutoffs_of_batches(
     query = NEAR.format(shards=SHARDS, scores=SCORES[method], near=NEAR_EACH_POOL)
     parameters: dict[str, float | str] = {
         "domain": domain,
-        "pool": max(1, int(tau * batch)),
+        "pool": int(tau * batch),
+        "batch": batch,
         "tau": tau,
         "seed": seed,
         "radius": radius,
@@ -95,7 +96,7 @@ def draw_sample(sequences: Mapping[str, int], seed: int) -> pl.DataFrame:
     shards = sorted(sequences)
     ends = np.cumsum([sequences[s] for s in shards])
     total = int(ends[-1])
-    size = min(SAMPLE, max(1, int(SAMPLE_SHARE * total)))
+    size = sample_size(total)
     drawn = np.sort(np.random.default_rng(seed).choice(total, size, replace=False, shuffle=False))
     which = np.searchsorted(ends, drawn, side="right")
     starts = ends - [sequences[s] for s in shards]
@@ -103,6 +104,11 @@ def draw_sample(sequences: Mapping[str, int], seed: int) -> pl.DataFrame:
         {"shard": [shards[i] for i in which], "position": drawn - starts[which]},
         schema={"shard": pl.String, "position": pl.Int64},
     )
+
+
+def sample_size(sequences: int) -> int:
+    """How many of so many sequences a sample has."""
+    return min(SAMPLE, max(1, int(SAMPLE_SHARE * sequences)))
 
 
 def losses_of(scored: Path, gathered: Path) -> pl.DataFrame:

@@ -64,8 +64,9 @@ BEST = f"""
     )
 """
 
-# The candidates in random order, cut into pools; the best 1/tau of each are kept. The pools stand
-# one behind the other in a single order: a window for each of them would take far longer.
+# The candidates in random order, cut into pools, the last one perhaps smaller; the best of each are
+# kept. The pools stand one behind the other in a single order: a window for each of them would take
+# far longer.
 POOLS = f"""
     pools AS (
         SELECT
@@ -82,7 +83,10 @@ POOLS = f"""
     total AS (SELECT count(*) AS n FROM scores ANTI JOIN excluded USING (shard, position)),
     best_of_pools AS (
         SELECT number, position, score, pool FROM places
-        WHERE $tau * place <= least($pool, (SELECT n FROM total) - pool * $pool)
+        WHERE place <= CASE
+            WHEN (pool + 1) * $pool <= (SELECT n FROM total) THEN $batch
+            ELSE ((SELECT n FROM total) - pool * $pool) / $tau
+        END
     )
 """
 BEST_OF_POOLS = f"""
@@ -156,7 +160,8 @@ def select_by_batch(
     parameters: dict[str, float | str] = {
         "domain": domain,
         "keep": 2**62,
-        "pool": max(1, int(tau * batch)),
+        "pool": int(tau * batch),
+        "batch": batch,
         "tau": tau,
         "seed": seed,
     }

@@ -132,7 +132,9 @@ def test_a_lot_is_the_md5_of_seed_shard_and_position(store: Any) -> None:
     assert few["color"].null_count() == 0
 
 
-@pytest.mark.parametrize(("tau", "batch"), [(4, 5), (4, 1), (2.5, 7), (8, 100), (1, 3)])
+@pytest.mark.parametrize(
+    ("tau", "batch"), [(4, 5), (4, 1), (2.5, 7), (2.5, 1), (1.5, 3), (8, 100), (1, 3)]
+)
 def test_by_batch_the_lowest_of_each_random_pool_are_kept(
     store: Any, tau: float, batch: int
 ) -> None:
@@ -143,7 +145,7 @@ def test_by_batch_the_lowest_of_each_random_pool_are_kept(
     for start in range(0, len(lots), pool):
         places_there = places(lots[start : start + pool])
         best = sorted((colors[p], *p) for p in places_there)
-        expected += best[: int(len(best) / tau)]
+        expected += best[: batch if len(best) == pool else int(len(best) / tau)]
     table = select_by_batch(store.connection, "color", "books", tau, batch, seed=3)
     assert table.select("score", "shard", "position").rows() == sorted(expected)
     assert table["rank"].to_list() == list(range(1, len(expected) + 1))
