@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -43,6 +43,17 @@ FIELDS = {
     "arc_easy": ("question", "choices", "answerKey"),
     "arc_challenge": ("question", "choices", "answerKey"),
     "winogrande": ("sentence", "option1", "option2", "answer"),
+}
+# Where an item's answer stands, and the form in which the harness understands it.
+_KEY = ("answerKey", lambda key: str(key).strip())
+ANSWERS: dict[str, tuple[str, Callable[[Any], int | str]]] = {
+    "piqa": ("label", int),
+    "hellaswag": ("label", lambda label: str(int(label))),
+    "boolq": ("label", int),
+    "openbookqa": _KEY,
+    "arc_easy": _KEY,
+    "arc_challenge": _KEY,
+    "winogrande": ("answer", lambda answer: str(int(answer))),
 }
 # The same fields within a finished prompt, as OLMo's files of these tasks have them.
 _ARC = r"Question: (?P<question>.*)\nAnswer:"
@@ -91,7 +102,11 @@ def hub_fields(task: str, row: Any) -> dict[str, Any]:
         raise ValueError("not a record")
     missing = [f for f in FIELDS[task] if row.get(f) is None]
     if not missing:
-        return {f: row[f] for f in FIELDS[task]}
+        fields = {f: row[f] for f in FIELDS[task]}
+        if task in ANSWERS:
+            field, form = ANSWERS[task]
+            fields[field] = form(fields[field])
+        return fields
     if task not in PROMPTS or not {"query", "choices", "gold"} <= row.keys():
         raise ValueError(f"no field '{missing[0]}'")
     found = re.fullmatch(PROMPTS[task], str(row["query"]), re.DOTALL)
@@ -193,7 +208,7 @@ class _Example:
 
 def read_items(items: Path) -> list[Item]:
     """The items of a file `<task>.jsonl` that `split_tasks` has written."""
-    lines = items.read_text().splitlines()
+    lines = items.read_text(encoding="utf-8").splitlines()
     return [to_item(items.stem, json.loads(line)) for line in lines]
 
 

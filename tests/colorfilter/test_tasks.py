@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ def test_an_item_is_its_question_and_its_choices_of_which_one_is_correct(task: s
     assert len(item.contexts) == len(item.continuations) == n_choices
     others = [c + k for c, k in zip(item.contexts, item.continuations, strict=True)]
     assert others.index(text) == item.gold
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "other"),
+    [
+        ("piqa", "label", str),
+        ("boolq", "label", str),
+        ("hellaswag", "label", int),
+        ("winogrande", "answer", int),
+        ("arc_easy", "answerKey", "{} ".format),
+    ],
+)
+def test_an_answer_in_another_form_is_put_into_that_of_the_harness(
+    task: str, field: str, other: Callable[[Any], Any]
+) -> None:
+    row = ITEMS[task][0]
+    assert other(row[field]) != row[field]
+    assert hub_fields(task, {**row, field: other(row[field])}) == hub_fields(task, row) == row
 
 
 @pytest.mark.parametrize("task", sorted(PROMPTS))
