@@ -52,7 +52,7 @@ class Picture:
 
 
 def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
-    """Held-out loss over training tokens: the trunk as a line, annealed end points as dots.
+    """Held-out loss over training tokens: trunks as lines, annealed end points as dots.
 
     `curves` are a training run's points per arm, one table per seed.
     """
@@ -64,8 +64,13 @@ def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
                 points = curve.drop_nulls("held_out_loss")
                 trunk = points.filter(pl.col("endpoint").is_null())
                 ends = points.filter(pl.col("tokens") == pl.col("endpoint"))
-                label = arm if j == 0 else None
-                axes.plot(trunk["tokens"], trunk["held_out_loss"], alpha=0.6, label=label, **style)
+                # With a cosine no run has a trunk: each end point is a line of its own.
+                lines = [trunk] if len(trunk) else points.partition_by("endpoint")
+                for k, line in enumerate(lines):
+                    label = arm if j == k == 0 else None
+                    axes.plot(
+                        line["tokens"], line["held_out_loss"], alpha=0.6, label=label, **style
+                    )
                 axes.plot(ends["tokens"], ends["held_out_loss"], "o", color=style["color"])
         axes.set(xlabel="training tokens", ylabel="held-out loss, nats per token", xscale="log")
         _plain_ticks(axes)
@@ -115,8 +120,10 @@ def match_plot(matches: Mapping[str, Sequence[TokensToMatch]]) -> Picture:
     return _picture("matches", "tokens-to-match by arm, with 95 % intervals", (8, height), draw)
 
 
-def tau_sweep(series: Mapping[str, Mapping[float, Summary]], random: Summary | None) -> Picture:
-    """Held-out loss by tau, a line per series, over random at the same number of tokens."""
+def tau_sweep(
+    series: Mapping[str, Mapping[float, Summary]], random: Summary | None, loss: str
+) -> Picture:
+    """Loss by tau, a line per series, over random at the same number of tokens."""
     taus = sorted({tau for line in series.values() for tau in line})
 
     def draw(axes: "Axes") -> None:
@@ -134,10 +141,10 @@ def tau_sweep(series: Mapping[str, Mapping[float, Summary]], random: Summary | N
         axes.set_xscale("log", base=2)
         axes.set_xticks(taus, [f"{tau:g}" for tau in taus])
         axes.set_xlim(taus[0] / 1.5, taus[-1] * 1.5)
-        axes.set(xlabel="tau", ylabel="held-out loss, nats per token")
+        axes.set(xlabel="tau", ylabel=f"{loss}, nats per token")
         _legend(axes)
 
-    return _picture("tau", "Held-out loss by tau, against random", (8, 3.2), draw)
+    return _picture("tau", f"{loss} by tau, against random", (8, 3.2), draw)
 
 
 def _error_bar(

@@ -22,10 +22,14 @@ CHOSEN = np.dtype([("row", "<i8"), ("score", "<f8")])
 
 @dataclass(frozen=True)
 class Online:
-    """What is chosen by: `conditional` is a .npy of a loss per candidate, nats per token."""
+    """What is chosen by: `conditional` is a .npy of a loss per candidate, nats per token.
+
+    `boundary` is that of its labels (labels.shifted_labels).
+    """
 
     conditional: Path
     tau: float
+    boundary: int | None = None
 
     def candidates(self, chosen: int) -> int:
         """How many candidates have been seen when so many are chosen."""
@@ -41,14 +45,23 @@ class Chooser:
         self._n_tokens = real_tokens(tokens)
         self._conditional = np.load(online.conditional, mmap_mode="r")
         self._progress = progress
+        self._scorer: Scorer | None = None
         self._record = (out / "chosen.bin").open("ab")
 
     def choose(self, model: PreTrainedModel, first: int, stop: int) -> np.ndarray:
         """The rows of choices number [first, stop), int64, lowest score first; ties by row."""
         seen = slice(self._online.candidates(first), self._online.candidates(stop))
+        if self._scorer is None:
+            # Not the form that a measurement finds fastest: a run gone on with must choose alike.
+            self._scorer = Scorer(model, kernel="chunked")
         training = model.training
+        model.eval()
         ((current, _),) = sequence_losses(
-            [Scorer(model)], self._tokens[seen], self._n_tokens[seen], progress=self._progress
+            [self._scorer],
+            self._tokens[seen],
+            self._n_tokens[seen],
+            self._online.boundary,
+            self._progress,
         )
         model.train(training)
         scores = self._conditional[seen].astype(np.float64) - current

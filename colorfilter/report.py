@@ -266,13 +266,17 @@ def sections(
     tuned = comparison_rows(arm_lines(evaluations, FINETUNED))
     if tuned:
         found.append(Section("Fine-tuned", FINETUNED_TOO, Table(COMPARISON_HEADER, tuned)))
-    matches = {line.arm: line.matches for line in lines if line.matches}
+    # The first line of an arm is at as many tokens as the others.
+    matches = {line.arm: line.matches for line in reversed(lines) if line.matches}
+    matches = {line.arm: matches[line.arm] for line in lines if line.arm in matches}
     if matches:
         found.append(Section("tokens-to-match", MATCHES, picture=figures.match_plot(matches)))
     by_tau = _losses_by_tau(lines, arms)
     if by_tau:
         random = next((line.loss for line in lines if line.arm == "random"), None)
-        found.append(Section("Loss by tau", SWEEP, picture=figures.tau_sweep(by_tau, random)))
+        loss = LOSSES[judged_by(evaluations)].rstrip(",")
+        picture = figures.tau_sweep(by_tau, random, loss)
+        found.append(Section("Loss by tau", SWEEP, picture=picture))
     found.append(Section("Learning curves", CURVES, picture=figures.learning_curves(curves)))
     probe = evaluations.filter(pl.col("metric").str.starts_with("probe"))
     found.append(
@@ -295,12 +299,13 @@ def sections(
 def _losses_by_tau(
     lines: Sequence[ArmLine], arms: Sequence[Arm]
 ) -> dict[str, dict[float, Summary]]:
-    """Held-out loss of the arms of method color by tau, global and by size of batch."""
+    """Loss of the arms of method color by tau, a series per form of the method."""
     losses = {line.arm: line.loss for line in lines}
     found: dict[str, dict[float, Summary]] = {}
     for arm in arms:
         if arm.method == "color" and arm.tau and arm.name in losses:
             name = "color" if arm.batch is None else f"color, batch {arm.batch}"
+            name += "" if arm.leaks == "remove" else ", leaks kept"
             found.setdefault(name, {})[arm.tau] = losses[arm.name]
     return found
 

@@ -61,9 +61,9 @@ RESULTS_SCHEMA = """
 CREATE TABLE evaluations(
     domain VARCHAR, arm VARCHAR, seed BIGINT, tokens BIGINT, metric VARCHAR, value DOUBLE);
 CREATE TABLE kernel_runs(
-    run_id VARCHAR, verb VARCHAR, model VARCHAR, shard VARCHAR, chunk VARCHAR, sequences BIGINT,
-    tokens BIGINT, seconds DOUBLE, device VARCHAR, precision VARCHAR, kernel VARCHAR,
-    matrix_share DOUBLE, recorded VARCHAR, versions VARCHAR);
+    run_id VARCHAR, verb VARCHAR, folder VARCHAR, model VARCHAR, shard VARCHAR, chunk VARCHAR,
+    sequences BIGINT, tokens BIGINT, seconds DOUBLE, device VARCHAR, precision VARCHAR,
+    kernel VARCHAR, matrix_share DOUBLE, recorded VARCHAR, versions VARCHAR);
 CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
     reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT,
@@ -186,11 +186,15 @@ class ScoreStore(dg.ConfigurableResource):
             if known:
                 return
             rows = connection.read_parquet(str(table))  # noqa: F841  (read by name below)
-            connection.execute(
-                "INSERT INTO selections BY NAME "
-                "SELECT ? AS selection, shard, position, rank, score FROM rows",
-                [selection],
-            )
+            # Another arm may have selected exactly the same.
+            if not _count(
+                connection, "SELECT count(*) FROM selections WHERE selection = ?", [selection]
+            ):
+                connection.execute(
+                    "INSERT INTO selections BY NAME "
+                    "SELECT ? AS selection, shard, position, rank, score FROM rows",
+                    [selection],
+                )
             connection.execute(
                 "INSERT INTO selection_versions "
                 "SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",

@@ -43,7 +43,7 @@ def matches() -> Picture:
 
 
 def sweep() -> Picture:
-    return tau_sweep({"color": {4.0: Summary(5, 0.1, 3)}}, Summary(5.5, 0.2, 3))
+    return tau_sweep({"color": {4.0: Summary(5, 0.1, 3)}}, Summary(5.5, 0.2, 3), "Held-out loss")
 
 
 DRAWN = [curves, colors, matches, sweep]
@@ -89,7 +89,7 @@ def test_a_picture_is_the_same_bytes_again_and_differs_by_theme(
 def test_one_seed_has_no_interval(drawn: list[dict[str, Any]]) -> None:
     match_plot({"color_tau4": EXACT[:1]})
     alone = Summary(5.0, math.nan, 1)
-    tau_sweep({"color": {4.0: alone, 8.0: alone}}, alone)
+    tau_sweep({"color": {4.0: alone, 8.0: alone}}, alone, "Held-out loss")
     assert drawn == []
 
 
@@ -107,7 +107,9 @@ def test_tokens_to_match_have_their_interval_over_seeds_unless_one_is_a_bound(
 
 def test_the_sweep_has_an_interval_for_every_tau(drawn: list[dict[str, Any]]) -> None:
     of_color = {16.0: Summary(4.5, 0.2, 3), 4.0: Summary(5.0, 0.1, 3)}
-    tau_sweep({"color": of_color, "color, batch 8": {4.0: Summary(5.1, 0.3, 3)}}, None)
+    tau_sweep(
+        {"color": of_color, "color, batch 8": {4.0: Summary(5.1, 0.3, 3)}}, None, "Held-out loss"
+    )
     bars = [(bar["x"], bar["y"], bar["yerr"]) for bar in drawn[: len(drawn) // 2]]
     assert bars[:2] == [(4.0, 5.0, 0.1), (16.0, 4.5, 0.2)]
     (beside,) = bars[2:]

@@ -67,6 +67,28 @@ def test_of_each_batch_of_candidates_the_lowest_are_chosen(spec: TrainSpec) -> N
     np.testing.assert_allclose(chosen["score"], scores[expected], rtol=0, atol=1e-5)
 
 
+def test_current_losses_are_over_the_labels_of_the_conditional(spec: TrainSpec) -> None:
+    """Behind the token that ends a document no label counts, for either."""
+    assert spec.online is not None
+    tokens = np.load(spec.tokens / "tokens.npy")
+    boundary = int(np.bincount(tokens.ravel().astype(np.int64)).argmax())
+    spec = replace(spec, online=replace(spec.online, boundary=boundary))
+    train(spec)
+    assert isinstance(spec.start, Model)
+    model = models.build(spec.start, 280, T, spec.seed).eval().double()
+    rows = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits[:, :-1]
+    nll = functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    counts = rows[:, :-1] != boundary
+    current = ((nll * counts).sum(1) / counts.sum(1)).numpy()
+    chosen = chosen_rows(spec.out)
+    assert not counts.all()
+    assert spec.online is not None
+    scores = np.load(spec.online.conditional).astype(np.float64) - current
+    np.testing.assert_allclose(chosen["score"], scores[chosen["row"]], rtol=0, atol=1e-5)
+
+
 def test_what_is_chosen_depends_on_what_was_learnt(spec: TrainSpec, tmp_path: Path) -> None:
     train(spec)
     fast = replace(

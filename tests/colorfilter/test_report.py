@@ -153,6 +153,7 @@ ARMS = [
     Arm(method="color", tau=8),
     Arm(method="color", tau=32),
     Arm(method="color", tau=8, batch=64),
+    Arm(method="color", tau=8, leaks="keep"),
     Arm(method="random"),
 ]
 CURVE = pl.DataFrame({"endpoint": [None, 300], "tokens": [100, 300], "held_out_loss": [6.0, 5.0]})
@@ -193,6 +194,19 @@ def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
     assert comparison == Table(COMPARISON_HEADER, comparison_rows(arm_lines(probed)))
     assert scores == Table(["arm", "metric", "value"], [["color_tau8", "probe_auc", "0.9877"]])
     assert len(made["What was selected"].examples) == 1
+
+
+def test_tokens_to_match_are_drawn_at_the_tokens_that_all_arms_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = [*losses_and_bits("full", 1, 100, 5.5), *losses_and_bits("full", 1, 400, 4.0)]
+    given: dict[str, Any] = {}
+    picture = figures.Picture("matches", "", b"", b"")
+    monkeypatch.setattr(figures, "match_plot", lambda found: given.update(found) or picture)
+    report_of(pl.concat([COMPARED, evaluations(*full)]))
+    assert given.keys() == {"best_tau8", "color_tau8", "worse_tau8", "full"}
+    (match,) = given["full"]
+    assert (match.ratio, match.bound) == (pytest.approx(math.sqrt(2)), "=")
 
 
 def test_cost_and_leakage_are_tables_where_there_are_any() -> None:
@@ -258,6 +272,7 @@ def test_the_sweep_is_of_the_color_arms_against_random_at_their_tokens(
             evaluations(
                 *losses_and_bits("color_tau32", 1, 100, 5.0),
                 *losses_and_bits("color_tau8_batch64", 1, 100, 5.6),
+                *losses_and_bits("color_tau8_leaks", 1, 100, 5.1),
             ),
         ]
     )
@@ -265,12 +280,14 @@ def test_the_sweep_is_of_the_color_arms_against_random_at_their_tokens(
     picture = figures.Picture("tau", "", b"", b"")
     monkeypatch.setattr(figures, "tau_sweep", lambda *a: given.extend(a) or picture)
     report_of(rows)
-    series, random = given
+    series, random, loss = given
     means = {name: {tau: s.mean for tau, s in line.items()} for name, line in series.items()}
     assert means == {
         "color": {8.0: pytest.approx(5.35), 32.0: pytest.approx(5.0)},
         "color, batch 64": {8.0: pytest.approx(5.6)},
+        "color, leaks kept": {8.0: pytest.approx(5.1)},
     }
+    assert loss == "Held-out loss"
     assert random.mean == pytest.approx(6.1)
 
 

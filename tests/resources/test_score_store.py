@@ -163,6 +163,23 @@ def test_selections_have_one_current_version_per_arm(store: ScoreStore, tmp_path
         assert fetch(connection, "SELECT count(*) FROM selections") == [(2,)]
 
 
+def test_what_two_arms_select_alike_stands_once(store: ScoreStore, tmp_path: Path) -> None:
+    store.publish(parts(tmp_path, "a", {"p": [3.0, 1.0], "c": [1.0, 1.0]}), MODELS, LENGTH)
+    table = tmp_path / "selection.parquet"
+    pl.DataFrame({"rank": [1], "shard": ["a"], "position": [0], "score": [-2.0]}).write_parquet(
+        table
+    )
+    for arm in ("color_tau2", "color_tau2_leaks"):
+        store.publish_selection("one", table, "books", arm, ("p", "c"), "now")
+    with store.read() as connection:
+        counts = fetch(
+            connection,
+            "SELECT arm, count(*) FROM selections JOIN selection_versions USING (selection) "
+            "WHERE current GROUP BY arm ORDER BY arm",
+        )
+    assert counts == [("color_tau2", 1), ("color_tau2_leaks", 1)]
+
+
 def test_the_file_opens_without_any_of_this_code(store: ScoreStore, tmp_path: Path) -> None:
     store.publish(parts(tmp_path, "a", {"p": [3.0], "c": [1.0]}), MODELS, LENGTH)
     with duckdb.connect(str(Home(store.home).scores), read_only=True) as connection:
