@@ -7,6 +7,7 @@ no seed of its own; here it has, so that the package by hand, after `numpy.rando
 chooses the same set.
 """
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Set
@@ -41,12 +42,9 @@ def rank_documents(
     missing.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would be drawn through the others
-    try:
-        from data_selection import HashedNgramDSIR
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "arms: dsir wants the package data-selection; pip install 'colorfilter[dsir]'"
-        ) from error
+    refuse_without_package()
+    from data_selection import HashedNgramDSIR
+
     shards = sorted(raw)
 
     def texts(path: str) -> Iterator[dict[str, Any]]:
@@ -84,6 +82,14 @@ def rank_documents(
         .sort("score", "shard", "doc_id")
         .unique("sha256", keep="first", maintain_order=True)
     )
+
+
+def refuse_without_package() -> None:
+    """Raise InputError where the package that DSIR is, data-selection, is missing."""
+    if importlib.util.find_spec("data_selection") is None:
+        raise InputError(
+            "arms: dsir wants the package data-selection; pip install 'colorfilter[dsir]'"
+        )
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -34,7 +33,7 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, StrictDataclassError) as error:
+    except Exception as error:  # whatever an architecture makes of a value that cannot be
         raise InputError(f"model of type {model.type}: {one_line(error)}") from error
     _refuse_not_causal(fresh, f"a model of type {model.type}")
     return fresh
@@ -55,7 +54,9 @@ def configuration(model: Model, vocab_size: int, sequence_length: int) -> PreTra
             if key not in known:
                 raise InputError(f"model.config.{key}: not a setting of {model.type}; remove it")
         config: PreTrainedConfig = AutoConfig.for_model(model.type, **model.config, **own)
-    except (ValueError, StrictDataclassError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(f"model of type {model.type}: {one_line(error)}") from error
     _check_context(config, sequence_length, f"a {model.type} of this configuration")
     return config

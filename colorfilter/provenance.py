@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,22 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     ]
-    content = canonical_json([[f["path"], f["sha256"]] for f in files])
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    fingerprint = fingerprint_of(files)
     manifest = {"fingerprint": fingerprint, "facts": dict(facts), "files": files}
     write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return fingerprint
+
+
+def part_fingerprint(folder: Path, part: str) -> str:
+    """The fingerprint of a subfolder of what stands in a folder, of its files alone."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return fingerprint_of([f for f in manifest["files"] if f["path"].startswith(f"{part}/")])
+
+
+def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
+    """The hash of the names and contents of files, as a manifest lists them."""
+    content = canonical_json([[f["path"], f["sha256"]] for f in files])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def stands(folder: Path) -> bool:
@@ -107,6 +118,6 @@ def _git_revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -108,4 +108,7 @@ def _expand(path: str, folder: Path, where: str) -> str:
         )
     if "://" in expanded:
         return expanded
-    return str(folder / Path(expanded).expanduser())
+    try:
+        return str(folder / Path(expanded).expanduser())
+    except RuntimeError as error:
+        raise InputError(f"recipe: {where}: {path}: no such user; write the folder out") from error

@@ -93,7 +93,7 @@ class Encoder:
     """Text to token ids. What looks like a special token in a text is encoded as plain text."""
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         eos = config["eos_token"]
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()

@@ -6,7 +6,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -66,12 +66,13 @@ def run(
     nothing.
     """
     from pipelines.display import show_progress
-    from pipelines.running import execute
+    from pipelines.running import execute, refuse_missing_packages
 
     if dry_run:
         _dry_run(recipe, home)
         return
     plan, place = _open(recipe, home)
+    refuse_missing_packages(plan)
     console.print(f"recipe [bold]{plan.name}[/], home {place.root}")
     with show_progress(console) as listener:
         failure = execute(plan, place, listener)
@@ -125,7 +126,7 @@ def status(
 ) -> None:
     """Say what stands in the home, and what is behind its inputs."""
     from assets.common import shard_names
-    from pipelines.definitions import build_definitions
+    from pipelines.graph import build_definitions
 
     plan, place = _open(recipe, home)
     artifacts = _artifacts(place)
@@ -138,22 +139,14 @@ def status(
         wanted: list[str | None] = [None]
         if graph.get(key).is_partitioned:
             wanted = [*shards]
-        elif asset.endswith("/target_model"):
+        elif asset.endswith(("/target_model", "/finetuned_model")):
             arm = plan.arm(key.path[-2])
             wanted = [f"seed_{seed}" for seed in plan.seeds(arm)]
         there = [entries[(asset, p)] for p in wanted if (asset, p) in entries]
-        behind = sum(_is_behind(e, entries) for e in there)
+        behind = sum(artifacts.is_behind(e) for e in there)
         latest = max((e["recorded"] for e in there), default="-")
         table.add_row(asset, f"{len(there)} of {len(wanted)}", str(behind or "-"), latest)
     console.print(table)
-
-
-def _is_behind(
-    entry: dict[str, Any], entries: dict[tuple[str, str | None], dict[str, Any]]
-) -> bool:
-    """Whether an artefact was made from something that has since been made anew."""
-    now = {(a if p is None else f"{a}[{p}]"): e["fingerprint"] for (a, p), e in entries.items()}
-    return any(now.get(name) != fingerprint for name, fingerprint in entry["inputs"].items())
 
 
 @app.command()
@@ -207,13 +200,14 @@ def _load(recipe: str) -> "Recipe":
 
 
 def _dry_run(recipe: str, home: Path) -> None:
+    from pipelines.costs import print_plan
+    from pipelines.running import refuse_missing_packages
     from resources.home import Home
 
     plan = _load(recipe)
     place = Home(home)
     place.check(plan.name)
-    from pipelines.costs import print_plan
-
+    refuse_missing_packages(plan)
     print_plan(console, plan, place)
 
 

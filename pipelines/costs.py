@@ -17,7 +17,7 @@ from resources.home import Home
 
 def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
     """Print what a run would do, and its cost. Opens no source and writes nothing."""
-    from pipelines.definitions import build_definitions
+    from pipelines.graph import build_definitions
 
     graph = build_definitions(recipe, str(home.root)).resolve_asset_graph()
     groups = Counter(graph.get(key).group_name for key in graph.toposorted_asset_keys)
@@ -73,7 +73,7 @@ def print_cost(
     else:
         notes.append(f"Home {home.root} is another recipe's: its records are not used.")
     if tflops is not None:
-        rates = dict.fromkeys(("train", "score"), tflops * 1e12)
+        rates = dict.fromkeys(("train", "score", "evaluate"), tflops * 1e12)
         notes.append(f"Time is one device's, at {tflops:g} TFLOP/s.")
     else:
         device = records[-1]["device"] if records else ""

@@ -54,7 +54,9 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
         elif happened.event_type_value == "ASSET_CHECK_EVALUATION":
             checked.add(happened.step_key)
             check: Any = happened.event_specific_data
-            mark = "[green]passed[/]" if check.passed else "[red]failed[/]"
+            warns = check.severity == dg.AssetCheckSeverity.WARN
+            failed = "[yellow]noted [/]" if warns else "[red]failed[/]"
+            mark = "[green]passed[/]" if check.passed else failed
             words = f"check {check.check_name}: {check.description}"
             console.print(mark, words, highlight=False, soft_wrap=True)
 

@@ -9,9 +9,10 @@ import dagster as dg
 
 from assets.common import SHARDS
 from assets.corpus import plan
+from colorfilter import dsir, tasks
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe
-from pipelines.definitions import EVERYTHING, build_definitions
+from pipelines.graph import EVERYTHING, build_definitions
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
@@ -27,6 +28,14 @@ class Failure:
     message: str
     input_is_wrong: bool
     details: str = ""
+
+
+def refuse_missing_packages(recipe: Recipe) -> None:
+    """Raise InputError where a package is missing that a later stage of the recipe wants."""
+    if any(arm.method == "dsir" for arm in recipe.arms):
+        dsir.refuse_without_package()
+    if any(domain.tasks for domain in recipe.domains):
+        tasks.refuse_without_harness()
 
 
 def plan_shards(recipe: Recipe, home: Home) -> list[str]:
@@ -89,7 +98,7 @@ def _alive(process: int) -> bool:
 def _failure(result: dg.ExecuteInProcessResult) -> Failure:
     """The first thing that went wrong: a blocking check that failed, or a step's error."""
     for check in result.get_asset_check_evaluations():
-        if check.blocking and not check.passed:
+        if check.blocking and not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
             where = check.asset_key.to_user_string()
             return Failure(f"check {check.check_name} of {where}: {check.description}", True)
     for event in result.all_events:

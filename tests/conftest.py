@@ -13,7 +13,7 @@ import yaml
 
 from colorfilter.recipe import Recipe
 from colorfilter.recipe_file import load
-from pipelines.definitions import build_definitions
+from pipelines.graph import build_definitions
 from pipelines.running import Failure, execute
 from resources.home import Home
 

@@ -6,18 +6,43 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
 from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 
 from assets.common import SHARDS
+from colorfilter.cost import METHODS
+from colorfilter.recipe import Recipe
 from colorfilter.recipe_file import load
-from pipelines.definitions import build_definitions
+from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path
+from tests.conftest import recipe_facts
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
 
 
-def definitions() -> dg.Definitions:
+def sample() -> dg.Definitions:
     return build_definitions(load(recipe_path("sample")), "/nowhere")
+
+
+def with_everything() -> dg.Definitions:
+    """Every asset that a recipe can ask for: all methods, 16 bits, fine-tuning, both domains."""
+    facts = recipe_facts(Path("/nowhere"))
+    training = facts["domains"][0]["training"]
+    quiz = {"name": "quiz", "tasks": [{"name": "piqa", "train": "a", "test": "b"}]}
+    facts["domains"] = [*facts["domains"], {**quiz, "training": training}]
+    facts["arms"] = [
+        {"method": method, "tau": 4} if parts.scores else {"method": method}
+        for method, parts in METHODS.items()
+    ]
+    facts["scoring"] = {"precision": "bf16"}
+    facts["evaluation"] = {**facts["evaluation"], "finetune": True}
+    return build_definitions(Recipe.model_validate(facts), "/nowhere")
+
+
+@pytest.fixture(params=[sample, with_everything])
+def definitions(request: pytest.FixtureRequest) -> dg.Definitions:
+    made: dg.Definitions = request.param()
+    return made
 
 
 def describe(defs: dg.Definitions) -> dict[str, Any]:
@@ -43,14 +68,14 @@ def describe(defs: dg.Definitions) -> dict[str, Any]:
 
 def test_the_graph_has_not_changed_by_accident() -> None:
     """After a change that is meant: UPDATE_SNAPSHOT=1 pytest tests/assets/test_graph.py."""
-    described = describe(definitions())
+    described = describe(sample())
     if os.environ.get("UPDATE_SNAPSHOT"):
         SNAPSHOT.write_text(json.dumps(described, indent=1) + "\n")
     assert described == json.loads(SNAPSHOT.read_text())
 
 
-def test_every_asset_is_described_and_owned() -> None:
-    graph = definitions().resolve_asset_graph()
+def test_every_asset_is_described_and_owned(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
         assert node.description, key
@@ -59,12 +84,11 @@ def test_every_asset_is_described_and_owned() -> None:
         assert node.code_version, key
 
 
-def test_no_dependency_asks_for_partitions_that_do_not_exist() -> None:
+def test_no_dependency_asks_for_partitions_that_do_not_exist(definitions: dg.Definitions) -> None:
     """Identity is the default mapping; between unequal key sets it only fails at launch."""
-    defs = definitions()
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(SHARDS.name or "", ["a", "b", "_probe_reference"])
-        view = AssetGraphView.for_test(defs, instance)
+        view = AssetGraphView.for_test(definitions, instance)
         for key in view.asset_graph.get_all_asset_keys():
             wanted = view.get_full_subset(key=key)
             for parent in view.asset_graph.get(key).parent_keys:
@@ -74,8 +98,8 @@ def test_no_dependency_asks_for_partitions_that_do_not_exist() -> None:
                 assert missing.is_empty, f"{key} asks {parent} for what does not exist"
 
 
-def test_unsharded_assets_depend_on_every_shard() -> None:
-    graph = definitions().resolve_asset_graph()
+def test_unsharded_assets_depend_on_every_shard(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
         for parent in node.parent_keys:

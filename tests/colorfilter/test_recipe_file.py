@@ -43,6 +43,11 @@ def test_what_is_not_a_mapping_is_refused(tmp_path: Path, content: object) -> No
     assert "mapping" in problem(tmp_path, content)
 
 
+def test_a_user_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> None:
+    message = problem(tmp_path, changed("corpus.sources.0.files", "~nobody_of_this_name/*.jsonl"))
+    assert "corpus.sources.web.files: ~nobody_of_this_name" in message
+
+
 @pytest.mark.parametrize("data", [b"name: [1, 2\nother: }", b"a: \t- b\n\tc", b"\xff\xfe\x00bad"])
 def test_what_is_not_yaml_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "recipe.yaml"

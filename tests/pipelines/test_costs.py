@@ -66,13 +66,16 @@ def test_predicted_against_measured(finished: Project) -> None:
     text = shown(str(finished.path), finished.home.root)
     _, _, seconds, rate_seconds = cells(text, "prior_model", table=1)
     trained = [r for r in finished.kernel_runs() if r["verb"] == "train"]
-    (prior,) = [r for r in trained if "/prior_model/" in r["model"]]
+    (prior,) = [r for r in trained if "/prior_model/" in r["folder"]]
     assert rate_seconds == f"{prior['seconds']:.3g} s"
     assert seconds.endswith(" s")
     scores = [r for r in finished.kernel_runs() if r["verb"] == "score"]
     scored = sum(r["tokens"] for r in scores if r["shard"] != "sample") / 2
-    sampled = sum(r["tokens"] for r in [*scores, *trained] if "/cutoff_confidence/" in r["model"])
-    assert cells(text, "reference/cutoff_confidence")[1] == f"{sampled / 1e3:.3g} k"
+    sampled = sum(r["tokens"] for r in [*scores, *trained] if "/cutoff_confidence/" in r["folder"])
+    assert cells(text, "reference/cutoff_confidence", table=1)[1] == f"{sampled / 1e3:.3g} k"
+    evaluated = [r for r in finished.kernel_runs() if r["verb"] == "evaluate"]
+    by_arm = sum(r["tokens"] for r in evaluated if "/evaluation/" in r["folder"])
+    assert cells(text, "reference/*/evaluation", table=1)[1] == f"{by_arm / 1e3:.3g} k"
     for asset in ("prior_scores", "reference/conditional_scores"):
         assert cells(text, asset, table=1)[1] == f"{scored / 1e3:.3g} k"
     assert "rates measured in the home on cpu: train" in text
@@ -82,10 +85,11 @@ def test_predicted_against_measured(finished: Project) -> None:
 def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Path) -> None:
     (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests"}))
     (tmp_path / "ledger.jsonl").write_text(finished.home.ledger.read_text())
-    old = {"verb": "train", "model": "/x/prior_model/0", "tokens": 5_000, "seconds": 7.0}
-    gone = {"verb": "score", "model": "0", "shard": "s", "tokens": 10_000, "seconds": 1.0}
+    old = {"verb": "train", "folder": "artifacts/prior_model/0", "tokens": 5_000, "seconds": 7.0}
+    gone = {"verb": "score", "folder": "artifacts/gone/s/0", "tokens": 10_000, "seconds": 1.0}
     chosen = ArtifactStore(home=str(finished.home.root)).current("reference/random/selection")
-    proxy = {"verb": "train", "model": f"{chosen.path}/proxy", "tokens": 70, "seconds": 3.0}
+    folder = chosen.path.relative_to(finished.home.root) / "proxy"
+    proxy = {"verb": "train", "folder": str(folder), "tokens": 70, "seconds": 3.0}
     lines = [json.dumps({**line, "device": "cuda"}) for line in (old, gone, proxy)]
     (tmp_path / "kernel_runs.jsonl").write_text("\n".join([*lines, '{"verb": "tra']))
     text = shown(str(finished.path), tmp_path)
@@ -98,7 +102,7 @@ def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Pat
 def test_rates_are_those_of_the_device_used_last(finished: Project, tmp_path: Path) -> None:
     (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests"}))
     (tmp_path / "ledger.jsonl").write_text(finished.home.ledger.read_text())
-    (prior,) = [r for r in finished.kernel_runs() if "/prior_model/" in r["model"]]
+    (prior,) = [r for r in finished.kernel_runs() if "/prior_model/" in r["folder"]]
     slow = {**prior, "seconds": 1000.0}
     fast = {**prior, "device": "cuda", "tokens": 13_333, "seconds": 2.0}
     (tmp_path / "kernel_runs.jsonl").write_text(f"{json.dumps(slow)}\n{json.dumps(fast)}\n")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from colorfilter.recipe_file import load
-from pipelines.definitions import build_definitions
+from pipelines.graph import build_definitions
 from pipelines.settings import RECIPES, recipe_path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
