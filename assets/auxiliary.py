@@ -9,6 +9,7 @@ import dagster as dg
 from assets.common import OWNERS, Context, Progress, code_version, result
 from assets.corpus import pack_shard
 from assets.figures import curve_metadata
+from colorfilter.files import checkpoint_content
 from colorfilter.recipe import Domain, Model, Recipe, Training
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
@@ -40,7 +41,9 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         plan = artifacts.current("sample_plan")
         encoder = artifacts.current("tokenizer")
 
-        def trained(folder: Path) -> dict[str, Any]:
+        path = recipe.prior.path
+
+        def fresh(folder: Path) -> dict[str, Any]:
             from colorfilter.training import TrainSpec
 
             packed = folder / "d_prior"
@@ -56,41 +59,36 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
                 endpoints=(counts["sequences"],),
                 out=folder,
             )
-            return _train(context, gpu, spec)
+            return trained(context, gpu, spec)
 
         def given(folder: Path) -> dict[str, Any]:
             from colorfilter import models
 
-            assert recipe.prior.path is not None
-            vocab_size = encoder.facts["vocab_size"]
-            models.check_fit(recipe.prior.path, vocab_size, recipe.sequence_length)
-            model = models.load(recipe.prior.path)
+            assert path is not None
+            models.check_fit(path, encoder.facts["vocab_size"], recipe.sequence_length)
+            model = models.load(path)
             models.save(model, folder / "model", encoder.path)
             return {"checkpoint": "model", **models.n_parameters(model)}
 
         made = artifacts.make(
             Work(
                 "prior_model",
-                inputs=[encoder] if recipe.prior.path else [plan, encoder],
+                inputs=[encoder] if path else [plan, encoder],
                 recipe={
-                    **{k: v for k, v in recipe.prior.facts().items() if k != "sample_chars"},
+                    **recipe.prior.facts(without=("sample_chars", "score_sample")),
+                    **({"content": checkpoint_content(path)} if path else {}),
                     "sequence_length": recipe.sequence_length,
                 },
                 seed=recipe.seed,
             ),
-            given if recipe.prior.path else trained,
+            given if path else fresh,
         )
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     per_domain = [conditional_asset(recipe, d) for d in recipe.domains]
-    if domain_only_asked(recipe):
+    if recipe.has_domain_only_model:
         per_domain += [domain_only_asset(recipe, d) for d in recipe.domains]
     return [prior_model, *per_domain]
-
-
-def domain_only_asked(recipe: Recipe) -> bool:
-    """Whether an arm's conditional is a model of D_down alone."""
-    return any(arm.method == "rho_down" for arm in recipe.arms)
 
 
 def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
@@ -119,10 +117,10 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             spec = domain_epoch(
                 checkpoint(prior), domain.training, encoder, packed, recipe.seed, folder
             )
-            facts = _train(context, gpu, spec)
+            facts = trained(context, gpu, spec)
             held_out = packed.path / "held_out"
             own = folder / facts["checkpoint"]
-            before, after = gpu.evaluate([checkpoint(prior), own], held_out)
+            before, after = gpu.evaluate([checkpoint(prior), own], held_out, folder)
             color = (after[0].astype("float64") - before[0])[before[1] > 0]
             return {
                 **facts,
@@ -192,7 +190,7 @@ def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
         def build(folder: Path) -> dict[str, Any]:
             spec = domain_epoch(model, training, encoder, packed, recipe.seed, folder)
-            return _train(context, gpu, spec)
+            return trained(context, gpu, spec)
 
         made = artifacts.make(
             Work(
@@ -230,7 +228,7 @@ def _conditional_beats_prior(domain: str) -> dg.AssetChecksDefinition:
     return conditional_beats_prior
 
 
-def _train(context: Context, gpu: Gpu, spec: "TrainSpec") -> dict[str, Any]:
+def trained(context: Context, gpu: Gpu, spec: "TrainSpec") -> dict[str, Any]:
     """Train to the one end point of a spec; facts for the manifest."""
     from colorfilter import models, training
 

@@ -7,12 +7,12 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.auxiliary import checkpoint, domain_epoch
+from assets.auxiliary import checkpoint, domain_epoch, trained
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.figures import table
-from assets.refined import arms_with_a_cutoff, gathered
+from assets.refined import gathered
 from assets.scores import GROUP, boundary
-from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
@@ -22,13 +22,9 @@ LOSSES_FILE = "losses.parquet"
 
 def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
-    arms = arms_with_confidence(recipe)
-    return [_cutoff_confidence(recipe, domain) for domain in recipe.domains if arms]
-
-
-def arms_with_confidence(recipe: Recipe) -> list[Arm]:
-    """Those with one cutoff over the whole corpus."""
-    return [arm for arm in arms_with_a_cutoff(recipe) if not arm.batch]
+    if not recipe.arms_with_one_cutoff():
+        return []
+    return [_cutoff_confidence(recipe, domain) for domain in recipe.domains]
 
 
 def flips(
@@ -42,7 +38,7 @@ def flips(
     with score_store.read() as connection:
         return [
             confidence.flips(connection, arm, domain.name, losses)
-            for arm in arms_with_confidence(recipe)
+            for arm in recipe.arms_with_one_cutoff()
         ]
 
 
@@ -72,24 +68,24 @@ def _cutoff_confidence(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         prior, encoder = artifacts.current("prior_model"), artifacts.current("tokenizer")
         packed = artifacts.current(f"{domain.name}/domain_tokens")
         corpus = {s.name: artifacts.current("corpus_tokens", s.name) for s in artifacts.at.shards()}
+        name = f"{domain.name}/cutoff_confidence"
 
-        def build(folder: Path) -> dict[str, Any]:
-            from colorfilter import refinement
-            from colorfilter.training import planned_tokens
-
-            second = folder / "conditional"
+        def train(folder: Path) -> dict[str, Any]:
             start = checkpoint(prior)
-            spec = domain_epoch(start, domain.training, encoder, packed, seed, second)
+            spec = domain_epoch(start, domain.training, encoder, packed, seed, folder)
+            return trained(context, gpu, spec)
+
+        def score(folder: Path) -> dict[str, Any]:
+            from colorfilter import refinement
+
             sizes = {s: int(a.facts["sequences"]) for s, a in corpus.items()}
             sample = refinement.draw_sample(sizes, seed)
-            tokens = len(sample) * recipe.sequence_length
-            progress = Progress(context, planned_tokens(spec) + tokens, "tokens")
-            ((_, (*_, trained)),) = gpu.train([spec], progress=progress)
+            progress = Progress(context, len(sample) * recipe.sequence_length, "tokens")
             rows = gathered(sample, {s: a.path for s, a in corpus.items()}, folder / "sample")
             job = ScoreJob(
-                models={str(trained.path): trained.path},
-                outs={str(trained.path): folder / "sample" / "losses"},
-                parameters=prior.facts["parameters"],
+                models={second.fingerprint: checkpoint(second)},
+                outs={second.fingerprint: folder / "sample" / "losses"},
+                parameters=second.facts["parameters"],
                 tokens=rows,
                 shard="sample",
                 precision=recipe.scoring.precision,
@@ -97,22 +93,33 @@ def _cutoff_confidence(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             )
             for _ in gpu.score([job], progress):
                 pass
-            losses = refinement.losses_of(folder / "sample" / "losses", rows).drop("model")
+            losses = refinement.losses_of(folder / "sample" / "losses", rows)
             losses.write_parquet(folder / LOSSES_FILE, compression="zstd")
             shutil.rmtree(folder / "sample")
             return {"seed": seed, "sequences": len(losses)}
 
+        # By itself, for a sample is drawn anew when shards arrive, and the model stays.
+        second = artifacts.make(
+            Work(
+                name,
+                "conditional",
+                inputs=[prior, encoder, packed],
+                recipe=domain.training.facts(),
+                seed=seed,
+            ),
+            train,
+        )
         made = artifacts.make(
             Work(
-                f"{domain.name}/cutoff_confidence",
-                inputs=[prior, encoder, packed, *corpus.values()],
-                recipe={"training": domain.training.facts(), "scoring": recipe.scoring.facts()},
+                name,
+                inputs=[second, *corpus.values()],
+                recipe=recipe.scoring.facts(),
                 code=2,
                 seed=seed,
             ),
-            build,
+            score,
         )
         rows = flips(artifacts, score_store, recipe, domain)
-        return result([made], {**made.facts, "another seed would change": table(rows)})
+        return result([second, made], {**made.facts, "another seed would change": table(rows)})
 
     return cutoff_confidence

@@ -25,6 +25,7 @@ from assets.common import (
 )
 from colorfilter import documents, sampling, shards, tasks, tokens, workers
 from colorfilter.errors import InputError
+from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Domain, Recipe, Source
 from resources.artifacts import Artifact, ArtifactStore, Work
@@ -142,10 +143,14 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             encoder = tokens.Encoder(folder)
             return {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text}
 
-        inputs = [] if recipe.tokenizer.path else [plan]
-        made = artifacts.make(
-            Work("tokenizer", inputs=inputs, recipe=recipe.tokenizer.facts()), build
+        given = recipe.tokenizer.path
+        content = {"content": checkpoint_content(given)} if given else {}
+        work = Work(
+            "tokenizer",
+            inputs=[] if given else [plan],
+            recipe={**recipe.tokenizer.facts(), **content},
         )
+        made = artifacts.make(work, build)
         return result([made], made.facts)
 
     @dg.asset(

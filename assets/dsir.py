@@ -34,6 +34,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             "tokenizer",
             dg.AssetKey([domain.name, "domain_text"]),
             all_of("raw_corpus"),
+            all_of("corpus_tokens"),
         ],
         group_name=GROUP,
         kinds={"numpy", arm.name},
@@ -43,12 +44,13 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
     def selection(
         context: Context, artifacts: ArtifactStore, score_store: ScoreStore
     ) -> dg.MaterializeResult:
-        tables = artifacts.current("score_tables")
         encoder = artifacts.current("tokenizer")
         text = artifacts.current(f"{domain.name}/domain_text")
         plan = [] if recipe.prior.score_sample else [artifacts.current("sample_plan")]
         corpus = [artifacts.current("raw_corpus", s.name) for s in artifacts.at.shards()]
         raw = {str(a.partition): a.path / "documents.parquet" for a in corpus}
+        packed = [artifacts.current("corpus_tokens", s) for s in raw]
+        tables = artifacts.current_from("score_tables", None, [*corpus, *packed])
         (needed,) = recipe.endpoints(arm, 0)
 
         def build(folder: Path) -> dict[str, Any]:
@@ -60,23 +62,28 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             down = text.path / "down" / "documents.parquet"
             progress = Progress(context, 2 * total(corpus, "chars"), "characters")
             ranked = dsir.rank_documents(raw, down, left_out, recipe.seed, progress)
+            if ranked.is_empty():
+                raise InputError(
+                    f"{name}: dsir considers documents of 100 words and more, and the corpus has "
+                    "none; leave the arm out"
+                )
             with score_store.read() as connection:
                 sizes = method.document_tokens(connection)
             ranked = ranked.join(sizes, on=["shard", "doc_id"], maintain_order="left")
             before = pl.col("n_tokens").cum_sum() - pl.col("n_tokens")
             wanted = recipe.with_spare(arm)
             drawn = ranked.filter(before < wanted * recipe.sequence_length)
-            packed = folder / PACKED
-            packed.mkdir(exist_ok=True)
-            dsir.write_in_order(drawn, raw, packed / "documents.parquet")
-            counts = pack_shard(packed, packed, encoder.path, [], recipe.sequence_length)
+            own = folder / PACKED
+            own.mkdir(exist_ok=True)
+            dsir.write_in_order(drawn, raw, own / "documents.parquet")
+            counts = pack_shard(own, own, encoder.path, [], recipe.sequence_length)
             if counts["tokens"] < needed * recipe.sequence_length:
                 raise InputError(
                     f"target.training_tokens: dsir considers documents of 100 words and more, "
                     f"{counts['tokens']} tokens in all; lower training_tokens or add to the corpus"
                 )
             # A sequence goes by the first document in it: the scores rise with the ranks.
-            spans = pl.read_parquet(packed / "spans.parquet").join(drawn, on="doc_id")
+            spans = pl.read_parquet(own / "spans.parquet").join(drawn, on="doc_id")
             chosen = (
                 spans.group_by("position")
                 .agg(pl.col("score").min())
@@ -101,7 +108,8 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
         made = artifacts.make(
             Work(
                 f"{name}/selection",
-                inputs=[tables, encoder, text, *plan, *corpus],
+                inputs=[encoder, text, *plan, *corpus, *packed],
+                sources=[tables],
                 recipe={"needed": needed, "sequence_length": recipe.sequence_length},
                 seed=recipe.seed,
             ),

@@ -7,14 +7,13 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, Context, Progress, code_version, probe_shard, result
+from assets.common import OWNERS, Context, Progress, code_version, result
 from assets.figures import table
 from assets.report import report_asset
 from assets.targets import GROUP, target_assets
-from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
-from resources.score_store import ScoreStore
 
 
 def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -35,14 +34,13 @@ def _evaluation(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition
 
     @dg.asset(
         description=f"{arm.name} for {domain.name}: held-out loss and bits per byte of every "
-        "target model, and its accuracies and losses on the domain's tasks; where text of the "
-        "domain ranks against the corpus (the probe).",
+        "target model, and its accuracies and losses on the domain's tasks.",
         key_prefix=prefix,
         deps=[
             dg.AssetKey([*prefix, "target_model"]),
             *([dg.AssetKey([*prefix, "finetuned_model"])] if recipe.evaluation.finetune else []),
+            dg.AssetKey([domain.name, "domain_text"]),
             dg.AssetKey([domain.name, "domain_tokens"]),
-            "score_tables",
         ],
         group_name=GROUP,
         kinds={"pytorch", arm.name},
@@ -50,15 +48,12 @@ def _evaluation(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition
         pool="gpu",
         code_version=code_version(1),
     )
-    def evaluation(
-        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
-    ) -> dg.MaterializeResult:
+    def evaluation(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
         from colorfilter import evaluation as method
         from colorfilter.report import EVALUATIONS
 
         packed = artifacts.current(f"{domain.name}/domain_tokens")
         text = artifacts.current(f"{domain.name}/domain_text")
-        chosen = artifacts.current(f"{name}/selection")
         models = [("", artifacts.current(f"{name}/target_model", f"seed_{s}")) for s in seeds]
         if recipe.evaluation.finetune:
             models += [
@@ -72,28 +67,19 @@ def _evaluation(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition
                 for suffix, model in models
                 for tokens, place in model.facts["checkpoints"].items()
             ]
-            found = _metrics(context, gpu, domain, packed, text, [place for *_, place in ends])
+            found = _metrics(
+                context, gpu, domain, packed, text, [place for *_, place in ends], folder
+            )
             rows: list[tuple[str, str, int | None, int | None, str, float]] = []
             for (suffix, seed, tokens, _), metrics in zip(ends, found, strict=True):
                 where = (domain.name, arm.name, seed, tokens)
                 rows += [(*where, f"{m}{suffix}", value) for m, value in metrics.items()]
-            if arm.method in SCORED:
-                cutoff = chosen.facts["cutoff"]
-                with score_store.read() as connection:
-                    probe = method.probe(
-                        connection, arm.method, domain.name, probe_shard(domain.name), cutoff
-                    )
-                for metric, value in (("probe_auc", probe.auc), ("probe_recall", probe.recall)):
-                    rows.append((domain.name, arm.name, None, None, metric, value))
             frame = pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
             frame.write_parquet(folder / "evaluations.parquet")
             return {"rows": len(rows)}
 
-        scores = [artifacts.current("score_tables"), chosen]
         evaluated = [model for _, model in models]
-        made = artifacts.make(
-            Work(f"{name}/evaluation", inputs=[*evaluated, packed, text, *scores]), build
-        )
+        made = artifacts.make(Work(f"{name}/evaluation", inputs=[*evaluated, packed, text]), build)
         rows = pl.read_parquet(made.path / "evaluations.parquet").drop("domain", "arm")
         return result([made], {"evaluations": table(rows.to_dicts())})
 
@@ -107,6 +93,7 @@ def _metrics(
     packed: Artifact,
     text: Artifact,
     checkpoints: Sequence[Path],
+    folder: Path,
 ) -> list[dict[str, float]]:
     """What is measured of checkpoints on the domain's held-out text and tasks."""
     from colorfilter import evaluation as method
@@ -116,16 +103,19 @@ def _metrics(
     else:
         path = text.path / "held_out" / "documents.parquet"
         texts = pl.read_parquet(path, columns=["text"])["text"]
-        n_bytes = int(texts.str.len_bytes().sum())
+        # The first token of a sequence is no label, so its share of the bytes does not count.
+        n_tokens = packed.facts["held_out_tokens"]
+        labels = n_tokens - packed.facts["held_out_sequences"]
+        n_bytes = round(int(texts.str.len_bytes().sum()) * labels / n_tokens)
     found = []
-    for nll, n in gpu.evaluate(checkpoints, packed.path / "held_out"):
+    for nll, n in gpu.evaluate(checkpoints, packed.path / "held_out", folder):
         loss = method.mean_loss(nll, n)
         bits = method.bits_per_byte(loss, int(n.sum()), n_bytes)
         found.append({"held_out_loss": loss, "bits_per_byte": bits})
     if domain.tasks:
         choices = len(checkpoints) * text.facts["test_choices"]
         progress = Progress(context, choices, "choices")
-        on_tasks = gpu.evaluate_tasks(checkpoints, text.path / "tasks", progress)
+        on_tasks = gpu.evaluate_tasks(checkpoints, text.path / "tasks", folder, progress)
         for metrics, of_tasks in zip(found, on_tasks, strict=True):
             metrics.update(of_tasks, tasks_loss=method.mean_over_tasks(of_tasks))
     return found

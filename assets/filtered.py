@@ -81,8 +81,11 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         tokens, texts, made_from = origins(artifacts, chosen, shards)
 
         def build(folder: Path) -> dict[str, Any]:
-            counts = method.write_tokens(kept, tokens, recipe.seed, folder / "tokens")
+            counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
             counts["left_out"] = len(rows) - len(kept)
+            about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
+            if arm.leaks == "keep":
+                about = f"{leaking.facts['sequences']:,} sequences of it quote held-out text."
             counts |= method.write_selected_text(
                 kept,
                 tokens,
@@ -94,8 +97,7 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
             method.write_card(
                 folder,
                 f"{recipe.name}: {domain.name}, {arm.name}",
-                f"Selected for the domain '{domain.name}' by the method '{arm.name}'. "
-                f"{counts['left_out']:,} sequences that quote held-out text were left out.",
+                f"Selected for the domain '{domain.name}' by the method '{arm.name}'. {about}",
                 counts["sequences"],
                 recipe.sequence_length,
             )

@@ -3,17 +3,18 @@
 import contextlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
+from assets.common import probe_shard
 from colorfilter import cost
-from colorfilter.cost import Measured
+from colorfilter.cost import Measured, Text
 from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
 NOT_CURRENT = "no longer current"
-NEAR_CUTOFFS = "refined_scores"
 
 
 def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[dict[str, Any]]:
@@ -21,8 +22,9 @@ def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[
     shards = [s.name for s in artifacts.at.shards()]
     corpus = sum(artifacts.current("corpus_tokens", s).facts["tokens"] for s in shards)
     packed = artifacts.current(f"{domain.name}/domain_tokens").facts
-    text = packed["down_tokens"] + packed["held_out_tokens"]
-    sizes = cost.sizes_of(recipe, corpus, round(text / (1 - domain.probe)))
+    probe = artifacts.current("corpus_tokens", probe_shard(domain.name)).facts["tokens"]
+    text = Text(packed["down_tokens"], packed["held_out_tokens"], probe)
+    sizes = replace(cost.sizes_of(recipe, corpus), domains={domain.name: text})
     took = took_by_stage(artifacts.at, kernel_runs(artifacts.at))
     rows = []
     for stage in cost.predict(recipe, sizes):
@@ -51,23 +53,16 @@ def kernel_runs(home: Home) -> list[dict[str, Any]]:
 
 
 def took_by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measured]:
-    """What stages took, by asset; the ledger says which asset a record belongs to."""
+    """What stages took, by asset: that of the artefact in whose folder a record's run lies."""
     entries = ArtifactStore(home=str(home.root)).entries()
-    by_key = {e["key"][:16]: asset for (asset, _), e in entries.items()}
-    models = {e["fingerprint"]: a for (a, _), e in entries.items() if a.endswith("_model")}
-    shards = {partition for asset, partition in entries if asset == "corpus_tokens"}
+    assets = {e["path"]: asset for (asset, _), e in entries.items()}
     stages: dict[str, Measured] = {}
     for record in records:
-        # A checkpoint that is no artefact of its own goes by the folder it lies in.
-        within = [by_key[part] for part in Path(record["model"]).parts if part in by_key]
-        if within:
-            asset = within[0]
-        elif record["model"] not in models:
-            asset = NOT_CURRENT
-        elif record["shard"] in shards:
-            asset = models[record["model"]].replace("_model", "_scores")
-        else:
-            asset = NEAR_CUTOFFS
+        folder = PurePath(record.get("folder") or "")
+        around = [str(place) for place in (folder, *folder.parents) if str(place) in assets]
+        asset = assets[around[0]] if around else NOT_CURRENT
+        if asset.endswith("/evaluation"):
+            asset = f"{asset.split('/')[0]}/*/evaluation"
         so_far = stages.get(asset, Measured(0, 0.0))
         stages[asset] = Measured(
             so_far.tokens + record["tokens"], so_far.seconds + record["seconds"]

@@ -10,6 +10,7 @@ import polars as pl
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.figures import curve_metadata
 from assets.refined import gathered
+from assets.scores import boundary, scored_corpus
 from assets.selected import GROUP, publish
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
@@ -42,8 +43,9 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
     def selection(
         context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
-        tables = artifacts.current("score_tables")
         encoder = artifacts.current("tokenizer")
+        packed, losses = scored_corpus(artifacts, recipe, domain, {"prior", "conditional", role})
+        tables = artifacts.current_from("score_tables", None, [*packed.values(), *losses])
         model, training = recipe.prior.model, recipe.prior.training
         assert model is not None
         assert training is not None
@@ -63,12 +65,10 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 drawn = method.select(
                     connection, "full", domain.name, int(tau * wanted), recipe.seed
                 )
-                losses = method.losses_of(connection, drawn, role, domain.name)
-            shards = drawn["shard"].unique()
-            packed = {s: artifacts.current("corpus_tokens", s).path for s in shards}
-            pool = gathered(drawn, packed, folder / "pool")
+                by_conditional = method.losses_of(connection, drawn, role, domain.name)
+            pool = gathered(drawn, {s: a.path for s, a in packed.items()}, folder / "pool")
             places = pl.read_parquet(pool / "sequences.parquet").join(
-                losses, on=["shard", "position"], how="left", maintain_order="left"
+                by_conditional, on=["shard", "position"], how="left", maintain_order="left"
             )
             conditional = folder / "pool" / "conditional.npy"
             np.save(conditional, places["loss"].to_numpy())
@@ -80,7 +80,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 seed=recipe.seed,
                 endpoints=(wanted,),
                 out=folder / "proxy",
-                online=Online(conditional, tau),
+                online=Online(conditional, tau, boundary(artifacts, recipe.scoring)),
             )
             progress = Progress(context, planned_tokens(spec), "tokens")
             for _ in gpu.train([spec], progress=progress):
@@ -105,7 +105,9 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         made = artifacts.make(
             Work(
                 f"{name}/selection",
-                inputs=[tables, encoder],
+                # Not the whole tables: another domain's scores decide nothing here.
+                inputs=[encoder, *packed.values(), *losses],
+                sources=[tables],
                 recipe={
                     "method": arm.method,
                     "tau": tau,

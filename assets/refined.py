@@ -10,7 +10,7 @@ import dagster as dg
 from assets.auxiliary import checkpoint
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result
 from assets.scores import GROUP, REFINED, boundary, publication
-from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.selection import count_candidates
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu, ScoreJob
@@ -23,16 +23,9 @@ if TYPE_CHECKING:
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
-    if recipe.scoring.precision == "float32" or not arms_with_a_cutoff(recipe):
+    if recipe.scoring.precision == "float32" or not recipe.arms_with_cutoffs():
         return []
     return [_refined_scores(recipe, domain) for domain in recipe.domains]
-
-
-def arms_with_a_cutoff(recipe: Recipe) -> list[Arm]:
-    """The arms that select by standing losses, each choice once."""
-    arms = [arm for arm in recipe.arms if arm.method in SCORED]
-    # Arms that differ in what becomes of leaks have the same cutoff.
-    return list({str(arm.choice()): arm for arm in arms}.values())
 
 
 def near(
@@ -52,7 +45,7 @@ def near(
 
 
 def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    arms = arms_with_a_cutoff(recipe)
+    arms = recipe.arms_with_cutoffs()
     conditional = [domain.name, "conditional_model"]
 
     @dg.asset(
@@ -73,10 +66,10 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         from colorfilter import refinement
 
-        tables = artifacts.current("score_tables")
         models = [artifacts.current("prior_model"), artifacts.current("/".join(conditional))]
         corpus = [s.name for s in artifacts.at.shards()]
         packed = {s: artifacts.current("corpus_tokens", s) for s in corpus}
+        tables = artifacts.current_from("score_tables", None, [*models, *packed.values()])
 
         def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
             tokens = gathered(places, {s: a.path for s, a in packed.items()}, folder)

@@ -10,12 +10,13 @@ import polars as pl
 
 from assets.auxiliary import checkpoint
 from assets.common import OWNERS, all_of, code_version, probe_shard, result
-from assets.confidence import arms_with_confidence, flips
+from assets.confidence import flips
 from assets.figures import table
 from assets.measured import cost_rows, kernel_runs
 from assets.scores import boundary, refined_of
 from assets.targets import GROUP
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.report import EVALUATIONS
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     """`<domain>/report`."""
     arms = {arm.name: f"{domain.name}/{arm.name}" for arm in recipe.arms}
-    sure = [[domain.name, "cutoff_confidence"]] if arms_with_confidence(recipe) else []
+    sure = [[domain.name, "cutoff_confidence"]] if recipe.arms_with_one_cutoff() else []
 
     @dg.asset(
         key_prefix=domain.name,
@@ -70,13 +71,13 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         leaking = {arm: artifacts.current(f"{name}/leakage") for arm, name in arms.items()}
         second = [artifacts.current("/".join(key)) for key in sure]
         frames = [pl.read_parquet(a.path / "evaluations.parquet") for a in evaluated]
-        rows = pl.concat(frames)
+        rows = pl.concat([*frames, _probed(domain, selected)])
         matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
 
         def build(folder: Path) -> dict[str, Any]:
             cutoffs = {
                 arm.name: float(selected[arm.name].facts["cutoff"])
-                for arm in recipe.arms
+                for arm in recipe.arms_with_one_cutoff()
                 if arm.method == "color"
             }
             sections = method.sections(
@@ -85,7 +86,7 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
                 _colors(score_store, domain),
                 cutoffs,
-                _examples(artifacts, gpu, score_store, recipe, domain, models, cutoffs),
+                _examples(artifacts, gpu, score_store, recipe, domain, models, cutoffs, folder),
                 confidence=flips(artifacts, score_store, recipe, domain) if second else [],
                 leakage=[{"arm": arm, **_leaks(made)} for arm, made in leaking.items()],
                 cost=cost_rows(artifacts, recipe, domain),
@@ -125,6 +126,17 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     return report
 
 
+def _probed(domain: Domain, selected: Mapping[str, Artifact]) -> pl.DataFrame:
+    """Where the probe ranks by the arms that losses rank, as evaluations."""
+    rows = [
+        (domain.name, arm, None, None, metric, made.facts[metric])
+        for arm, made in selected.items()
+        for metric in ("probe_auc", "probe_recall")
+        if metric in made.facts
+    ]
+    return pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
+
+
 def _leaks(made: Artifact) -> dict[str, Any]:
     facts = ("texts", "matches", "sequences", "share")
     return {fact: made.facts[fact] for fact in facts}
@@ -155,6 +167,7 @@ def _examples(
     domain: Domain,
     models: Sequence[Artifact],
     cutoffs: Mapping[str, float],
+    folder: Path,
 ) -> list["Example"]:
     """Sequences from the best to the worst with the losses of their tokens, prior's first."""
     from colorfilter import examples as method
@@ -174,6 +187,7 @@ def _examples(
     prior, conditional = gpu.token_losses(
         [checkpoint(model) for model in models],
         method.sequence_tokens(chosen, packed),
+        folder,
         boundary(artifacts, recipe.scoring),
     )
     texts = method.token_texts(chosen, documents, Encoder(encoder.path))

@@ -1,13 +1,13 @@
 """Stage 3: losses of every sequence by every model that is asked for, and the score tables."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
-from assets.auxiliary import checkpoint, domain_only_asked
+from assets.auxiliary import checkpoint
 from assets.common import (
     ONE_RUN,
     OWNERS,
@@ -117,7 +117,7 @@ class LossAsset(NamedTuple):
 
 def loss_assets(recipe: Recipe) -> list[LossAsset]:
     """All models that the corpus is scored by."""
-    roles = ["conditional", *(["domain_only"] if domain_only_asked(recipe) else [])]
+    roles = ["conditional", *(["domain_only"] if recipe.has_domain_only_model else [])]
     return [
         LossAsset("prior_scores", "prior_model", "prior", None),
         *(
@@ -126,6 +126,20 @@ def loss_assets(recipe: Recipe) -> list[LossAsset]:
             for role in roles
         ),
     ]
+
+
+def scored_corpus(
+    artifacts: ArtifactStore, recipe: Recipe, domain: Domain, roles: Set[str]
+) -> tuple[dict[str, Artifact], list[Artifact]]:
+    """Packed tokens by shard of the corpus, and their losses by a domain's models of some roles."""
+    shards = [s.name for s in artifacts.at.shards()]
+    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
+    assets = [
+        losses.asset
+        for losses in loss_assets(recipe)
+        if losses.role in roles and losses.domain in {None, domain.name}
+    ]
+    return packed, [artifacts.current(asset, s) for asset in assets for s in shards]
 
 
 def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:

@@ -9,11 +9,13 @@ import dagster as dg
 import duckdb
 import polars as pl
 
-from assets.common import OWNERS, all_of, code_version, result
+from assets.common import OWNERS, all_of, code_version, probe_shard, result
 from assets.figures import table
 from assets.refined import near
 from assets.scores import refined_of
 from colorfilter import selection as method
+from colorfilter.errors import InputError
+from colorfilter.evaluation import probe
 from colorfilter.examples import excerpts, extremes
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore, Work
@@ -26,20 +28,24 @@ PACKED = "packed"  # the part of a selection that holds sequences which are not 
 def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
     """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
     name = f"{domain.name}/{arm.name}"
+    multiples = recipe.evaluation.random_multiples
     scored: list[str | dg.AssetKey] = ["score_tables"]
     if arm.method in SCORED and recipe.scoring.precision != "float32":
         scored.append(dg.AssetKey([domain.name, "refined_scores"]))
 
     @dg.asset(
         description=f"{arm.name} for {domain.name}: the selected sequences with rank and score; "
-        "lower is better. No model is loaded.",
+        "lower is better; and where text of the domain ranks against the corpus (the probe). No "
+        "model is loaded.",
         key_prefix=[domain.name, arm.name],
         deps=[*scored, all_of("raw_corpus")],
         group_name=GROUP,
         kinds={"duckdb", arm.name},
         owners=OWNERS,
         pool="scores",
-        code_version=code_version(1, arm.name, recipe.target.training_tokens, recipe.seed),
+        code_version=code_version(
+            2, arm.name, recipe.target.training_tokens, str(multiples), recipe.seed
+        ),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         tables = artifacts.current("score_tables")
@@ -68,6 +74,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                     }
                     excerpts(found, texts).write_parquet(folder / "samples.parquet")
                 unsure = _unsure(connection, recipe, domain.name, arm, refined)
+                probed = _probed(connection, domain.name, arm, chosen["score"][-1])
             method.write_selection(chosen, folder)
             return {
                 "candidates": candidates,
@@ -75,6 +82,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                 "cutoff": chosen["score"][-1],
                 "mean_color": chosen["color"].mean(),
                 **unsure,
+                **probed,
             }
 
         made = artifacts.make(
@@ -86,6 +94,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                     "needed": needed,
                     "sequence_length": recipe.sequence_length,
                 },
+                code=2,
                 seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
             ),
             build,
@@ -104,10 +113,8 @@ def publish(
     selection: Artifact,
 ) -> None:
     """Enter a selection in the score tables, as the current one of its domain and arm."""
-    models = (
-        artifacts.current("prior_model").fingerprint,
-        artifacts.current(f"{domain.name}/conditional_model").fingerprint,
-    )
+    scored_by = artifacts.current("score_tables").inputs
+    models = scored_by["prior_model"], scored_by[f"{domain.name}/conditional_model"]
     score_store.publish_selection(
         selection.fingerprint,
         selection.path / "selection.parquet",
@@ -123,13 +130,17 @@ def origins(
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
     """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
 
-    A selection may bring sequences of its own, which stand beside it.
+    A selection may bring sequences of its own, which stand beside it. Raises InputError where the
+    corpus has since been packed anew.
     """
     own = chosen.path / PACKED
     if own.exists():
         return dict.fromkeys(shards, own), dict.fromkeys(shards, own / "documents.parquet"), []
     packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
     raw = {s: artifacts.current("raw_corpus", s) for s in shards}
+    tables = artifacts.current_from("score_tables", None, [*packed.values(), *raw.values()])
+    if chosen.inputs.get("score_tables", tables.fingerprint) != tables.fingerprint:
+        raise InputError(f"{chosen.name} was made from older score_tables; materialize it again")
     return (
         {s: a.path for s, a in packed.items()},
         {s: a.path / "documents.parquet" for s, a in raw.items()},
@@ -153,6 +164,18 @@ def _unsure(
         "near_cutoff": len(found),
         "near_cutoff_not_refined": len(found) - int(found["exact"].sum()),
     }
+
+
+def _probed(
+    connection: duckdb.DuckDBPyConnection, domain: str, arm: Arm, cutoff: float
+) -> dict[str, float]:
+    """Where text of the domain ranks against the corpus, for what losses rank."""
+    if arm.method not in SCORED:
+        return {}
+    found = probe(connection, arm.method, domain, probe_shard(domain), cutoff)
+    if arm.batch:  # whose pools have a cutoff each
+        return {"probe_auc": found.auc}
+    return {"probe_auc": found.auc, "probe_recall": found.recall}
 
 
 def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:

@@ -43,10 +43,13 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
         kinds={"pytorch", arm.name},
         owners=OWNERS,
         pool="gpu",
-        code_version=code_version(1, recipe.target, recipe.evaluation, str(seeds)),
+        code_version=code_version(
+            1, recipe.target, str(recipe.evaluation.random_multiples), str(seeds)
+        ),
     )
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
         dataset = artifacts.current(f"{name}/filtered_dataset")
+        tokens = dataset.part("tokens")
         ends = recipe.endpoints(arm, dataset.facts["sequences"])
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
@@ -56,7 +59,7 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
 
             return TrainSpec(
                 start=recipe.target.model,
-                tokens=dataset.path / "tokens",
+                tokens=tokens.path,
                 tokenizer=encoder.path,
                 training=recipe.target.training,
                 seed=seed,
@@ -69,7 +72,8 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
             seed: Work(
                 f"{name}/target_model",
                 f"seed_{seed}",
-                inputs=[dataset, held_out, encoder],
+                # A color that changes beside the tokens does not train random's models again.
+                inputs=[tokens, held_out, encoder],
                 recipe={
                     "model": recipe.target.model.facts(),
                     "training": recipe.target.training.facts(),

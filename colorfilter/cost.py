@@ -17,11 +17,12 @@ of them, also where the paper would score tau n tokens only.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from colorfilter.errors import InputError, one_line
-from colorfilter.recipe import Arm, Recipe
+from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.refinement import sample_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,14 +69,23 @@ def paper_forwards(method: str, m: float, n: float, tau: float | None, L: float)
 
 
 @dataclass(frozen=True)
+class Text:
+    """Tokens of a domain's text, by what they are used for."""
+
+    down: float
+    held_out: float
+    probe: float
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The sizes of an experiment in tokens and FLOPs, and what of them is assumed, in words."""
 
     sample: int  # tokens of D_prior that the prior is trained on
     corpus: int  # tokens to choose from
-    domain: int | None  # tokens of a domain's text; None where nobody said
     auxiliary: float  # FLOPs of a forward, per token
     target: float
+    domains: Mapping[str, Text] = field(default_factory=dict)  # those whose sizes are known
     assumed: tuple[str, ...] = ()
 
     @property
@@ -89,7 +99,8 @@ def sizes_of(
 ) -> Sizes:
     """The sizes that a recipe says or implies. Opens no source and asks no network.
 
-    Raises InputError for a model that cannot be, and for a corpus that does not suffice.
+    Each domain is taken to have `domain_tokens`, divided as the recipe says. Raises InputError for
+    a model that cannot be, and for a corpus that does not suffice.
     """
     from colorfilter.models import configuration
 
@@ -119,6 +130,8 @@ def sizes_of(
         )
     elif domain_tokens < 1:
         raise InputError(f"--domain-tokens: {domain_tokens} cannot be; give at least 1")
+    if any(domain.tasks for domain in recipe.domains):
+        assumed.append("evaluation on the items of tasks left out, which is little")
 
     path = recipe.prior.path
     given = _given(path) if path else None
@@ -138,7 +151,15 @@ def sizes_of(
     else:
         auxiliary = target
         assumed.append(f"a prior as large as the target model: {path} is not on this disk")
-    return Sizes(sample, corpus_tokens or least, domain_tokens, auxiliary, target, tuple(assumed))
+    domains = {d.name: _divided(d, domain_tokens) for d in recipe.domains if domain_tokens}
+    return Sizes(sample, corpus_tokens or least, auxiliary, target, domains, tuple(assumed))
+
+
+def _divided(domain: Domain, tokens: int) -> Text:
+    # A task's test items have a file of their own, or are few.
+    held_out = 0.0 if domain.tasks else domain.held_out * tokens
+    probe = domain.probe * tokens
+    return Text(tokens - held_out - probe, held_out, probe)
 
 
 def _given(path: str) -> "PreTrainedConfig | None":
@@ -170,7 +191,7 @@ def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    except Exception as error:  # whatever an architecture makes of a value that cannot be
         raise InputError(f"model of type {config.model_type}: {one_line(error)}") from error
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a model without attention has none
@@ -188,7 +209,7 @@ class Stage:
     """
 
     asset: str
-    verb: str  # train or score
+    verb: str  # train, score or evaluate
     tokens: float | None
     per_token: float
     runs: int = 1
@@ -200,49 +221,66 @@ class Stage:
 
 
 def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
-    """Every stage of a recipe that takes forwards, in the order in which they are run."""
+    """Every stage of a recipe that takes forwards, in the order in which they are run.
+
+    Not counted: the items of tasks, held-out loss along a learning curve, and what lies near a
+    cutoff and is scored again.
+    """
     ratio, domains = sizes.ratio, recipe.domains
-    domain_only = any(arm.method == "rho_down" for arm in recipe.arms)
-
-    def share(fraction: float) -> float | None:
-        return None if sizes.domain is None else fraction * sizes.domain
-
     stages = []
     if recipe.prior.model:
         stages.append(Stage("prior_model", "train", sizes.sample, TRAINING))
     for d in domains:
-        down = share(1 - d.held_out - d.probe)
-        stages.append(Stage(f"{d.name}/conditional_model", "train", down, TRAINING))
-        if domain_only:
-            stages.append(Stage(f"{d.name}/domain_only_model", "train", down, TRAINING))
-    scored = sizes.corpus + sum(share(d.probe) or 0 for d in domains)
+        text = sizes.domains.get(d.name)
+        # The conditional is compared with the prior on held-out text.
+        compared = 2 * text.held_out if text else 0
+        stages.append(_training(f"{d.name}/conditional_model", text, compared))
+        if recipe.has_domain_only_model:
+            stages.append(_training(f"{d.name}/domain_only_model", text))
+    scored = sizes.corpus + sum(text.probe for text in sizes.domains.values())
     stages.append(Stage("prior_scores", "score", scored, 1))
     for d in domains:
         stages.append(Stage(f"{d.name}/conditional_scores", "score", scored, 1))
-        if domain_only:
+        if recipe.has_domain_only_model:
             stages.append(Stage(f"{d.name}/domain_only_scores", "score", scored, 1))
     for d in domains:
+        text = sizes.domains.get(d.name)
+        if recipe.arms_with_one_cutoff():
+            sample = recipe.sequence_length * sample_size(sizes.corpus // recipe.sequence_length)
+            stages.append(_training(f"{d.name}/cutoff_confidence", text, sample))
         checkpoints = 0
         for arm in recipe.arms:
             asset = f"{d.name}/{arm.name}"
             if METHODS[arm.method].proxy and arm.tau:
-                stages.append(_proxy(f"{asset}/selection", _chosen(recipe, arm, sizes), arm.tau))
+                n = _chosen(recipe, arm, sizes)
+                # The candidates' forwards, and those again that are learnt from: n more than the
+                # paper's formula has, in which the forward of choosing is kept.
+                stages.append(_passes(f"{asset}/selection", n, arm.tau * n))
             seeds = len(recipe.seeds(arm))
             tokens = seeds * _trained(recipe, arm, sizes)
             stages.append(Stage(f"{asset}/target_model", "train", tokens, TRAINING * ratio, seeds))
             checkpoints += seeds * len(_endpoints(recipe, arm, sizes))
-        held_out = share(checkpoints * d.held_out)
-        stages.append(Stage(f"{d.name}/*/evaluation", "score", held_out, ratio))
+            if recipe.evaluation.finetune:
+                down = seeds * text.down if text else None
+                stage = Stage(f"{asset}/finetuned_model", "train", down, TRAINING * ratio, seeds)
+                stages.append(stage)
+                checkpoints += seeds
+        held_out = checkpoints * text.held_out if text else None
+        stages.append(Stage(f"{d.name}/*/evaluation", "evaluate", held_out, ratio))
     return stages
 
 
-def _proxy(asset: str, n: int, tau: float) -> Stage:
-    """A proxy that sees tau * n candidates to choose n, and passes these again to learn.
+def _training(asset: str, text: Text | None, scored: float = 0) -> Stage:
+    """An auxiliary model's epoch over D_down, and what is scored by it in the same stage."""
+    if text is None:
+        return Stage(asset, "train", None, TRAINING)
+    return _passes(asset, text.down, scored)
 
-    So n forwards more than the paper's formula has, in which the forward of choosing is kept.
-    """
-    seen = tau * n + n
-    return Stage(asset, "train", seen, (tau * n + TRAINING * n) / seen)
+
+def _passes(asset: str, trained: float, scored: float) -> Stage:
+    """Auxiliary passes over so many tokens for training and so many for scoring."""
+    tokens = trained + scored
+    return Stage(asset, "train", tokens, (TRAINING * trained + scored) / tokens)
 
 
 def _chosen(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:

@@ -103,29 +103,41 @@ def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
     return checkpoints, tokens, time.perf_counter() - begun
 
 
-def evaluate(checkpoint: Path, tokens: Path) -> Losses:
-    """Losses of packed tokens by one checkpoint, in float32."""
+def evaluate(checkpoint: Path, tokens: Path) -> tuple[Losses, int, float]:
+    """Losses of packed tokens by one checkpoint, in float32; also the tokens and seconds."""
     torch.set_num_threads(1)
     scorers = [Scorer(_load(checkpoint, "float32"))]
+    begun = time.perf_counter()
     rows, n_tokens = open_tokens(tokens), real_tokens(tokens)
     (losses,) = scoring.sequence_losses(scorers, rows, n_tokens, progress=workers.report)
-    return losses
+    return losses, int(n_tokens.sum()), time.perf_counter() - begun
 
 
-def evaluate_tasks(checkpoint: Path, items: Path) -> dict[str, float]:
-    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them."""
+def evaluate_tasks(checkpoint: Path, items: Path) -> tuple[dict[str, float], int, float]:
+    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them; also the
+    tokens and seconds.
+    """
     from colorfilter import harness
 
     torch.set_num_threads(1)
     model = _load(checkpoint, "float32")
-    return harness.evaluate(harness.ScoredModel(model, Encoder(checkpoint), workers.report), items)
+    scored = harness.ScoredModel(model, Encoder(checkpoint), workers.report)
+    begun = time.perf_counter()
+    metrics = harness.evaluate(scored, items)
+    return metrics, scored.tokens, time.perf_counter() - begun
 
 
-def losses_by_token(checkpoint: Path, tokens: np.ndarray, boundary: int | None) -> np.ndarray:
-    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses."""
+def losses_by_token(
+    checkpoint: Path, tokens: np.ndarray, boundary: int | None
+) -> tuple[np.ndarray, int, float]:
+    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses; also the
+    tokens and seconds.
+    """
     torch.set_num_threads(1)
     model = models.to_device(models.load(checkpoint), own_device())
-    return token_losses.token_losses(model, tokens, boundary)
+    begun = time.perf_counter()
+    losses = token_losses.token_losses(model, tokens, boundary)
+    return losses, tokens.size, time.perf_counter() - begun
 
 
 def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:

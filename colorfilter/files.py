@@ -13,6 +13,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def checkpoint_content(path: str) -> dict[str, str]:
+    """sha256 of the files of a checkpoint or tokenizer in a local folder; none for a hub name."""
+    files = sorted(f for form in ("*.json", "*.safetensors") for f in Path(path).glob(form))
+    return {file.name: file_sha256(file) for file in files}
+
+
 def write_atomically(temporary: Path, path: Path) -> None:
     """Flush a finished temporary file to disk and give it its name, in one step for readers."""
     with temporary.open("rb") as stream:

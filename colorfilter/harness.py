@@ -58,7 +58,7 @@ def write_tasks(items: Path, folder: Path, fits: Callable[[Item], bool]) -> dict
     """
     counts = {}
     for path in sorted(items.glob("*.jsonl")):
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line, item in zip(lines, read_items(path), strict=True) if fits(item)]
         if not kept:
             raise InputError(
@@ -93,7 +93,8 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     that Scorer gives when its tokens alone are labels. Whether it is what the model would have said
     itself, which the harness wants beside it, is not computed and always False: neither accuracy
     nor length-normalised accuracy reads it. `answers` keeps, by (context, continuation), the
-    log-likelihood in nats and the number of tokens. `progress` is called with choices done.
+    log-likelihood in nats and the number of tokens; `tokens` counts those that were passed through
+    the model. `progress` is called with choices done.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, progress: Progress = silent):
@@ -102,6 +103,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         self._encoder = encoder
         self._progress = progress
         self._context: int = resolve_max_length(model.config)
+        self.tokens = 0
         self.answers: dict[tuple[str, str], tuple[float, int]] = {}
 
     @property
@@ -164,6 +166,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
                     torch.from_numpy(tokens_BxW).to(device), torch.from_numpy(labels_BxW).to(device)
                 )
                 yield from zip(batch, zip(nll.tolist(), n.tolist(), strict=True), strict=False)
+                self.tokens += sum(len(inputs[i]) for i in batch)
                 self._progress(len(batch))
 
     def _width(self, length: int) -> int:

@@ -4,6 +4,7 @@ Impossible values are refused with a message that says how to mend them; `recipe
 """
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,13 +30,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The section as plain JSON values: what enters an artefact's key.
 
         Without what is at its default, so that keys stay when the recipe gains a field. Another
         default is another result: it wants a raised code number where the section is read.
         """
-        return self.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=set(without))
 
 
 class Source(Section):
@@ -339,6 +340,23 @@ class Recipe(Section):
     def seeds(self, arm: Arm) -> list[int]:
         """The seeds of an arm's target models."""
         return arm.seeds or self.evaluation.seeds
+
+    @property
+    def has_domain_only_model(self) -> bool:
+        """Whether an arm's conditional is a model of D_down alone."""
+        return any(arm.method == "rho_down" for arm in self.arms)
+
+    def arms_with_cutoffs(self) -> list[Arm]:
+        """The arms that select by standing losses, each choice once."""
+        first: dict[str, Arm] = {}
+        for arm in self.arms:
+            if arm.method in SCORED:
+                first.setdefault(str(arm.choice()), arm)
+        return list(first.values())
+
+    def arms_with_one_cutoff(self) -> list[Arm]:
+        """Those of them whose cutoff holds for the whole corpus."""
+        return [arm for arm in self.arms_with_cutoffs() if not arm.batch]
 
     def endpoints(self, arm: Arm, selected: int) -> tuple[int, ...]:
         """End points of an arm's target models, in sequences, out of so many selected ones.

@@ -10,9 +10,10 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ class Artifact:
     @property
     def name(self) -> str:
         return self.asset if self.partition is None else f"{self.asset}[{self.partition}]"
+
+    def part(self, folder: str) -> "Artifact":
+        """A folder of it as an input: what lies beside that does not change the fingerprint."""
+        return replace(
+            self,
+            asset=f"{self.asset}/{folder}",
+            fingerprint=provenance.part_fingerprint(self.path, folder),
+            path=self.path / folder,
+        )
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class ArtifactStore(dg.ConfigurableResource):
         An InputError abandons those that are not committed; after any other failure their folders
         stay for the next attempt.
         """
+        _allow_open_files()
         with contextlib.ExitStack() as leases:
             attempts = []
             for work in works:
@@ -227,9 +238,26 @@ class ArtifactStore(dg.ConfigurableResource):
                 )
         return artifact
 
-    def entries(self) -> dict[tuple[str, str | None], dict[str, Any]]:
+    def entries(self) -> "Entries":
         """The current ledger entry of every asset's partition."""
-        return {(e["asset"], e["partition"]): e for e in self.ledger()}
+        return _current_entries(self.at.ledger)
+
+    def is_behind(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an artefact was made from something that has since been made anew."""
+        return any(self._fingerprint(name) != was for name, was in entry["inputs"].items())
+
+    def _fingerprint(self, name: str) -> str | None:
+        """The current fingerprint of an artefact, or of a part of one, by its name."""
+        asset, _, partition = name.removesuffix("]").partition("[")
+        entry = self.entries().get((asset, partition or None))
+        if entry:
+            return str(entry["fingerprint"])
+        whole, _, part = asset.rpartition("/")
+        entry = self.entries().get((whole, None))
+        path = entry and self.at.root / entry["path"]
+        if path and provenance.stands(path):
+            return provenance.part_fingerprint(path, part)
+        return None
 
     def ledger(self) -> Iterator[dict[str, Any]]:
         """All entries, oldest first. A line cut off by a crash is passed over."""
@@ -254,6 +282,54 @@ class ArtifactStore(dg.ConfigurableResource):
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         append_line(self.at.ledger, entry)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this process have: a lease is an open file, one per shard."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+Entries = dict[tuple[str, str | None], dict[str, Any]]
+
+
+@dataclass
+class _Reading:
+    """How far a ledger was read and when it was written, the bytes before, and what they said."""
+
+    stop: int = 0
+    written: int = 0
+    tail: bytes = b""
+    entries: Entries = field(default_factory=dict)
+
+
+_readings: dict[Path, _Reading] = {}
+
+
+def _current_entries(ledger: Path) -> Entries:
+    """The last entry of every asset's partition. What has been read is not read again."""
+    if not ledger.exists():
+        return {}
+    reading = _readings.get(ledger, _Reading())
+    now = ledger.stat()
+    if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
+        return reading.entries
+    with ledger.open("rb") as stream:
+        stream.seek(reading.stop - len(reading.tail))
+        before = stream.read(len(reading.tail))
+        if before != reading.tail or now.st_size <= reading.stop:  # written anew
+            reading = _Reading()
+            stream.seek(0)
+        appended = stream.read()
+    whole = appended[: appended.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            reading.entries[entry["asset"], entry["partition"]] = entry
+    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
+    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, reading.entries)
+    return reading.entries
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:

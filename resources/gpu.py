@@ -1,14 +1,15 @@
-"""The one way from an asset to torch: four verbs on whatever devices there are.
+"""The one way from an asset to torch, on whatever devices there are.
 
-`score`, `train`, `evaluate` and `token_losses` hold alike locally and on a cluster. Locally the
+Its verbs hold alike locally and on a cluster. Locally the
 work is done in worker processes, one per CUDA device, or one per CPU core: a core each does more
 than all cores at one small matrix, and does not stand still when another program takes one of
-them. Every kernel run leaves lines in `kernel_runs.jsonl` of the home.
+them. Every kernel run leaves lines in `kernel_runs.jsonl` of the home, with the folder of the
+artefact that it was for.
 """
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,49 +110,79 @@ class Gpu(dg.ConfigurableResource):
         threads = max(1, cores() // share)
         calls = [(spec, threads) for spec in specs]
         for i, (checkpoints, tokens, seconds) in _workers().run(device.train, calls, progress):
-            facts = {"precision": "float32", "seed": specs[i].seed}
-            self._record("train", str(specs[i].out), tokens, seconds, facts)
+            self._record("train", specs[i].out, tokens, seconds, {"seed": specs[i].seed})
             yield i, checkpoints
 
-    def evaluate(self, checkpoints: Sequence[Path], tokens: Path) -> list["Losses"]:
-        """Losses of packed tokens by each checkpoint.
+    def evaluate(self, checkpoints: Sequence[Path], tokens: Path, folder: Path) -> list["Losses"]:
+        """Losses of packed tokens by each checkpoint, for the artefact that is made in `folder`.
 
         Each is float32 [n] nats per token, int32 [n] number of labels; computed in float32.
         """
         from colorfilter import device
 
         calls = [(checkpoint, tokens) for checkpoint in checkpoints]
-        done = dict(_workers().run(device.evaluate, calls))
-        return [done[i] for i in range(len(checkpoints))]
+        losses: list[Losses] = self._evaluated("evaluate", folder, device.evaluate, calls)
+        return losses
 
     def evaluate_tasks(
-        self, checkpoints: Sequence[Path], items: Path, progress: Progress = silent
+        self,
+        checkpoints: Sequence[Path],
+        items: Path,
+        folder: Path,
+        progress: Progress = silent,
     ) -> list[dict[str, float]]:
-        """Metrics of the tasks whose test items lie in a folder, by each checkpoint.
+        """Metrics of the tasks whose test items lie in `items`, by each checkpoint.
 
-        As harness.evaluate gives them; `progress` is called with the number of choices done.
+        As harness.evaluate gives them; `folder` as in evaluate, `progress` is called with the
+        number of choices done.
         """
         from colorfilter import device
 
         calls = [(checkpoint, items) for checkpoint in checkpoints]
-        done = dict(_workers().run(device.evaluate_tasks, calls, progress))
-        return [done[i] for i in range(len(checkpoints))]
+        metrics: list[dict[str, float]] = self._evaluated(
+            "evaluate_tasks", folder, device.evaluate_tasks, calls, progress
+        )
+        return metrics
 
     def token_losses(
-        self, checkpoints: Sequence[Path], tokens: "np.ndarray", boundary: int | None = None
+        self,
+        checkpoints: Sequence[Path],
+        tokens: "np.ndarray",
+        folder: Path,
+        boundary: int | None = None,
     ) -> list["np.ndarray"]:
         """Losses of every token of a few sequences [N, T] by each checkpoint.
 
-        Each is float32 [N, T], as of colorfilter.token_losses; computed in float32.
+        Each is float32 [N, T], as of colorfilter.token_losses; computed in float32. `folder` as in
+        evaluate.
         """
         from colorfilter import device
 
         calls = [(checkpoint, tokens, boundary) for checkpoint in checkpoints]
-        done = dict(_workers().run(device.losses_by_token, calls))
-        return [done[i] for i in range(len(checkpoints))]
+        losses: list[np.ndarray] = self._evaluated(
+            "token_losses", folder, device.losses_by_token, calls
+        )
+        return losses
+
+    def _evaluated(
+        self,
+        verb: str,
+        folder: Path,
+        work: Callable[..., Any],
+        calls: Sequence[tuple[Any, ...]],
+        progress: Progress = silent,
+    ) -> list[Any]:
+        """What `work(checkpoint, ...)` gives of each call, in their order."""
+        results: dict[int, Any] = {}
+        for i, (found, tokens, seconds) in _workers().run(work, calls, progress):
+            checkpoint = calls[i][0].relative_to(Home(self.home).root)
+            self._record(verb, folder, tokens, seconds, {"model": str(checkpoint)})
+            results[i] = found
+        return [results[i] for i in range(len(calls))]
 
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
         facts = {
+            "model": receipt.model,
             "shard": job.shard,
             "chunk": receipt.file,
             "sequences": receipt.sequences,
@@ -159,29 +190,33 @@ class Gpu(dg.ConfigurableResource):
             "kernel": receipt.kernel,
             "matrix_share": receipt.matrix_share,
         }
-        self._record("score", receipt.model, receipt.tokens, receipt.seconds, facts)
+        folder = job.outs[receipt.model]
+        self._record("score", folder, receipt.tokens, receipt.seconds, facts)
 
     def _record(
-        self, verb: str, model: str, tokens: int, seconds: float, facts: Mapping[str, Any]
+        self, verb: str, folder: Path, tokens: int, seconds: float, facts: Mapping[str, Any]
     ) -> None:
         from colorfilter import device
 
+        home = Home(self.home)
         line = {
             "run_id": self._run_id,
             "verb": verb,
-            "model": model,
+            "folder": str(folder.relative_to(home.root)),
+            "model": None,
             "shard": None,
             "chunk": None,
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "device": device.kind(),
+            "precision": "float32",
             "kernel": None,
             "matrix_share": None,
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": provenance.environment(),
             **facts,
         }
-        append_line(Home(self.home).kernel_runs, line)
+        append_line(home.kernel_runs, line)
 
 
 _standing: list[Workers] = []

@@ -77,7 +77,7 @@ def test_what_stood_before_the_arms_came_is_not_computed_again(project: Project)
     assert made["prior_model"] == made["reference/conditional_model"] == 1
     assert made["prior_scores"] == made["reference/domain_only_scores"] == shards
     assert made["reference/color_tau4/target_model"] == 2
-    assert made["reference/cutoff_confidence"] == 1
+    assert made["reference/cutoff_confidence"] == 2  # a second conditional, and its losses
 
 
 def test_full_trains_on_everything_and_random_on_a_part_of_it(
@@ -151,6 +151,6 @@ def test_what_every_arm_trains_on_is_predicted_to_the_token(
     trained = [r for r in project.kernel_runs() if r["verb"] == "train"]
     for stage in cost.predict(project.recipe, sizes):
         if stage.asset.endswith(("/selection", "/target_model")):
-            runs = [r["tokens"] for r in trained if f"/{stage.asset}/" in r["model"]]
+            runs = [r["tokens"] for r in trained if f"/{stage.asset}/" in r["folder"]]
             assert len(runs) == stage.runs, stage.asset
             assert sum(runs) == stage.tokens, stage.asset

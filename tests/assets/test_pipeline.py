@@ -10,11 +10,12 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from assets.auxiliary import auxiliary_checks
 from assets.corpus import corpus_checks
 from assets.scores import score_checks
-from colorfilter import page
+from colorfilter import models, page
 from colorfilter.examples import Example
 from colorfilter.scoring import Receipt
 from colorfilter.tables import fetch, fetch_row
@@ -98,6 +99,7 @@ def test_a_new_file_costs_its_own_scoring_and_nothing_else(
         assert made[asset] == {new}
     trained = {"sample_plan", "tokenizer", "prior_model", "reference/conditional_model"}
     assert not trained & made.keys()
+    assert made["reference/cutoff_confidence"] == {None}  # and no second conditional
 
 
 def test_a_touched_file_is_read_again_and_nothing_else(
@@ -121,6 +123,9 @@ def test_other_labels_cost_the_scoring_alone(
     made = made_since(project, before)
     assert {"prior_scores", "reference/conditional_scores", "score_tables"} <= made.keys()
     assert not {"corpus_tokens", "prior_model", "reference/conditional_model"} & made.keys()
+    # What random chose has another color now, and is the same tokens.
+    assert "reference/random/filtered_dataset" in made
+    assert "reference/random/target_model" not in made
     with duckdb.connect(str(project.home.scores), read_only=True) as connection:
         (fewer,) = fetch_row(
             connection,
@@ -195,13 +200,22 @@ def test_target_models_see_the_tokens_that_the_recipe_gives(finished: Project) -
 
 def test_arms_start_from_the_same_weights_per_seed(finished: Project) -> None:
     store = ArtifactStore(home=str(finished.home.root))
-    first = {}
+    plan = finished.recipe.target
+    vocab_size = store.current("tokenizer").facts["vocab_size"]
     for arm in ("color_tau4", "random"):
+        rows = np.load(
+            store.current(f"reference/{arm}/filtered_dataset").path / "tokens/tokens.npy"
+        )
         for seed in (1, 2):
+            # The first loss of the curve is that of a fresh model on the first batch.
+            order = np.random.default_rng(seed).permutation(len(rows))
+            batch = torch.from_numpy(rows[order[: plan.training.batch_sequences]].astype(np.int64))
+            fresh = models.build(plan.model, vocab_size, rows.shape[1], seed)
+            with torch.no_grad():
+                expected = fresh(input_ids=batch, labels=batch).loss.item()
             target = store.current(f"reference/{arm}/target_model", f"seed_{seed}")
-            first[arm, seed] = pl.read_parquet(target.path / "curve.parquet")["loss"][0]
-    # Before the first step every model is near a uniform guess, whatever it is shown.
-    assert all(abs(loss - 5.77) < 0.2 for loss in first.values())
+            curve = pl.read_parquet(target.path / "curve.parquet")
+            assert curve["loss"][0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_scores_stay_joined_to_text_and_checkpoint(finished: Project) -> None:

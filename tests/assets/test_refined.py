@@ -78,7 +78,7 @@ def test_sequences_are_gathered_whole_or_not_at_all(tmp_path: Path, monkeypatch)
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("colorfilter.selection.write_tokens", dies)
+    monkeypatch.setattr("colorfilter.dataset.write_tokens", dies)
     places = pl.DataFrame({"shard": ["a"], "position": [0]})
     with pytest.raises(KeyboardInterrupt):
         refined.gathered(places, {}, tmp_path)

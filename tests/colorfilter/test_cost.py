@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from colorfilter import cost
-from colorfilter.cost import METHODS, Measured, Sizes, flops_per_token, paper_forwards
+from colorfilter.cost import METHODS, Measured, Sizes, Text, flops_per_token, paper_forwards
 from colorfilter.errors import InputError
 from colorfilter.recipe import Arm, Recipe
 from tests.conftest import recipe_facts
 
 B = 1e9
-SIZES = Sizes(sample=50_000, corpus=64_000, domain=None, auxiliary=2.0, target=6.0)
+SIZES = Sizes(sample=50_000, corpus=64_000, auxiliary=2.0, target=6.0)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -131,19 +132,34 @@ def test_what_arms_share_is_counted_once() -> None:
         # Random to 250 and 375 sequences, 32 and 47 steps of 8, the last fifth of each a branch.
         trunk, branches = 37 * 8, (250 - 25 * 8) + (375 - 37 * 8)
         assert f[f"{domain}/random/target_model"] == 2 * 3 * (trunk + branches) * 32 * 3
-    assert len(f) == 2 + 2 * (1 + 1 + 3 + 1)
+    assert len(f) == 2 + 2 * (1 + 1 + 1 + 3 + 1)
 
 
 def test_text_of_the_domain_counts_where_its_size_is_given() -> None:
     made = with_arms(recipe(), Arm(method="color", tau=4), Arm(method="random"))
-    known = Sizes(50_000, 64_000, 10_000, auxiliary=2.0, target=6.0)
+    known = replace(SIZES, domains={"reference": Text(down=8_000, held_out=1_000, probe=1_000)})
     unknown, f = forwards(made, SIZES), forwards(made, known)
     assert unknown["reference/conditional_model"] is None
     assert unknown["reference/*/evaluation"] is None
-    assert f["reference/conditional_model"] == pytest.approx(3 * 8_000)
+    # Trained, and compared with the prior on held-out text.
+    assert f["reference/conditional_model"] == pytest.approx(3 * 8_000 + 2 * 1_000)
     assert f["prior_scores"] == f["reference/conditional_scores"] == 64_000 + 1_000  # the probe
     # Three checkpoints of each seed, by the target model.
     assert f["reference/*/evaluation"] == pytest.approx(2 * 3 * 1_000 * 3)
+    # A second conditional scores a tenth of a small corpus.
+    assert f["reference/cutoff_confidence"] == pytest.approx(3 * 8_000 + 200 * 32)
+
+
+def test_fine_tuning_counts_where_it_is_asked_for() -> None:
+    known = replace(SIZES, domains={"reference": Text(down=8_000, held_out=1_000, probe=1_000)})
+    tuned = recipe(
+        evaluation={"seeds": [1, 2], "random_multiples": [1], "finetune": True},
+        arms=[{"method": "random"}],
+    )
+    f = forwards(tuned, known)
+    assert f["reference/random/finetuned_model"] == 2 * 3 * 8_000 * 3
+    assert f["reference/*/evaluation"] == pytest.approx(2 * 2 * 1_000 * 3)
+    assert "reference/cutoff_confidence" not in f
 
 
 def test_every_method_in_one_recipe() -> None:
@@ -174,7 +190,7 @@ def test_sizes_come_from_the_recipe() -> None:
     sizes = cost.sizes_of(recipe())
     assert sizes.sample == round(60_000 / 4.5)
     assert sizes.corpus == 4 * 8_000
-    assert sizes.domain is None
+    assert not sizes.domains
     assert sizes.ratio == 1
     words = " ".join(sizes.assumed)
     assert "4.5 characters" in words
@@ -191,6 +207,20 @@ def test_a_corpus_that_does_not_suffice_is_refused() -> None:
     assert cost.sizes_of(recipe(), corpus_tokens=32_000).corpus == 32_000
     with pytest.raises(InputError, match=r"--corpus-tokens: 31,999 are too few.*32,000"):
         cost.sizes_of(recipe(), corpus_tokens=31_999)
+
+
+def test_a_domain_is_divided_as_the_recipe_says() -> None:
+    sizes = cost.sizes_of(recipe(), domain_tokens=1_000)
+    assert sizes.domains == {"reference": Text(down=800, held_out=100, probe=100)}
+
+
+def test_all_items_of_tasks_but_the_probe_are_learnt_from() -> None:
+    task = {"name": "piqa", "train": "train.jsonl", "test": "test.jsonl"}
+    facts = recipe_facts(Path("/nowhere"))
+    training = facts["domains"][0]["training"]
+    domain = {"name": "quiz", "tasks": [task], "probe": 0.1, "training": training}
+    sizes = cost.sizes_of(recipe(domains=[domain]), domain_tokens=1_000)
+    assert sizes.domains == {"quiz": Text(down=900, held_out=0, probe=100)}
 
 
 def test_a_domain_of_nothing_is_refused() -> None:

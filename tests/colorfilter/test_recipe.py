@@ -212,6 +212,14 @@ def test_an_arms_name_can_name_an_asset(tau: float) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_.]+", Arm(method="color", tau=tau).name)
 
 
+def test_arms_with_cutoffs_are_each_choice_once(tmp_path: Path) -> None:
+    color = {"method": "color", "tau": 8}
+    arms = [color, {**color, "leaks": "keep"}, {**color, "batch": 4}, {"method": "random"}]
+    recipe = load_content(tmp_path, changed("arms", arms))
+    assert [a.name for a in recipe.arms_with_cutoffs()] == ["color_tau8", "color_tau8_batch4"]
+    assert [a.name for a in recipe.arms_with_one_cutoff()] == ["color_tau8"]
+
+
 def test_an_arm_that_keeps_leaks_is_an_arm_of_its_own_with_the_same_choice() -> None:
     for arm in (Arm(method="color", tau=8, batch=4), Arm(method="random")):
         keeps = Arm.model_validate({**arm.facts(), "leaks": "keep"})

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,40 @@ def test_a_line_cut_by_a_crash_is_passed_over_and_not_joined(store: ArtifactStor
         stream.write('{"asset": "cut')
     store.make(Work("two"), write)
     assert {asset for asset, _ in store.entries()} == {"one", "two"}
+
+
+def test_a_ledger_written_anew_is_read_anew(store: ArtifactStore) -> None:
+    store.make(Work("one"), write)
+    store.make(Work("two"), write)
+    assert store.entries()["one", None]["facts"] == {"size": 7}
+    text = store.at.ledger.read_text()
+    store.at.ledger.write_text(text.replace('{"size": 7}', '{"size": 8}', 1))
+    assert store.entries()["one", None]["facts"] == {"size": 8}
+    store.at.ledger.write_text(text[: text.index("\n") + 1])
+    assert store.entries().keys() == {("one", None)}
+
+
+def test_a_part_of_an_artefact_is_an_input_that_does_not_know_the_rest(
+    store: ArtifactStore,
+) -> None:
+    def build(number: int, note: str, folder: Path) -> dict[str, int]:
+        (folder / "tokens").mkdir()
+        (folder / "tokens" / "n.txt").write_text(str(number))
+        (folder / "note.txt").write_text(note)
+        return {}
+
+    def behind() -> bool:
+        return store.is_behind(store.entries()["model", None])
+
+    keys = []
+    for i, (number, note) in enumerate([(1, "a"), (1, "b"), (2, "b")]):
+        whole = store.make(Work("data", code=i), partial(build, number, note))
+        work = Work("model", inputs=[whole.part("tokens")])
+        keys.append(work.key)
+        if i == 0:
+            store.make(work, write)
+        assert behind() == (number == 2)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def slow_build(folder: Path) -> dict[str, int]:
