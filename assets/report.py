@@ -15,8 +15,8 @@ from assets.figures import table
 from assets.measured import cost_rows, kernel_runs
 from assets.scores import boundary, refined_of
 from assets.targets import GROUP
+from colorfilter import report as method
 from colorfilter.recipe import Arm, Domain, Recipe
-from colorfilter.report import EVALUATIONS
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
@@ -37,13 +37,14 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             *(
                 dg.AssetKey([domain.name, arm, stage])
                 for arm in arms
-                for stage in ("evaluation", "selection", "leakage")
+                for stage in ("target_model", "evaluation", "selection", "leakage")
             ),
             *(dg.AssetKey(key) for key in sure),
             "score_tables",
             "tokenizer",
             "prior_model",
             dg.AssetKey([domain.name, "conditional_model"]),
+            dg.AssetKey([domain.name, "domain_tokens"]),
             all_of("corpus_tokens"),
             all_of("raw_corpus"),
         ],
@@ -58,8 +59,6 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
         tokens-to-match above 1: random needs that many times the tokens for the same loss.
         """
-        from colorfilter import report as method
-
         evaluated = [artifacts.current(f"{name}/evaluation") for name in arms.values()]
         selected = {arm: artifacts.current(f"{name}/selection") for arm, name in arms.items()}
         models = [
@@ -134,7 +133,7 @@ def _probed(domain: Domain, selected: Mapping[str, Artifact]) -> pl.DataFrame:
         for metric in ("probe_auc", "probe_recall")
         if metric in made.facts
     ]
-    return pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
+    return pl.DataFrame(rows, schema=method.EVALUATIONS, orient="row")
 
 
 def _leaks(made: Artifact) -> dict[str, Any]:
@@ -170,13 +169,13 @@ def _examples(
     folder: Path,
 ) -> list["Example"]:
     """Sequences from the best to the worst with the losses of their tokens, prior's first."""
-    from colorfilter import examples as method
+    from colorfilter import examples as shown
     from colorfilter.tokens import Encoder
 
     cut_at = {1 / arm.tau for arm in recipe.arms if arm.name in cutoffs and arm.tau}
-    shares = [share for share in method.SHARES if share not in cut_at]
+    shares = [share for share in shown.SHARES if share not in cut_at]
     with score_store.read() as connection:
-        chosen = method.sequences(connection, domain.name, cutoffs, shares)
+        chosen = shown.sequences(connection, domain.name, cutoffs, shares)
     encoder = artifacts.current("tokenizer")
     raw = {shard: artifacts.current("raw_corpus", shard) for shard in chosen["shard"].unique()}
     packed = {
@@ -186,12 +185,12 @@ def _examples(
     documents = {shard: source.path / "documents.parquet" for shard, source in raw.items()}
     prior, conditional = gpu.token_losses(
         [checkpoint(model) for model in models],
-        method.sequence_tokens(chosen, packed),
+        shown.sequence_tokens(chosen, packed),
         folder,
         boundary(artifacts, recipe.scoring),
     )
-    texts = method.token_texts(chosen, documents, Encoder(encoder.path))
-    return method.examples(chosen, texts, prior, conditional)
+    texts = shown.token_texts(chosen, documents, Encoder(encoder.path))
+    return shown.examples(chosen, texts, prior, conditional)
 
 
 def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:
