@@ -69,15 +69,14 @@ def rank_documents(
     long_enough = package.perexample_metadata_filter(words)
     weights = weights[long_enough]
     noise = np.random.RandomState(seed).gumbel(size=weights.shape)
-    rows = [
-        (shard, document["doc_id"], document["sha256"])
+    considered = pl.concat(
+        pl.read_parquet(raw[shard], columns=["doc_id", "sha256"])
+        .filter(~pl.col("sha256").is_in(list(left_out)))
+        .select(pl.lit(shard).alias("shard"), "doc_id", "sha256")
         for shard in shards
-        for document in read_documents(raw[shard], ["doc_id", "sha256"])
-        if document["sha256"] not in left_out
-    ]
+    )
     return (
-        pl.DataFrame(rows, schema=["shard", "doc_id", "sha256"], orient="row")
-        .filter(pl.Series(long_enough))
+        considered.filter(pl.Series(long_enough))
         .with_columns(score=pl.Series(-(weights + noise)))
         .sort("score", "shard", "doc_id")
         .unique("sha256", keep="first", maintain_order=True)
