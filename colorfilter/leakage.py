@@ -6,6 +6,7 @@ convention is that of GPT-3 (arXiv 2005.14165, appendix C) and of lm-evaluation-
 down to 8 words, GPT-3's least. A word is a run of letters and digits by Unicode, in lower case, and
 everything else parts words ("don't" is two of them, whichever apostrophe it has). Where a script
 has no spaces, a word is all that stands between two marks, so that only long quotes are found.
+Unlike GPT-3's, frequent runs count too: boilerplate of a held-out page is a match wherever it is.
 
 Runs of words are looked up by a 64 bit hash, the same in every process: a polynomial over words,
 each of which is a polynomial over characters, so that numpy computes all those of a text as
