@@ -27,7 +27,7 @@ from resources.gpu import Gpu, ScoreJob
 root, flops = Path(sys.argv[1]), float(sys.argv[2])
 scoring.FLOPS_PER_CHUNK = {"cpu": flops}
 models = {name: root / name for name in ("one", "two")}
-outs = {name: root / sys.argv[3] / name for name in models}
+outs = {name: root / "home" / sys.argv[3] / name for name in models}
 job = ScoreJob(models, outs, 10**6, root / "tokens", "web", "float32")
 done = [receipt for _, _, receipts in Gpu(home=str(root / "home")).score(
     [job], lambda n: n and print("scored", flush=True)) for receipt in receipts]
@@ -53,7 +53,7 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
     for seed, name in enumerate(("one", "two")):
         built = models.build(Model(type="gpt_neox", config=config), VOCAB, LENGTH, seed)
         built.save_pretrained(tmp_path / name)
-    Home(tmp_path / "home").claim("tests")
+    home = Home(tmp_path / "home").claim("tests").root
     # Two seconds of one core to a chunk, and more chunks than what kills let through.
     batches = 12
     n = 16 * batches * (4 + 2 * KILLS)
@@ -75,7 +75,7 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
         time.sleep(moments.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        killed_at.append(len(list((tmp_path / "killed").rglob("*.parquet"))))
+        killed_at.append(len(list((home / "killed").rglob("*.parquet"))))
     assert sorted(killed_at) == killed_at
     finished = start(tmp_path, flops, "killed").communicate(timeout=600)[0]
     chunks = 2 * (4 + 2 * KILLS)
@@ -83,14 +83,14 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
     assert killed_at[-1] < chunks, "all was scored before the last kill"
     cpu = torch.device("cpu")
     scorers = {m: Scorer(body.prepare(models.load(tmp_path / m), cpu)) for m in ("one", "two")}
-    outs = {name: tmp_path / "whole" / name for name in scorers}
+    outs = {name: home / "whole" / name for name in scorers}
     torch.set_num_threads(1)
     score_shard(scorers, tokens, "web", outs, n)
     for name in scorers:
-        table, wanted = (read(tmp_path / folder / name) for folder in ("killed", "whole"))
+        table, wanted = (read(home / folder / name) for folder in ("killed", "whole"))
         assert table["position"].to_list() == list(range(n))
         assert table.equals(wanted)
-        assert not list((tmp_path / "killed" / name).glob("*.tmp"))
+        assert not list((home / "killed" / name).glob("*.tmp"))
 
 
 def start(root: Path, flops: float, out: str) -> subprocess.Popen[str]:
