@@ -24,7 +24,8 @@ def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[
     packed = artifacts.current(f"{domain.name}/domain_tokens").facts
     probe = artifacts.current("corpus_tokens", probe_shard(domain.name)).facts["tokens"]
     text = Text(packed["down_tokens"], packed["held_out_tokens"], probe)
-    sizes = replace(cost.sizes_of(recipe, corpus), domains={domain.name: text})
+    sample = artifacts.current("prior_model").facts.get("tokens", 0)  # none where it was given
+    sizes = replace(cost.sizes_of(recipe, corpus), sample=sample, domains={domain.name: text})
     took = took_by_stage(artifacts.at, kernel_runs(artifacts.at))
     rows = []
     for stage in cost.predict(recipe, sizes):
