@@ -323,13 +323,14 @@ def _current_entries(ledger: Path) -> Entries:
             stream.seek(0)
         appended = stream.read()
     whole = appended[: appended.rfind(b"\n") + 1]
+    entries = dict(reading.entries)  # whoever has the old ones may be going through them
     for line in whole.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            reading.entries[entry["asset"], entry["partition"]] = entry
+            entries[entry["asset"], entry["partition"]] = entry
     stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
-    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, reading.entries)
-    return reading.entries
+    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, entries)
+    return entries
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:

@@ -164,6 +164,13 @@ def test_a_ledger_written_anew_is_read_anew(store: ArtifactStore) -> None:
     assert store.entries().keys() == {("one", None)}
 
 
+def test_entries_that_somebody_goes_through_stay_as_they_are(store: ArtifactStore) -> None:
+    store.make(Work("one"), write)
+    for _ in store.entries():
+        store.make(Work("two"), write)
+        assert store.entries().keys() == {("one", None), ("two", None)}
+
+
 def test_a_part_of_an_artefact_is_an_input_that_does_not_know_the_rest(
     store: ArtifactStore,
 ) -> None:
