@@ -2,8 +2,8 @@
 
 Its verbs hold alike locally and on a cluster. Locally the work is done in worker processes, one per
 CUDA device, or one per CPU core: a core each does more than all cores at one small matrix, and does
-not stand still when another program takes one of them. Every kernel run leaves lines in `kernel_runs.jsonl` of the home, with the folder of the
-artefact that it was for.
+not stand still when another program takes one of them. Every kernel run leaves lines in
+`kernel_runs.jsonl` of the home, with the folder of the artefact that it was for.
 """
 
 import uuid
