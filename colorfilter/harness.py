@@ -174,11 +174,11 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         return int(min(self._context, max(LEAST_WIDTH, 1 << (length - 1).bit_length())))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
-        """Demanded by the harness's interface; multiple-choice tasks never ask for it."""
+        """Abstract in the harness's interface; a task that asked for it must fail, not score 0."""
         raise NotImplementedError("the tasks of this project need loglikelihood only")
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
-        """Demanded by the harness's interface; multiple-choice tasks never ask for it."""
+        """Abstract in the harness's interface; a task that asked for it must fail, not score 0."""
         raise NotImplementedError("the tasks of this project need loglikelihood only")
 
 

@@ -52,11 +52,6 @@ def model() -> PreTrainedModel:
     return lively(MODELS["gpt_neox"], 0)
 
 
-@pytest.fixture(scope="module")
-def other_model() -> PreTrainedModel:
-    return lively(MODELS["gpt_neox"], 1)
-
-
 def reference(model: PreTrainedModel, rows: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
     exact = copy.deepcopy(model).double()
     losses = []
