@@ -13,16 +13,35 @@ import polars as pl
 from colorfilter.errors import InputError
 from colorfilter.tables import fetch_frame, fetch_row
 
-# A number in [0, 1) from the sequence's place and the seed: the same in every version.
-LOT = """
-    md5_number_lower(concat_ws('|', $seed::VARCHAR, shard, position))::DOUBLE
-        / 18446744073709551616.0
-"""
+# Lots are drawn by splitmix64 (Steele, Lea and Flood, 2014): a shard's sequences are a stream whose
+# state is the shard's key. The same in every version of DuckDB, as its own hash is not.
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = [(30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)]
 
-# A lot is dear, so that it is kept rather than worked out twice.
+
+def _modulo_2_64(product: str) -> str:
+    return f"(({product}) & {2**64 - 1}::UHUGEINT)::UBIGINT"
+
+
+def _mixed(state: str) -> str:
+    for shift, factor in MIX:
+        state = _modulo_2_64(f"xor({state}, {state} >> {shift})::UHUGEINT * {factor}::UHUGEINT")
+    return f"xor({state}, {state} >> 31)"
+
+
+KEYS = """
+    keys AS (
+        SELECT shard, md5_number_lower(concat_ws('|', $seed::VARCHAR, shard)) AS key FROM shards
+    )
+"""
+_STATE = _modulo_2_64(f"key::UHUGEINT + (position + 1)::UHUGEINT * {GOLDEN}::UHUGEINT")
+# A number in [0, 1) from the sequence's place and the seed.
+LOT = f"({_mixed(_STATE)} >> 11)::DOUBLE / {2**53}"
+
 DRAWN = f"""
-    scores AS MATERIALIZED (
-        SELECT shard, position, {LOT} AS score FROM sequences
+    {KEYS},
+    scores AS NOT MATERIALIZED (
+        SELECT shard, position, {LOT} AS score FROM sequences JOIN keys USING (shard)
         WHERE NOT starts_with(shard, '_')
     )
 """
@@ -68,11 +87,13 @@ BEST = f"""
 # kept. The pools stand one behind the other in a single order: a window for each of them would take
 # far longer.
 POOLS = f"""
+    {KEYS},
     pools AS (
         SELECT
             number, position, score,
             (row_number() OVER (ORDER BY {LOT}, number, position) - 1) // $pool AS pool
-        FROM scores ANTI JOIN excluded USING (shard, position) JOIN shards USING (shard)
+        FROM scores ANTI JOIN excluded USING (shard, position)
+        JOIN shards USING (shard) JOIN keys USING (shard)
     ),
     places AS (
         SELECT
