@@ -1,4 +1,4 @@
-"""Speed and memory of a training step: the pipeline's loss against cross entropy of full logits.
+"""Speed and memory of a training step: the pipeline's against full logits and torch's attention.
 
     python benchmarks/training.py [--threads 1] [--rounds 15]
 
@@ -79,6 +79,7 @@ def full_logits_autocast(model: PreTrainedModel) -> Loss:
 def ours(model: PreTrainedModel) -> Loss:
     """Training as the pipeline does it in float32."""
     head_weight = models.head_weight(model)
+    body.attend_by_blocks(model)
     return lambda tokens, labels: summed_nll(model, head_weight, tokens, labels)
 
 

@@ -63,6 +63,33 @@ def test_the_body_computes_what_it_did(
     assert bool(ours) == plain
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3"])
+def test_attention_by_blocks_has_the_gradients_of_the_librarys(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "LEAST_ROWS", 16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = models.build(Model(type=family, config={**SMALL, **FAMILIES[family]}), 100, 512, 0)
+    model.train().double()
+    tokens = torch.randint(0, 100, (3, 130), generator=torch.Generator().manual_seed(0))
+    ours: list[None] = []
+    monkeypatch.setattr(torch, "bmm", counting(torch.bmm, ours))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    assert not ours
+    body.attend_by_blocks(model)
+    after = gradients()
+    assert ours
+    assert len(after) == len(list(model.parameters()))
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_a_later_token_changes_nothing_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "LEAST_ROWS", 4)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

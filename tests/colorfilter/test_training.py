@@ -182,7 +182,7 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(
 ) -> None:
     whole = replace(spec, start=tiny, endpoints=(24,), out=tmp_path / "whole")
     train(whole)
-    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 1)
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", {"cpu": 1})
     train(replace(whole, out=tmp_path / "parts"))
     one, other = (
         pl.read_parquet(tmp_path / name / "curve.parquet")["loss"].to_numpy()
