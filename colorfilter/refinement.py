@@ -16,7 +16,7 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from colorfilter.selection import BEST, POOLS, SCORES, SHARDS
+from colorfilter.selection import BEST, BEST_OF_POOLS, SCORES, SHARDS
 from colorfilter.tables import fetch_frame
 
 SAMPLE = 10_000
@@ -47,11 +47,11 @@ NEAR_ONE = f"""
     )
 """
 NEAR_EACH_POOL = f"""
-    {POOLS},
+    {BEST_OF_POOLS},
     cuts AS (SELECT pool, max(score) AS cutoff FROM best_of_pools GROUP BY pool),
     near AS (
         SELECT shard, position
-        FROM places JOIN cuts USING (pool) JOIN shards USING (number)
+        FROM pools JOIN cuts USING (pool) JOIN shards USING (number)
         WHERE abs(score - cutoff) <= $radius
     )
 """

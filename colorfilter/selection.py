@@ -83,35 +83,64 @@ BEST = f"""
     )
 """
 
-# The candidates in random order, cut into pools, the last one perhaps smaller; the best of each are
-# kept. The pools stand one behind the other in a single order: a window for each of them would take
-# far longer.
+# The candidates in order of their lots, cut into pools, the last one perhaps smaller. Lots are
+# counted by ranges, and only a range that a pool ends in is sorted. One order serves all of those,
+# less what lies in the ones before (`ahead`): a window for each would take far longer.
+RANGES = 2**16
 POOLS = f"""
     {KEYS},
-    pools AS (
-        SELECT
-            number, position, score,
-            (row_number() OVER (ORDER BY {LOT}, number, position) - 1) // $pool AS pool
+    drawn AS NOT MATERIALIZED (
+        SELECT number, position, score, {LOT} AS lot, floor(lot * {RANGES})::INTEGER AS range
         FROM scores ANTI JOIN excluded USING (shard, position)
         JOIN shards USING (shard) JOIN keys USING (shard)
     ),
-    places AS (
-        SELECT
-            number, position, score, pool,
-            row_number() OVER (ORDER BY pool, score, number, position) - pool * $pool AS place
-        FROM pools
+    counted AS (
+        SELECT range, count(*) AS n, sum(n) OVER (ORDER BY range)::BIGINT - n AS before
+        FROM drawn GROUP BY range
     ),
-    total AS (SELECT count(*) AS n FROM scores ANTI JOIN excluded USING (shard, position)),
-    best_of_pools AS (
-        SELECT number, position, score, pool FROM places
-        WHERE place <= CASE
-            WHEN (pool + 1) * $pool <= (SELECT n FROM total) THEN $batch
-            ELSE ((SELECT n FROM total) - pool * $pool) / $tau
-        END
+    ranges AS (
+        SELECT range, before, before // $pool AS pool, pool <> (before + n - 1) // $pool AS cut,
+            sum(n) FILTER (cut) OVER (ORDER BY range)::BIGINT - n AS ahead
+        FROM counted
+    ),
+    pools AS (
+        SELECT number, position, score, pool FROM drawn JOIN ranges USING (range) WHERE NOT cut
+        UNION ALL
+        SELECT number, position, score,
+            (before - ahead + row_number() OVER (ORDER BY lot, number, position) - 1) // $pool
+        FROM drawn JOIN ranges USING (range) WHERE cut
     )
 """
+
+# The best of each pool. Sorted is only what may be among them: of a pool that has as many as are
+# kept no higher than the step below which twice the kept share of all lies, no more than those.
 BEST_OF_POOLS = f"""
     {POOLS},
+    steps AS (
+        SELECT {STEP} AS step, sum(count(*)) OVER (ORDER BY step) AS up_to FROM pools GROUP BY step
+    ),
+    low AS (
+        SELECT min(step) AS step FROM steps
+        WHERE up_to >= (SELECT max(up_to) FROM steps) * least(1, 2 / $tau)
+    ),
+    sizes AS (
+        SELECT pool, count(*) AS n, if(n = $pool, $batch, floor(n / $tau)) AS kept,
+            count(*) FILTER ({STEP} <= (SELECT step FROM low)) AS below,
+            if(below >= kept, below, n) AS contenders
+        FROM pools GROUP BY pool
+    ),
+    places AS (
+        SELECT number, position, score, pool, kept,
+            row_number() OVER (ORDER BY pool, score, number, position) - ahead AS place
+        FROM pools JOIN (
+            SELECT *, sum(contenders) OVER (ORDER BY pool)::BIGINT - contenders AS ahead FROM sizes
+        ) USING (pool)
+        WHERE below < kept OR {STEP} <= (SELECT step FROM low)
+    ),
+    best_of_pools AS (SELECT number, position, score, pool FROM places WHERE place <= kept)
+"""
+CHOSEN_OF_POOLS = f"""
+    {BEST_OF_POOLS},
     chosen AS (SELECT shard, position, score FROM best_of_pools JOIN shards USING (number))
 """
 
@@ -186,7 +215,7 @@ def select_by_batch(
         "tau": tau,
         "seed": seed,
     }
-    return _ranked(connection, method, BEST_OF_POOLS, parameters)
+    return _ranked(connection, method, CHOSEN_OF_POOLS, parameters)
 
 
 def losses_of(

@@ -159,6 +159,23 @@ def test_by_batch_the_lowest_of_each_random_pool_are_kept(
         expected += best[: batch if len(best) == pool else int(len(best) / tau)]
     table = select_by_batch(store.connection, "color", "books", tau, batch, seed=3)
     assert table.select("score", "shard", "position").rows() == sorted(expected)
+
+
+@pytest.mark.parametrize(("tau", "batch"), [(4, 500), (64, 2), (3, 1)])
+def test_pools_of_many_candidates_and_pools_of_few(store: Any, tau: int, batch: int) -> None:
+    n = 200_000  # three to a range of lots: pools end within ranges and between them
+    store.add_sequences("web", [LENGTH] * n)
+    colors = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    store.add_colors("web", dict(enumerate(colors.tolist())), prior=0.0)
+    store.publish()
+    lots = select(store.connection, "random", "books", n, seed=3)["position"].to_numpy()
+    whole = lots[: n // (tau * batch) * tau * batch].reshape(-1, tau * batch)
+    best = np.take_along_axis(whole, colors[whole].argsort(axis=1, kind="stable"), 1)[:, :batch]
+    rest = lots[whole.size :]
+    expected = {*best.ravel(), *rest[colors[rest].argsort()][: len(rest) // tau]}
+    table = select_by_batch(store.connection, "color", "books", tau, batch, seed=3)
+    assert len(table) == len(expected)
+    assert set(table["position"]) == expected
     assert table["rank"].to_list() == list(range(1, len(expected) + 1))
     other = select_by_batch(store.connection, "color", "books", tau, batch, seed=4)
     assert other.equals(table) == (tau == 1 or batch == 100)
