@@ -44,7 +44,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         owners=OWNERS,
         pool="scores",
         code_version=code_version(
-            2, arm.name, recipe.target.training_tokens, str(multiples), recipe.seed
+            3, arm.name, recipe.target.training_tokens, str(multiples), recipe.seed
         ),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
@@ -94,7 +94,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
                     "needed": needed,
                     "sequence_length": recipe.sequence_length,
                 },
-                code=2,
+                code=3,
                 seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
             ),
             build,
