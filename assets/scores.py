@@ -25,6 +25,7 @@ from assets.common import (
 )
 from assets.figures import histogram
 from colorfilter import provenance
+from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
@@ -32,6 +33,8 @@ from resources.gpu import Gpu, ScoreJob
 from resources.score_store import Part, PublishedModel, ScoreStore
 
 if TYPE_CHECKING:
+    import duckdb
+
     from colorfilter.scoring import Receipt
 
 GROUP = "scores"
@@ -267,6 +270,20 @@ def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artif
     if entry is None or entry["inputs"]["score_tables"] != tables:
         return []
     return [artifacts.current(name)] if provenance.stands(artifacts.at.root / entry["path"]) else []
+
+
+def require_published(connection: "duckdb.DuckDBPyConnection", refined: Sequence[Artifact]) -> None:
+    """Raises InputError where losses in float32 were made and are not in the tables.
+
+    A run that was killed between the two leaves them so.
+    """
+    for made in refined:
+        query = "SELECT count(*) FROM parts WHERE contains(fingerprint, ?)"
+        if not fetch_row(connection, query, [f"+{made.fingerprint[:32]}"])[0]:
+            raise InputError(
+                f"{made.name}: made but not published, as by a run that was killed; "
+                "materialize it again"
+            )
 
 
 def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:

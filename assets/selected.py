@@ -12,7 +12,7 @@ import polars as pl
 from assets.common import OWNERS, all_of, code_version, probe_shard, result
 from assets.figures import table
 from assets.refined import near
-from assets.scores import refined_of
+from assets.scores import refined_of, require_published
 from colorfilter import selection as method
 from colorfilter.errors import InputError
 from colorfilter.evaluation import probe
@@ -56,6 +56,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
 
         def build(folder: Path) -> dict[str, Any]:
             with score_store.read() as connection:
+                require_published(connection, refined)
                 candidates = method.count_candidates(connection)
                 fits = method.n_to_keep(candidates, arm.tau or 1, needed)
                 keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits

@@ -8,8 +8,10 @@ import pytest
 
 from assets import refined
 from colorfilter import device
+from colorfilter.errors import InputError
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore
+from resources.score_store import ScoreStore
 from tests.assets.test_pipeline import copy_of, made_since, selection
 from tests.conftest import Project
 
@@ -66,6 +68,21 @@ def test_scores_in_bf16_select_as_those_in_float32(
     assert len(project.kernel_runs()) == kernels
     about = current(project, "reference/color_tau9/selection").facts
     assert 0 < about["near_cutoff_not_refined"] <= about["near_cutoff"]
+
+    # Refined and killed before that is published: the old scores are not taken for the new ones.
+    def killed(*arguments: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreStore, "publish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            project.materialize(monkeypatch, ["reference/refined_scores"])
+    lone = ["reference/color_tau9/selection"]
+    with pytest.raises(InputError, match="reference/refined_scores: made but not published"):
+        project.materialize(monkeypatch, lone)
+    project.materialize(monkeypatch, ["reference/refined_scores"])
+    project.materialize(monkeypatch, lone)
+    assert current(project, lone[0]).facts["near_cutoff_not_refined"] == 0
 
 
 def test_sequences_are_gathered_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
