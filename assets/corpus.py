@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import dagster as dg
 import polars as pl
+from pydantic import Field
 
 from assets.common import (
     ONE_RUN,
@@ -19,18 +20,23 @@ from assets.common import (
     probe_shard,
     result,
     same_shard,
-    shard_names,
     sharded_result,
     total,
 )
 from colorfilter import documents, sampling, shards, tasks, tokens, workers
 from colorfilter.errors import InputError
-from colorfilter.files import checkpoint_content
+from colorfilter.files import checkpoint_content, lock
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Domain, Recipe, Source
 from resources.artifacts import Artifact, ArtifactStore, Work
 
 GROUP = "corpus"
+
+
+class Sampling(dg.Config):
+    """How D_prior is chosen."""
+
+    draw_anew: bool = Field(False, description="draw from the corpus as it is now")
 
 
 def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -57,16 +63,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         works, made = [], []
         for name in context.partition_keys:
             if name in planned:
-                files = planned[name].files
-                source = sources[files[0].source]
-                read = source.model_dump(include={"name", "format", "text_field"})
-                works.append(
-                    Work(
-                        "raw_corpus",
-                        name,
-                        recipe={**read, "files": [[f.path, f.size, f.version] for f in files]},
-                    )
-                )
+                works.append(reading(recipe, planned[name]))
             else:
                 domain = next((d for d in recipe.domains if probe_shard(d.name) == name), None)
                 if domain is None:
@@ -98,15 +95,23 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         code_version=code_version(1, recipe.prior.sample_chars, recipe.seed),
     )
-    def sample_plan(artifacts: ArtifactStore) -> dg.MaterializeResult:
+    def sample_plan(config: Sampling, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """D_prior: a random sample of the corpus, drawn once and frozen.
 
-        It stays as shards arrive, so that a new shard costs its own scoring and nothing else.
+        It stays as shards arrive, so that a new shard costs its own scoring and nothing else. Only
+        where the configuration asks for it (the job `retrain` does) it is drawn anew.
         """
         raw = [artifacts.current("raw_corpus", s.name) for s in artifacts.at.shards()]
+        last = artifacts.entries().get(("sample_plan", None))
+        draw = last["recipe"].get("draw", 0) if last else 0
+        if last and config.draw_anew:
+            draw += 1
         work = Work(
             "sample_plan",
-            recipe={"sample_chars": recipe.prior.sample_chars},
+            recipe={
+                "sample_chars": recipe.prior.sample_chars,
+                **({"draw": draw} if draw else {}),
+            },
             seed=recipe.seed,
             sources=raw,
         )
@@ -356,15 +361,71 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
             passed=not shared, metadata={"shared": len(shared)}, description=description
         )
 
-    return [no_shared_documents]
+    @dg.asset_check(asset="raw_corpus")
+    def sources_present(artifacts: ArtifactStore) -> dg.AssetCheckResult:
+        """The files that the corpus was read from are still where they were."""
+        files = [file for shard in artifacts.at.shards() for file in shard.files]
+        gone = [f"{f.source}/{f.path}" for f in files if f.vanished]
+        return dg.AssetCheckResult(
+            passed=not gone,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"{len(gone)} files have vanished, their text is kept, the first "
+            f"{gone[0]}; `colorfilter prune --vanished` takes it out"
+            if gone
+            else "every file is there",
+            metadata={"vanished": len(gone), "files": gone[:20]},
+        )
+
+    return [no_shared_documents, sources_present]
 
 
-def plan(artifacts: ArtifactStore, recipe: Recipe) -> list[str]:
-    """Plan shards for what the sources match now, and return all shards' names."""
-    files = shards.list_files(recipe.corpus.sources)
+def reading(recipe: Recipe, shard: shards.Shard) -> Work:
+    """What is to be done to read a shard."""
+    source = next(s for s in recipe.corpus.sources if s.name == shard.files[0].source)
+    read = source.model_dump(include={"name", "format", "text_field"})
+    files = [[f.path, f.size, f.version] for f in shard.files]
+    return Work("raw_corpus", shard.name, recipe={**read, "files": files})
+
+
+class Arrivals(NamedTuple):
+    """What planning found: all shards, the reserved ones last, and what has changed."""
+
+    shards: list[str]
+    new: list[str]
+    retired: list[str]
+    vanished: list[str]  # files, as source/path, whose text is kept
+    lost: list[str]  # files whose text leaves the corpus
+
+
+def arrive(artifacts: ArtifactStore, recipe: Recipe) -> Arrivals:
+    """Plan shards for what the sources hold now.
+
+    New and changed files become new shards. A file that has vanished stays in the corpus if it was
+    read, as long as its shard need not be read again.
+    """
     home = artifacts.at
-    home.write_shards(shards.plan_shards(files, recipe.corpus.shard_bytes, home.shards()))
-    return shard_names(artifacts, recipe)
+    with lock(home.leases / "shards"):
+        standing = home.shards()
+        read = [s for s in standing if ("raw_corpus", s.name) in artifacts.entries()]
+        listed = shards.list_files(recipe.corpus.sources)
+        files = shards.with_vanished(listed, recipe.corpus.sources, read)
+        planned = shards.plan_shards(files, recipe.corpus.shard_bytes, standing)
+        if planned != standing:
+            home.write_shards(planned)
+    before, after = {s.name for s in standing}, {s.name for s in planned}
+    there = {(f.source, f.path) for f in files}
+    return Arrivals(
+        shards=[s.name for s in planned] + [probe_shard(d.name) for d in recipe.domains],
+        new=sorted(after - before),
+        retired=sorted(before - after),
+        vanished=[f"{f.source}/{f.path}" for f in files if f.vanished],
+        lost=sorted(
+            f"{f.source}/{f.path}"
+            for s in standing
+            for f in s.files
+            if (f.source, f.path) not in there
+        ),
+    )
 
 
 def read_shard(

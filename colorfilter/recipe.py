@@ -286,6 +286,13 @@ class Evaluation(Section):
         return self
 
 
+class Refresh(Section):
+    """When what has arrived is brought in, once the schedule is switched on."""
+
+    cron: str = Field("0 3 * * *", description="minute, hour, day, month, weekday")
+    time_zone: str = "UTC"
+
+
 class Recipe(Section):
     """The whole experiment."""
 
@@ -301,6 +308,7 @@ class Recipe(Section):
     target: Target
     evaluation: Evaluation
     filtered: Filtered = Filtered(whole_documents_from=None)
+    refresh: Refresh = Refresh(cron="0 3 * * *")
 
     @model_validator(mode="after")
     def parts_fit(self) -> Self:

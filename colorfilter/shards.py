@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import fsspec
@@ -24,7 +24,7 @@ class InputFile:
 
     `path` is relative to the fixed part of the source's glob, so that names derived from it are
     the same wherever the data lies; `version` is the cheap sign of change: modification time,
-    ETag or the like.
+    ETag or the like. `vanished` where it was read once and is no longer there.
     """
 
     source: str
@@ -32,6 +32,7 @@ class InputFile:
     uri: str
     size: int
     version: str
+    vanished: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def _matches(source: Source) -> Iterator[InputFile]:
         raise InputError(f"source {source.name}: cannot list {source.files} ({error})") from error
     for info in infos:
         uri = filesystem.unstrip_protocol(info["name"]).removeprefix("file://")
-        excluded = any(fnmatch.fnmatch(uri, pattern) for pattern in source.exclude)
-        if info["type"] == "file" and not excluded:
+        if info["type"] == "file" and not _excluded(source, uri):
             signs = ("ETag", "mtime", "LastModified", "blob_id")
             yield InputFile(
                 source=source.name,
@@ -89,6 +89,41 @@ def _matches(source: Source) -> Iterator[InputFile]:
                 size=info["size"] or 0,
                 version=str(next((info[sign] for sign in signs if info.get(sign)), "")),
             )
+
+
+def _excluded(source: Source, uri: str) -> bool:
+    return any(fnmatch.fnmatch(uri, pattern) for pattern in source.exclude)
+
+
+def with_vanished(
+    files: Sequence[InputFile], sources: Sequence[Source], read: Sequence[Shard]
+) -> list[InputFile]:
+    """The listed files, and as `vanished` those of shards that were read which are not there now.
+
+    What was read of them stands, so they stay in the corpus until someone decides otherwise. Not
+    those that the recipe no longer asks for, nor those of a shard of which another file has
+    changed, since all of it must be read again.
+    """
+    there = {(f.source, f.path): (f.size, f.version) for f in files}
+    kept = []
+    for shard in read:
+        now = [there.get((f.source, f.path)) for f in shard.files]
+        known = zip(shard.files, now, strict=True)
+        if all(facts in {None, (f.size, f.version)} for f, facts in known):
+            gone = [f for f, facts in zip(shard.files, now, strict=True) if facts is None]
+            kept += [replace(f, vanished=True) for f in gone if _asked_for(sources, f)]
+    return sorted([*files, *kept], key=lambda f: (f.source, f.path)) if kept else list(files)
+
+
+def _asked_for(sources: Sequence[Source], file: InputFile) -> bool:
+    """Whether a file that is not there would be listed if it were."""
+    for source in sources:
+        if source.name == file.source:
+            filesystem, pattern = fsspec.core.url_to_fs(source.files)
+            name = filesystem._strip_protocol(file.uri)
+            matches = re.fullmatch(fsspec.utils.glob_translate(pattern), name) is not None
+            return matches and not _excluded(source, file.uri)
+    return False
 
 
 def plan_shards(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from colorfilter.errors import InputError
 from pipelines import settings
 
 if TYPE_CHECKING:
+    from assets.corpus import Arrivals
     from colorfilter.recipe import Recipe
     from resources.artifacts import ArtifactStore
     from resources.home import Home
@@ -53,20 +55,27 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of f
 def run(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
+    job: Annotated[
+        settings.Job, typer.Option("--job", help="A part of the pipeline.")
+    ] = settings.Job.EVERYTHING,
     debug: DebugOption = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check the recipe, say what would run and what it costs."),
     ] = False,
 ) -> None:
-    """Run the whole pipeline, from raw text to the report.
+    """Run the whole pipeline, from raw text to the report, or a part of it.
+
+    refresh: read and score what has arrived, select anew over everything. rescore: score with the
+    models as they are. reselect: select anew; no model is loaded. retrain: a new sample of the
+    corpus, auxiliary models, scores, datasets. evaluate: target models and the report.
 
     What stands already is found and not computed again; an interrupted run goes on where it was.
     Exit code 0: it ran; 1: it failed; 2: the input is wrong. A dry run opens no source and writes
     nothing.
     """
     from pipelines.display import show_progress
-    from pipelines.running import execute, refuse_missing_packages
+    from pipelines.running import bring_in, execute, refuse_missing_packages
 
     if dry_run:
         _dry_run(recipe, home)
@@ -74,8 +83,9 @@ def run(
     plan, place = _open(recipe, home)
     refuse_missing_packages(plan)
     console.print(f"recipe [bold]{plan.name}[/], home {place.root}")
+    _say_what_arrived(bring_in(plan, place))
     with show_progress(console) as listener:
-        failure = execute(plan, place, listener)
+        failure = execute(plan, place, listener, job)
     if failure:
         if debug and failure.details:
             errors.print(failure.details, markup=False, highlight=False)
@@ -85,7 +95,8 @@ def run(
         hint = "" if debug else " (--debug shows more)"
         errors.print(f"What was finished stands; run again to go on from there{hint}.")
         raise typer.Exit(1)
-    _print_report(plan, place)
+    if job in {settings.Job.EVERYTHING, settings.Job.EVALUATE}:
+        _print_report(plan, place)
 
 
 @app.command()
@@ -156,11 +167,11 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
 ) -> None:
     """Start Dagster's web UI and daemon over the home, on loopback only."""
-    from pipelines.running import plan_shards
+    from pipelines.running import bring_in
 
     plan, place = _open(recipe, home)
-    plan_shards(plan, place)
     _refuse_taken(port)
+    _say_what_arrived(bring_in(plan, place))
     # Dagster's own: that `dagster dev` has a successor, that backfill policies are beta.
     os.environ["PYTHONWARNINGS"] = (
         "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
@@ -170,6 +181,22 @@ def ui(
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
     command += ["-h", "127.0.0.1", "-p", str(port)]
     os.execv(sys.executable, command)  # noqa: S606
+
+
+def _say_what_arrived(found: "Arrivals") -> None:
+    if found.new or found.retired:
+        retired = f", {len(found.retired)} retired" if found.retired else ""
+        console.print(f"{len(found.new)} new shards{retired}", highlight=False)
+    for files, what in (
+        (found.vanished, "have vanished from their source; their text is kept"),
+        (found.lost, "are gone, and their text leaves the corpus with them"),
+    ):
+        if files:
+            console.print(
+                f"[yellow]noted [/] {len(files)} files {what}; the first: {escape(files[0])}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _refuse_taken(port: int) -> None:

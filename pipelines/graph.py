@@ -11,11 +11,11 @@ from assets.leakage import leakage_assets, leakage_checks
 from assets.refined import refined_assets
 from assets.scores import score_assets, score_checks
 from colorfilter.recipe import Recipe
+from pipelines.automation import arrivals_sensor, refresh_schedule
+from pipelines.jobs import build_jobs
 from resources.artifacts import ArtifactStore
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
-
-EVERYTHING = "everything"
 
 
 def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
@@ -42,13 +42,8 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             "gpu": Gpu(home=home),
             "score_store": ScoreStore(home=home),
         },
-        jobs=[
-            dg.define_asset_job(
-                EVERYTHING,
-                selection=dg.AssetSelection.all(),
-                description="The whole pipeline, from raw text to the report. What stands already "
-                "is not computed again.",
-            )
-        ],
+        jobs=build_jobs(),
+        sensors=[arrivals_sensor(recipe)],
+        schedules=[refresh_schedule(recipe)],
         executor=dg.in_process_executor,
     )

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import dagster as dg
 
 from assets.common import SHARDS
-from assets.corpus import plan
+from assets.corpus import Arrivals, arrive
 from colorfilter import dsir, tasks
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe
-from pipelines.graph import EVERYTHING, build_definitions
+from pipelines.graph import build_definitions
+from pipelines.jobs import RUN_CONFIG
+from pipelines.partitions import make_partitions, over
+from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
 PROCESS = "colorfilter/process"
 
 
@@ -38,42 +39,48 @@ def refuse_missing_packages(recipe: Recipe) -> None:
         tasks.refuse_without_harness()
 
 
-def plan_shards(recipe: Recipe, home: Home) -> list[str]:
-    """Plan shards and make them Dagster's partitions; retired ones go. Returns all, in order."""
-    names = plan(ArtifactStore(home=str(home.root)), recipe)
+def bring_in(recipe: Recipe, home: Home) -> Arrivals:
+    """Plan shards for what the sources hold and make them Dagster's partitions."""
+    found = arrive(ArtifactStore(home=str(home.root)), recipe)
     with dg.DagsterInstance.get() as instance:
-        standing = set(instance.get_dynamic_partitions(SHARDS.name or ""))
-        for retired in standing - set(names):
-            instance.delete_dynamic_partition(SHARDS.name or "", retired)
-        instance.add_dynamic_partitions(SHARDS.name or "", [n for n in names if n not in standing])
-        return list(instance.get_dynamic_partitions(SHARDS.name or ""))
+        make_partitions(instance, found.shards)
+    return found
 
 
 def execute(
-    recipe: Recipe, home: Home, on_event: Callable[[dg.EventLogEntry], None]
+    recipe: Recipe,
+    home: Home,
+    on_event: Callable[[dg.EventLogEntry], None],
+    job: Job = Job.EVERYTHING,
 ) -> Failure | None:
-    """Materialize the whole graph in one run; None if it succeeded.
+    """Run a job over all shards that were brought in, in this process; None if it succeeded.
 
     Sharded and unsharded assets share the run, so a model is loaded once and streams all shards.
     `on_event` is called with every event of the run as it is logged.
     """
-    shards = plan_shards(recipe, home)
-    job = build_definitions(recipe, str(home.root)).resolve_job_def(EVERYTHING)
+    definition = build_definitions(recipe, str(home.root)).resolve_job_def(job.value)
     run_id = str(uuid.uuid4())
     with dg.DagsterInstance.get() as instance:
-        _bury_the_dead(instance)
+        shards = instance.get_dynamic_partitions(str(SHARDS.name))
+        bury_the_dead(instance)
         instance.add_event_listener(run_id, on_event)
-        result = job.execute_in_process(
+        result = definition.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_id=run_id,
-            tags={RANGE_START: shards[0], RANGE_END: shards[-1], PROCESS: str(os.getpid())},
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags={
+                PROCESS: str(os.getpid()),
+                **(over(shards, shards) if definition.partitions_def else {}),
+            },
+            run_config={
+                **RUN_CONFIG.get(job, {}),
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
         )
         return None if result.success else _failure(result)
 
 
-def _bury_the_dead(instance: dg.DagsterInstance) -> None:
+def bury_the_dead(instance: dg.DagsterInstance) -> None:
     """Fail the runs of processes that were killed, and free the pools they still hold.
 
     Otherwise a killed run counts as started for ever, and the next one waits for its device.

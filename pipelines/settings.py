@@ -1,5 +1,6 @@
 """Which recipe and which home: from the environment, which the command line sets."""
 
+import enum
 import os
 from pathlib import Path
 
@@ -12,6 +13,17 @@ RECIPE_VARIABLE = "COLORFILTER_RECIPE"
 HOME_VARIABLE = "COLORFILTER_HOME"
 DEFAULT_RECIPE = "sample"
 DEFAULT_HOME = ".colorfilter"
+
+
+class Job(enum.StrEnum):
+    """The jobs by name; `pipelines.jobs` says what each does."""
+
+    EVERYTHING = "everything"
+    REFRESH = "refresh"
+    RESCORE = "rescore"
+    RESELECT = "reselect"
+    RETRAIN = "retrain"
+    EVALUATE = "evaluate"
 
 
 def recipe() -> Recipe:

@@ -14,7 +14,8 @@ import yaml
 from colorfilter.recipe import Recipe
 from colorfilter.recipe_file import load
 from pipelines.graph import build_definitions
-from pipelines.running import Failure, execute
+from pipelines.running import Failure, bring_in, execute
+from pipelines.settings import Job
 from resources.home import Home
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,7 +80,9 @@ def write_corpus(folder: Path, names: list[str]) -> None:
         text = (STDLIB / f"{name}.py").read_text(encoding="utf-8")
         blocks = [b for b in text.split("\n\n\n") if b.strip()]
         lines = [json.dumps({"text": b, "url": f"{name}#{i}"}) for i, b in enumerate(blocks)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.utime(path, (1e9, 1e9))  # the same file wherever it is written
 
 
 MODULES = ["argparse", "ast", "calendar", "codecs", "enum", "inspect", "locale", "typing"]
@@ -102,10 +105,11 @@ class Project:
     def recipe(self) -> Recipe:
         return load(self.path)
 
-    def run(self, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
+    def run(self, monkeypatch: pytest.MonkeyPatch, job: Job = Job.EVERYTHING) -> Failure | None:
         self.home.claim(self.recipe.name)
         monkeypatch.setenv("DAGSTER_HOME", str(self.home.dagster))
-        return execute(self.recipe, self.home, lambda _: None)
+        bring_in(self.recipe, self.home)
+        return execute(self.recipe, self.home, lambda _: None, job)
 
     def materialize(self, monkeypatch: pytest.MonkeyPatch, assets: list[str]) -> None:
         """These unsharded assets alone, as from the web UI."""
@@ -149,3 +153,31 @@ def pytest_unconfigure() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_exit_status)
+
+
+def copy_of(project: Project, root: Path) -> Project:
+    """The same project elsewhere, sharing its corpus."""
+    copied = Project(root, project.facts)
+    shutil.copytree(project.home.root, copied.home.root)
+    return copied
+
+
+@pytest.fixture
+def movable(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The finished project over a corpus of its own, which a test may change."""
+    write_corpus(tmp_path / "corpus", MODULES)
+    project = copy_of(finished, tmp_path)
+    project.facts = recipe_facts(tmp_path / "corpus")
+    project.write()
+    monkeypatch.setenv("DAGSTER_HOME", str(project.home.claim(project.recipe.name).dagster))
+    bring_in(project.recipe, project.home)
+    return project
+
+
+def made_since(project: Project, before: int) -> dict[str, set[str | None]]:
+    """Partitions made anew per asset since the ledger had `before` entries."""
+    made: dict[str, set[str | None]] = {}
+    for entry in project.ledger()[before:]:
+        if not entry["reused"]:
+            made.setdefault(entry["asset"], set()).add(entry["partition"])
+    return made

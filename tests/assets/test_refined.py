@@ -12,8 +12,8 @@ from colorfilter.errors import InputError
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
-from tests.assets.test_pipeline import copy_of, made_since, selection
-from tests.conftest import Project
+from tests.assets.test_pipeline import selection
+from tests.conftest import Project, copy_of, made_since
 
 ARMS = [
     {"method": "color", "tau": 4},

@@ -3,6 +3,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from colorfilter.errors import InputError
 from colorfilter.recipe import Source
-from colorfilter.shards import InputFile, Shard, list_files, plan_shards
+from colorfilter.shards import InputFile, Shard, list_files, plan_shards, with_vanished
 
 
 def source_of(files: object, **more: list[str]) -> Source:
@@ -157,3 +158,46 @@ def test_a_standing_shard_takes_the_new_place_and_version_of_its_files() -> None
     (standing,) = plan_shards(files, BUDGET)
     moved = [replace(files[0], uri="/new/a", version="v2")]
     assert plan_shards(moved, BUDGET, [standing]) == [Shard(standing.name, tuple(moved))]
+
+
+# Vanished files ------------------------------------------------------------------------------
+
+
+WEB = Source(name="web", files="/data/*.jsonl")
+
+
+@given(st.sets(st.integers(0, 12), min_size=1), st.data())
+def test_a_file_that_vanishes_moves_no_shard(numbers: set[int], data: st.DataObject) -> None:
+    files = [an_input_file("web", f"{n:02d}.jsonl", 40) for n in sorted(numbers)]
+    read = plan_shards(files, BUDGET)
+    gone = data.draw(st.sets(st.sampled_from(files)))
+    left = [f for f in files if f not in gone]
+    kept = with_vanished(left, [WEB], read)
+    assert {replace(f, vanished=False) for f in kept if f.vanished} == gone
+    after = plan_shards(kept, BUDGET, read)
+    assert [s.name for s in after] == [s.name for s in read]
+    back = with_vanished(files, [WEB], after)
+    assert plan_shards(back, BUDGET, after) == read
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Source(name="web", files="/other/*.jsonl"),
+        Source(name="web", files="/data/*.parquet"),
+        Source(name="web", files="/data/*.jsonl", exclude=["*/a.jsonl"]),
+        Source(name="more", files="/data/*.jsonl"),
+    ],
+)
+def test_what_the_recipe_no_longer_asks_for_has_not_vanished(source: Source) -> None:
+    files = [an_input_file("web", "a.jsonl", 40), an_input_file("web", "b.jsonl", 40)]
+    assert with_vanished(files[1:], [source], plan_shards(files, BUDGET)) == files[1:]
+
+
+@pytest.mark.parametrize("change", [{"size": 41}, {"version": "v2"}])
+def test_with_a_changed_file_a_shard_cannot_keep_a_vanished_one(change: dict[str, Any]) -> None:
+    files = [an_input_file("web", name, 40) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    read = plan_shards(files, BUDGET)
+    assert [len(s.files) for s in read] in ([2, 1], [1, 2])
+    now = [replace(files[0], **change), files[2]]
+    assert with_vanished(now, [WEB], read) == now
