@@ -397,18 +397,20 @@ class Arrivals(NamedTuple):
     lost: list[str]  # files whose text leaves the corpus
 
 
-def arrive(artifacts: ArtifactStore, recipe: Recipe) -> Arrivals:
+def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = True) -> Arrivals:
     """Plan shards for what the sources hold now.
 
     New and changed files become new shards. A file that has vanished stays in the corpus if it was
-    read, as long as its shard need not be read again.
+    read, as long as its shard need not be read again and `keep_vanished`.
     """
     home = artifacts.at
     with lock(home.leases / "shards"):
         standing = home.shards()
         read = [s for s in standing if ("raw_corpus", s.name) in artifacts.entries()]
         listed = shards.list_files(recipe.corpus.sources)
-        files = shards.with_vanished(listed, recipe.corpus.sources, read)
+        files = listed
+        if keep_vanished:
+            files = shards.with_vanished(listed, recipe.corpus.sources, read)
         planned = shards.plan_shards(files, recipe.corpus.shard_bytes, standing)
         if planned != standing:
             home.write_shards(planned)

@@ -161,6 +161,46 @@ def status(
 
 
 @app.command()
+def prune(
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    vanished: Annotated[
+        bool,
+        typer.Option("--vanished", help="Take text out whose files have vanished from the source."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Remove what the home no longer needs: older versions, retired shards, unfinished work.
+
+    Says what and how much first, and asks. What is current stays, and all that it was made from.
+    The ledger keeps its record of what was.
+    """
+    from assets.common import shard_names
+    from pipelines.running import bring_in
+    from resources.pruning import leftovers, remove
+
+    plan, place = _open(recipe, home)
+    artifacts = _artifacts(place)
+    if vanished:
+        _say_what_arrived(bring_in(plan, place, keep_vanished=False))
+    found = leftovers(artifacts, shard_names(artifacts, plan))
+    if not found:
+        console.print("nothing to remove")
+        return
+    table = Table("folder of", "why", "folders", "MB", box=box.SIMPLE)
+    for asset, why in dict.fromkeys((left.asset, left.why) for left in found):
+        sizes = [left.size for left in found if (left.asset, left.why) == (asset, why)]
+        table.add_row(asset, why, str(len(sizes)), f"{sum(sizes) / 1e6:,.1f}")
+    console.print(table)
+    total = sum(left.size for left in found) / 1e6
+    if not yes and not typer.confirm(f"Remove {len(found)} folders, {total:,.1f} MB?"):
+        raise typer.Exit(1)
+    for left in found:
+        remove(left)
+    console.print(f"removed {len(found)} folders, {total:,.1f} MB")
+
+
+@app.command()
 def ui(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),

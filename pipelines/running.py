@@ -39,9 +39,10 @@ def refuse_missing_packages(recipe: Recipe) -> None:
         tasks.refuse_without_harness()
 
 
-def bring_in(recipe: Recipe, home: Home) -> Arrivals:
+def bring_in(recipe: Recipe, home: Home, *, keep_vanished: bool = True) -> Arrivals:
     """Plan shards for what the sources hold and make them Dagster's partitions."""
-    found = arrive(ArtifactStore(home=str(home.root)), recipe)
+    artifacts = ArtifactStore(home=str(home.root))
+    found = arrive(artifacts, recipe, keep_vanished=keep_vanished)
     with dg.DagsterInstance.get() as instance:
         make_partitions(instance, found.shards)
     return found
