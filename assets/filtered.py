@@ -15,7 +15,7 @@ from colorfilter import dataset as method
 from colorfilter.errors import InputError
 from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
 
 # How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
 # cost.METHODS; if a query on the score tables decides it, one in selection.SCORES instead of a
@@ -46,7 +46,6 @@ def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
     prefix = [domain.name, arm.name]
-    name = "/".join(prefix)
 
     @dg.asset(
         description=f"{arm.name} for {domain.name}: what the target model trains on (`tokens/`), "
@@ -64,57 +63,63 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         code_version=code_version(1, recipe.filtered, recipe.seed, arm.leaks),
     )
     def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        chosen = artifacts.current(f"{name}/selection")
-        leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
-        rows = pl.read_parquet(chosen.path / "selection.parquet")
-        leaks = pl.read_parquet(leaking.path / "leakage.parquet")
-        leaks = leaks if arm.leaks == "remove" else leaks.clear()
-        kept = without_leaks(rows, leaks)
-        needed = recipe.endpoints(arm, 0)[-1]
-        if len(kept) < needed:
-            raise InputError(
-                f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
-                f"held-out text and are left out, but training needs {needed}; lower "
-                "target.training_tokens or tau, or write `leaks: keep` for this arm"
-            )
-        shards = sorted(rows["shard"].unique())
-        tokens, texts, made_from = origins(artifacts, chosen, shards)
-
-        def build(folder: Path) -> dict[str, Any]:
-            counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
-            counts["left_out"] = len(rows) - len(kept)
-            about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
-            if arm.leaks == "keep":
-                about = f"{leaking.facts['sequences']:,} sequences of it quote held-out text."
-            counts |= method.write_selected_text(
-                kept,
-                tokens,
-                texts,
-                recipe.filtered.whole_documents_from,
-                folder / "documents",
-                left_out=leaks["doc_id"].unique(),
-            )
-            method.write_card(
-                folder,
-                f"{recipe.name}: {domain.name}, {arm.name}",
-                f"Selected for the domain '{domain.name}' by the method '{arm.name}'. {about}",
-                counts["sequences"],
-                recipe.sequence_length,
-            )
-            return counts
-
-        made = artifacts.make(
-            Work(
-                f"{name}/filtered_dataset",
-                inputs=[chosen, leaking, *made_from],
-                recipe={**recipe.filtered.facts(), "leaks": arm.leaks},
-                seed=recipe.seed,
-            ),
-            build,
-        )
+        made = make_dataset(artifacts, recipe, domain, arm)
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return filtered_dataset
+
+
+def make_dataset(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> Artifact:
+    """Make an arm's `filtered_dataset`. Raises InputError where too little is left to train on."""
+    name = f"{domain.name}/{arm.name}"
+    chosen = artifacts.current(f"{name}/selection")
+    leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
+    rows = pl.read_parquet(chosen.path / "selection.parquet")
+    leaks = pl.read_parquet(leaking.path / "leakage.parquet")
+    leaks = leaks if arm.leaks == "remove" else leaks.clear()
+    kept = without_leaks(rows, leaks)
+    needed = recipe.endpoints(arm, 0)[-1]
+    if len(kept) < needed:
+        raise InputError(
+            f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
+            f"held-out text and are left out, but training needs {needed}; lower "
+            "target.training_tokens or tau, or write `leaks: keep` for this arm"
+        )
+    shards = sorted(rows["shard"].unique())
+    tokens, texts, made_from = origins(artifacts, chosen, shards)
+
+    def build(folder: Path) -> dict[str, Any]:
+        counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
+        counts["left_out"] = len(rows) - len(kept)
+        about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
+        if arm.leaks == "keep":
+            about = f"{leaking.facts['sequences']:,} sequences of it quote held-out text."
+        counts |= method.write_selected_text(
+            kept,
+            tokens,
+            texts,
+            recipe.filtered.whole_documents_from,
+            folder / "documents",
+            left_out=leaks["doc_id"].unique(),
+        )
+        method.write_card(
+            folder,
+            f"{recipe.name}: {domain.name}, {arm.name}",
+            f"Selected for the domain '{domain.name}' by the method '{arm.name}'. {about}",
+            counts["sequences"],
+            recipe.sequence_length,
+        )
+        return counts
+
+    return artifacts.make(
+        Work(
+            f"{name}/filtered_dataset",
+            inputs=[chosen, leaking, *made_from],
+            recipe={**recipe.filtered.facts(), "leaks": arm.leaks},
+            seed=recipe.seed,
+        ),
+        build,
+    )
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

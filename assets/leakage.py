@@ -34,7 +34,6 @@ def held_out(text: Artifact) -> method.Protected:
 
 def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
     prefix = [domain.name, arm.name]
-    name = "/".join(prefix)
     whole = recipe.filtered.whole_documents_from is not None
 
     @dg.asset(
@@ -54,49 +53,58 @@ def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
         code_version=code_version(1, int(whole)),
     )
     def leakage(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        chosen = artifacts.current(f"{name}/selection")
-        text = artifacts.current(f"{domain.name}/domain_text")
-        rows = pl.read_parquet(chosen.path / "selection.parquet")
-        shards = sorted(rows["shard"].unique())
-        tokens, texts, made_from = origins(artifacts, chosen, shards)
-
-        def build(folder: Path) -> dict[str, Any]:
-            progress = Progress(context, len(rows), "sequences")
-            protected = held_out(text)
-            tables, n_texts = [], 0
-            for shard in shards:
-                mine = rows.filter(pl.col("shard") == shard)
-                found, looked_through = method.find_leaks(
-                    protected, shard, mine, tokens[shard], texts[shard], whole
-                )
-                tables.append(found)
-                n_texts += looked_through
-                progress(len(mine))
-            leaks = pl.concat(tables).sort(
-                "n_words", "shard", "doc_id", "char_start", descending=[True, False, False, False]
-            )
-            leaks.write_parquet(folder / "leakage.parquet", compression="zstd")
-            sequences = len(rows) - len(method.without_leaks(rows, leaks))
-            return {
-                "texts": n_texts,
-                "matches": len(leaks),
-                "sequences": sequences,
-                "share": sequences / len(rows),
-                "protected": len(protected),
-                "too_short_to_protect": protected.too_short,
-            }
-
-        made = artifacts.make(
-            Work(
-                f"{name}/leakage",
-                inputs=[chosen, text, *made_from],
-                recipe={"whole_documents": whole},
-            ),
-            build,
-        )
+        made = find_leakage(context, artifacts, recipe, domain, arm)
         return result([made], {**made.facts, **_longest(made)})
 
     return leakage
+
+
+def find_leakage(
+    context: Context, artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm
+) -> Artifact:
+    """Make an arm's `leakage`: what of its selection quotes held-out text."""
+    name = f"{domain.name}/{arm.name}"
+    whole = recipe.filtered.whole_documents_from is not None
+    chosen = artifacts.current(f"{name}/selection")
+    text = artifacts.current(f"{domain.name}/domain_text")
+    rows = pl.read_parquet(chosen.path / "selection.parquet")
+    shards = sorted(rows["shard"].unique())
+    tokens, texts, made_from = origins(artifacts, chosen, shards)
+
+    def build(folder: Path) -> dict[str, Any]:
+        progress = Progress(context, len(rows), "sequences")
+        protected = held_out(text)
+        tables, n_texts = [], 0
+        for shard in shards:
+            mine = rows.filter(pl.col("shard") == shard)
+            found, looked_through = method.find_leaks(
+                protected, shard, mine, tokens[shard], texts[shard], whole
+            )
+            tables.append(found)
+            n_texts += looked_through
+            progress(len(mine))
+        leaks = pl.concat(tables).sort(
+            "n_words", "shard", "doc_id", "char_start", descending=[True, False, False, False]
+        )
+        leaks.write_parquet(folder / "leakage.parquet", compression="zstd")
+        sequences = len(rows) - len(method.without_leaks(rows, leaks))
+        return {
+            "texts": n_texts,
+            "matches": len(leaks),
+            "sequences": sequences,
+            "share": sequences / len(rows),
+            "protected": len(protected),
+            "too_short_to_protect": protected.too_short,
+        }
+
+    return artifacts.make(
+        Work(
+            f"{name}/leakage",
+            inputs=[chosen, text, *made_from],
+            recipe={"whole_documents": whole},
+        ),
+        build,
+    )
 
 
 def _longest(made: Artifact) -> dict[str, dg.TableMetadataValue]:

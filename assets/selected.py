@@ -27,7 +27,6 @@ PACKED = "packed"  # the part of a selection that holds sequences which are not 
 
 def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
     """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
-    name = f"{domain.name}/{arm.name}"
     multiples = recipe.evaluation.random_multiples
     scored: list[str | dg.AssetKey] = ["score_tables"]
     if arm.method in SCORED and recipe.scoring.precision != "float32":
@@ -48,62 +47,70 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         ),
     )
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        tables = artifacts.current("score_tables")
-        refined = []
-        if arm.method in SCORED:
-            refined = refined_of(artifacts, domain.name, tables.fingerprint)
-        needed = recipe.endpoints(arm, 0)[-1]
-
-        def build(folder: Path) -> dict[str, Any]:
-            with score_store.read() as connection:
-                require_published(connection, refined)
-                candidates = method.count_candidates(connection)
-                fits = method.n_to_keep(candidates, arm.tau or 1, needed)
-                keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
-                scores = connection, arm.method, domain.name
-                if arm.tau and arm.batch:
-                    chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
-                    method.n_to_keep(len(chosen), 1, needed)
-                else:
-                    chosen = method.select(*scores, keep, recipe.seed)
-                if arm.method == "color":
-                    assert arm.tau is not None
-                    found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
-                    texts = {
-                        shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
-                        for shard in found["shard"].unique()
-                    }
-                    excerpts(found, texts).write_parquet(folder / "samples.parquet")
-                unsure = _unsure(connection, recipe, domain.name, arm, refined)
-                probed = _probed(connection, domain.name, arm, chosen["score"][-1])
-            method.write_selection(chosen, folder)
-            return {
-                "candidates": candidates,
-                "selected": len(chosen),
-                "cutoff": chosen["score"][-1],
-                "mean_color": chosen["color"].mean(),
-                **unsure,
-                **probed,
-            }
-
-        made = artifacts.make(
-            Work(
-                f"{name}/selection",
-                inputs=[tables, *refined],
-                recipe={
-                    **arm.choice(),
-                    "needed": needed,
-                    "sequence_length": recipe.sequence_length,
-                },
-                code=3,
-                seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
-            ),
-            build,
-        )
-        publish(artifacts, score_store, domain, arm, made)
+        made = select_by_query(artifacts, score_store, recipe, domain, arm)
         return result([made], {**made.facts, **_documents(made.path)})
 
     return selection
+
+
+def select_by_query(
+    artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
+) -> Artifact:
+    """Make an arm's `selection` by a query on the score tables, and enter it there."""
+    tables = artifacts.current("score_tables")
+    refined = []
+    if arm.method in SCORED:
+        refined = refined_of(artifacts, domain.name, tables.fingerprint)
+    needed = recipe.endpoints(arm, 0)[-1]
+
+    def build(folder: Path) -> dict[str, Any]:
+        with score_store.read() as connection:
+            require_published(connection, refined)
+            candidates = method.count_candidates(connection)
+            fits = method.n_to_keep(candidates, arm.tau or 1, needed)
+            keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
+            scores = connection, arm.method, domain.name
+            if arm.tau and arm.batch:
+                chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
+                method.n_to_keep(len(chosen), 1, needed)
+            else:
+                chosen = method.select(*scores, keep, recipe.seed)
+            if arm.method == "color":
+                assert arm.tau is not None
+                found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
+                texts = {
+                    shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
+                    for shard in found["shard"].unique()
+                }
+                excerpts(found, texts).write_parquet(folder / "samples.parquet")
+            unsure = _unsure(connection, recipe, domain.name, arm, refined)
+            probed = _probed(connection, domain.name, arm, chosen["score"][-1])
+        method.write_selection(chosen, folder)
+        return {
+            "candidates": candidates,
+            "selected": len(chosen),
+            "cutoff": chosen["score"][-1],
+            "mean_color": chosen["color"].mean(),
+            **unsure,
+            **probed,
+        }
+
+    made = artifacts.make(
+        Work(
+            f"{domain.name}/{arm.name}/selection",
+            inputs=[tables, *refined],
+            recipe={
+                **arm.choice(),
+                "needed": needed,
+                "sequence_length": recipe.sequence_length,
+            },
+            code=3,
+            seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
+        ),
+        build,
+    )
+    publish(artifacts, score_store, domain, arm, made)
+    return made
 
 
 def publish(
