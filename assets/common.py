@@ -17,6 +17,7 @@ SHARDS = dg.DynamicPartitionsDefinition(name="shards")
 ONE_RUN = dg.BackfillPolicy.single_run()
 OWNERS = ["team:pretraining-data"]
 Context = dg.AssetExecutionContext
+AnyContext = dg.AssetExecutionContext | dg.OpExecutionContext
 
 
 def probe_shard(domain: str) -> str:
@@ -59,7 +60,7 @@ def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.Mat
     standing = sum(a.reused for a in artifacts)
     shown["computed"] = len(artifacts) - standing
     shown["found standing"] = standing
-    return dg.MaterializeResult(metadata=shown, data_version=_data_version(artifacts))
+    return dg.MaterializeResult(metadata=shown, data_version=data_version(artifacts))
 
 
 def sharded_result(
@@ -94,10 +95,11 @@ def sharded_result(
         for (name, partition) in store.entries()
         if name == asset and partition in wanted
     ]
-    return dg.MaterializeResult(asset_key=key, data_version=_data_version(others))
+    return dg.MaterializeResult(asset_key=key, data_version=data_version(others))
 
 
-def _data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
+def data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
+    """Dagster's version of an asset's content: the hash of the fingerprints of its artefacts."""
     fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
     return dg.DataVersion(hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
 
@@ -116,7 +118,7 @@ class Progress:
     listener: Callable[[str, int, int, str], None] | None = None
     log_seconds = 10.0
 
-    def __init__(self, context: Context, size: int, unit: str) -> None:
+    def __init__(self, context: AnyContext, size: int, unit: str) -> None:
         self._context = context
         self._name = context.op.name.replace("__", "/")
         self._size, self._unit = size, unit

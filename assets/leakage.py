@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, Context, Progress, all_of, code_version, result
+from assets.common import OWNERS, AnyContext, Context, Progress, all_of, code_version, result
 from assets.figures import table
 from assets.selected import GROUP, origins
 from colorfilter import leakage as method
@@ -60,7 +60,7 @@ def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
 
 
 def find_leakage(
-    context: Context, artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm
+    context: AnyContext, artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
     """Make an arm's `leakage`: what of its selection quotes held-out text."""
     name = f"{domain.name}/{arm.name}"
@@ -127,24 +127,28 @@ def _leakage_removed(domain: Domain, arm: Arm) -> dg.AssetChecksDefinition:
     )
     def leakage_removed(artifacts: ArtifactStore) -> dg.AssetCheckResult:
         """The dataset as written has no 13 words in a row in common with held-out text."""
-        dataset = artifacts.current("/".join([*prefix, "filtered_dataset"]))
-        protected = held_out(artifacts.current(f"{domain.name}/domain_text"))
-        files = sorted((dataset.path / "documents").glob("*.parquet"))
-        rows = (row for file in files for row in read_documents(file, ["doc_id", "text"]))
-        found = sorted(method.search(protected, rows), key=lambda f: -f[1].n_words)
-        description = f"no text of {dataset.facts['texts']:,} quotes held-out text"
-        if found:
-            row, match = found[0]
-            description = (
-                f"{len(found):,} quotes of held-out text, the longest in document "
-                f"{row['doc_id']}, of {match.protected}, {match.n_words} words: "
-                f"{match.quote[:200]}"
-            )
+        found, description = leaks_in(artifacts, domain, arm)
         return dg.AssetCheckResult(
             passed=not found,
             severity=dg.AssetCheckSeverity.WARN if kept else dg.AssetCheckSeverity.ERROR,
             description=description,
-            metadata={"matches": len(found)},
+            metadata={"matches": found},
         )
 
     return leakage_removed
+
+
+def leaks_in(artifacts: ArtifactStore, domain: Domain, arm: Arm) -> tuple[int, str]:
+    """Quotes of held-out text in an arm's dataset as written: how many, and in words."""
+    dataset = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
+    protected = held_out(artifacts.current(f"{domain.name}/domain_text"))
+    files = sorted((dataset.path / "documents").glob("*.parquet"))
+    rows = (row for file in files for row in read_documents(file, ["doc_id", "text"]))
+    found = sorted(method.search(protected, rows), key=lambda f: -f[1].n_words)
+    if not found:
+        return 0, f"no text of {dataset.facts['texts']:,} quotes held-out text"
+    row, match = found[0]
+    return len(found), (
+        f"{len(found):,} quotes of held-out text, the longest in document {row['doc_id']}, of "
+        f"{match.protected}, {match.n_words} words: {match.quote[:200]}"
+    )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.auxiliary import checkpoint
-from assets.common import OWNERS, Context, Progress, all_of, code_version, result
+from assets.common import OWNERS, AnyContext, Context, Progress, all_of, code_version, result
 from assets.scores import GROUP, REFINED, boundary, publication
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.selection import count_candidates
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
 
@@ -64,67 +64,84 @@ def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     def refined_scores(
         context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
-        from colorfilter import refinement
-
-        models = [artifacts.current("prior_model"), artifacts.current("/".join(conditional))]
-        corpus = [s.name for s in artifacts.at.shards()]
-        packed = {s: artifacts.current("corpus_tokens", s) for s in corpus}
-        tables = artifacts.current_from("score_tables", None, [*models, *packed.values()])
-
-        def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
-            tokens = gathered(places, {s: a.path for s, a in packed.items()}, folder)
-            job = ScoreJob(
-                models={m.fingerprint: checkpoint(m) for m in models},
-                outs={m.fingerprint: folder / precision / m.fingerprint[:16] for m in models},
-                parameters=max(m.facts["parameters"] for m in models),
-                tokens=tokens,
-                shard=folder.name,
-                precision=precision,
-                boundary=boundary(artifacts, recipe.scoring),
-            )
-            size = len(models) * len(places) * recipe.sequence_length
-            for _ in gpu.score([job], Progress(context, size, "tokens")):
-                pass
-            return refinement.losses_of(folder / precision, tokens)
-
-        def build(folder: Path) -> dict[str, Any]:
-            import polars as pl
-
-            sizes = {s: int(a.facts["sequences"]) for s, a in packed.items()}
-            sample = refinement.draw_sample(sizes, recipe.seed)
-            coarse = scored(sample, folder / "sample", recipe.scoring.precision)
-            exact = scored(sample, folder / "sample", "float32")
-            facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
-            wide = (refinement.RADIUS + refinement.MARGIN) * facts["score_error"]
-            with score_store.read() as connection:
-                found = [near(connection, recipe, domain.name, arm, wide) for arm in arms]
-            places = pl.concat([f.select("shard", "position") for f in found]).unique()
-            places = places.join(sample, on=["shard", "position"], how="anti")
-            losses = [exact]
-            if len(places):
-                losses.append(scored(places, folder / "near", "float32"))
-            table = pl.concat(losses).sort("model", "shard", "position")
-            table.write_parquet(folder / REFINED, compression="zstd")
-            for part in ("sample", "near"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-            radius = refinement.RADIUS * facts["score_error"]
-            return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
-
-        made = artifacts.make(
-            Work(
-                f"{domain.name}/refined_scores",
-                inputs=[tables, *models],
-                recipe={"scoring": recipe.scoring.facts(), "arms": [a.choice() for a in arms]},
-                seed=recipe.seed,
-                precision="float32",
-            ),
-            build,
-        )
-        parts, published, _ = publication(artifacts, recipe)
-        score_store.publish(parts, published, recipe.sequence_length)
+        made = refine(context, artifacts, gpu, score_store, recipe, domain)
         return result([made], made.facts)
 
     return refined_scores
+
+
+def refine(
+    context: AnyContext,
+    artifacts: ArtifactStore,
+    gpu: Gpu,
+    score_store: ScoreStore,
+    recipe: Recipe,
+    domain: Domain,
+) -> Artifact:
+    """Make a domain's `refined_scores` for all arms of the recipe, and publish them."""
+    from colorfilter import refinement
+
+    arms = recipe.arms_with_cutoffs()
+    models = [
+        artifacts.current("prior_model"),
+        artifacts.current(f"{domain.name}/conditional_model"),
+    ]
+    corpus = [s.name for s in artifacts.at.shards()]
+    packed = {s: artifacts.current("corpus_tokens", s) for s in corpus}
+    tables = artifacts.current_from("score_tables", None, [*models, *packed.values()])
+
+    def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
+        tokens = gathered(places, {s: a.path for s, a in packed.items()}, folder)
+        job = ScoreJob(
+            models={m.fingerprint: checkpoint(m) for m in models},
+            outs={m.fingerprint: folder / precision / m.fingerprint[:16] for m in models},
+            parameters=max(m.facts["parameters"] for m in models),
+            tokens=tokens,
+            shard=folder.name,
+            precision=precision,
+            boundary=boundary(artifacts, recipe.scoring),
+        )
+        size = len(models) * len(places) * recipe.sequence_length
+        for _ in gpu.score([job], Progress(context, size, "tokens")):
+            pass
+        return refinement.losses_of(folder / precision, tokens)
+
+    def build(folder: Path) -> dict[str, Any]:
+        import polars as pl
+
+        sizes = {s: int(a.facts["sequences"]) for s, a in packed.items()}
+        sample = refinement.draw_sample(sizes, recipe.seed)
+        coarse = scored(sample, folder / "sample", recipe.scoring.precision)
+        exact = scored(sample, folder / "sample", "float32")
+        facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
+        wide = (refinement.RADIUS + refinement.MARGIN) * facts["score_error"]
+        with score_store.read() as connection:
+            found = [near(connection, recipe, domain.name, arm, wide) for arm in arms]
+        places = pl.concat([f.select("shard", "position") for f in found]).unique()
+        places = places.join(sample, on=["shard", "position"], how="anti")
+        losses = [exact]
+        if len(places):
+            losses.append(scored(places, folder / "near", "float32"))
+        table = pl.concat(losses).sort("model", "shard", "position")
+        table.write_parquet(folder / REFINED, compression="zstd")
+        for part in ("sample", "near"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        radius = refinement.RADIUS * facts["score_error"]
+        return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
+
+    made = artifacts.make(
+        Work(
+            f"{domain.name}/refined_scores",
+            inputs=[tables, *models],
+            recipe={"scoring": recipe.scoring.facts(), "arms": [a.choice() for a in arms]},
+            seed=recipe.seed,
+            precision="float32",
+        ),
+        build,
+    )
+    parts, published, _ = publication(artifacts, recipe)
+    score_store.publish(parts, published, recipe.sequence_length)
+    return made
 
 
 def gathered(places: "pl.DataFrame", tokens: Mapping[str, Path], folder: Path) -> Path:

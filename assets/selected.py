@@ -67,14 +67,7 @@ def select_by_query(
         with score_store.read() as connection:
             require_published(connection, refined)
             candidates = method.count_candidates(connection)
-            fits = method.n_to_keep(candidates, arm.tau or 1, needed)
-            keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
-            scores = connection, arm.method, domain.name
-            if arm.tau and arm.batch:
-                chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
-                method.n_to_keep(len(chosen), 1, needed)
-            else:
-                chosen = method.select(*scores, keep, recipe.seed)
+            chosen = choose(connection, recipe, domain, arm)
             if arm.method == "color":
                 assert arm.tau is not None
                 found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
@@ -83,7 +76,7 @@ def select_by_query(
                     for shard in found["shard"].unique()
                 }
                 excerpts(found, texts).write_parquet(folder / "samples.parquet")
-            unsure = _unsure(connection, recipe, domain.name, arm, refined)
+            unsure = near_cutoff(connection, recipe, domain.name, arm, refined)
             probed = _probed(connection, domain.name, arm, chosen["score"][-1])
         method.write_selection(chosen, folder)
         return {
@@ -111,6 +104,21 @@ def select_by_query(
     )
     publish(artifacts, score_store, domain, arm, made)
     return made
+
+
+def choose(
+    connection: duckdb.DuckDBPyConnection, recipe: Recipe, domain: Domain, arm: Arm
+) -> pl.DataFrame:
+    """What an arm selects, as of selection.select. Raises InputError where training needs more."""
+    needed = recipe.endpoints(arm, 0)[-1]
+    fits = method.n_to_keep(method.count_candidates(connection), arm.tau or 1, needed)
+    keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
+    scores = connection, arm.method, domain.name
+    if not (arm.tau and arm.batch):
+        return method.select(*scores, keep, recipe.seed)
+    chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
+    method.n_to_keep(len(chosen), 1, needed)
+    return chosen
 
 
 def publish(
@@ -156,7 +164,7 @@ def origins(
     )
 
 
-def _unsure(
+def near_cutoff(
     connection: duckdb.DuckDBPyConnection,
     recipe: Recipe,
     domain: str,

@@ -36,13 +36,13 @@ def load(path: Path, sources: bool = True) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"recipe {path}: {_first_problem(error)}") from error
+        raise InputError(f"recipe {path}: {first_problem(error)}") from error
     folder = path.resolve().parent
     recipe = _with_model_paths(recipe, folder)
     return _with_source_paths(recipe, folder) if sources else recipe
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic report as 'field.path: what is wrong'."""
     problems = error.errors()
     first = problems[0]

@@ -6,7 +6,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich import box
@@ -20,6 +20,7 @@ from pipelines import settings
 if TYPE_CHECKING:
     from assets.corpus import Arrivals
     from colorfilter.recipe import Recipe
+    from pipelines.running import Failure
     from resources.artifacts import ArtifactStore
     from resources.home import Home
 
@@ -87,16 +88,67 @@ def run(
     with show_progress(console) as listener:
         failure = execute(plan, place, listener, job)
     if failure:
-        if debug and failure.details:
-            errors.print(failure.details, markup=False, highlight=False)
-        if failure.input_is_wrong:
-            raise InputError(failure.message)
-        errors.print(f"failed: {failure.message}", markup=False, highlight=False)
-        hint = "" if debug else " (--debug shows more)"
-        errors.print(f"What was finished stands; run again to go on from there{hint}.")
-        raise typer.Exit(1)
+        _give_up(failure, debug)
     if job in {settings.Job.EVERYTHING, settings.Job.EVALUATE}:
         _print_report(plan, place)
+
+
+def _give_up(failure: "Failure", debug: bool) -> NoReturn:
+    """Say why a run failed and end."""
+    if debug and failure.details:
+        errors.print(failure.details, markup=False, highlight=False)
+    if failure.input_is_wrong:
+        raise InputError(failure.message)
+    errors.print(f"failed: {failure.message}", markup=False, highlight=False)
+    hint = "" if debug else " (--debug shows more)"
+    errors.print(f"What was finished stands; run again to go on from there{hint}.")
+    raise typer.Exit(1)
+
+
+@app.command()
+def select(
+    domain: Annotated[str, typer.Option(help="A domain of the recipe.")],
+    tau: Annotated[float, typer.Option(help="Keep the best 1/tau.")],
+    method: Annotated[str, typer.Option(help="color or conditional_only.")] = "color",
+    batch: Annotated[
+        int | None, typer.Option(help="The best so many of every random tau * batch.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Refuse if it selects fewer (default: the recipe's training_tokens)."),
+    ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine", help="Score what lies near the cutoff again in float32; loads models."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")
+    ] = False,
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    debug: DebugOption = False,
+) -> None:
+    """Select by the standing scores at any tau, and write the dataset of it.
+
+    Says how the selection differs from the last one. Takes seconds: no model is loaded, unless
+    --refine asks for it.
+    """
+    from pipelines.display import show_progress
+    from pipelines.running import Failure
+    from pipelines.running import select as run_select
+
+    plan, place = _open(recipe, home)
+    choice = {"domain": domain, "tau": tau, "method": method, "refine": refine, "dry_run": dry_run}
+    choice |= {k: v for k, v in (("batch", batch), ("tokens", tokens)) if v is not None}
+    with show_progress(console) as listener:
+        found = run_select(plan, place, listener, choice)
+    if isinstance(found, Failure):
+        _give_up(found, debug)
+    for fact, value in found.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        console.print(f"{fact.replace('_', ' '):<24} {shown}", highlight=False, soft_wrap=True)
 
 
 @app.command()

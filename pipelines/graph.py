@@ -10,6 +10,7 @@ from assets.filtered import filtered_assets
 from assets.leakage import leakage_assets, leakage_checks
 from assets.refined import refined_assets
 from assets.scores import score_assets, score_checks
+from assets.selecting import select_job
 from colorfilter.recipe import Recipe
 from pipelines.automation import arrivals_sensor, refresh_schedule
 from pipelines.jobs import build_jobs
@@ -42,7 +43,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             "gpu": Gpu(home=home),
             "score_store": ScoreStore(home=home),
         },
-        jobs=build_jobs(),
+        jobs=[*build_jobs(), select_job(recipe)],
         sensors=[arrivals_sensor(recipe)],
         schedules=[refresh_schedule(recipe)],
         executor=dg.in_process_executor,

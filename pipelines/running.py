@@ -2,13 +2,15 @@
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
 from assets.common import SHARDS
 from assets.corpus import Arrivals, arrive
+from assets.selecting import SELECT_OP
 from colorfilter import dsir, tasks
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe
@@ -20,6 +22,7 @@ from resources.artifacts import ArtifactStore
 from resources.home import Home
 
 PROCESS = "colorfilter/process"
+Listener = Callable[[dg.EventLogEntry], None]
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,39 @@ def bring_in(recipe: Recipe, home: Home, *, keep_vanished: bool = True) -> Arriv
 
 
 def execute(
-    recipe: Recipe,
-    home: Home,
-    on_event: Callable[[dg.EventLogEntry], None],
-    job: Job = Job.EVERYTHING,
+    recipe: Recipe, home: Home, on_event: Listener, job: Job = Job.EVERYTHING
 ) -> Failure | None:
     """Run a job over all shards that were brought in, in this process; None if it succeeded.
 
     Sharded and unsharded assets share the run, so a model is loaded once and streams all shards.
     `on_event` is called with every event of the run as it is logged.
     """
-    definition = build_definitions(recipe, str(home.root)).resolve_job_def(job.value)
+    result = _run(recipe, home, on_event, job.value, RUN_CONFIG.get(job, {}))
+    return None if result.success else _failure(result)
+
+
+def select(
+    recipe: Recipe, home: Home, on_event: Listener, choice: Mapping[str, Any]
+) -> Failure | dict[str, Any]:
+    """Run the job `select` for a choice, as assets.selecting has it; what would change or did."""
+    config = {"ops": {SELECT_OP: {"config": dict(choice)}}}
+    result = _run(recipe, home, on_event, "select", config)
+    if not result.success:
+        return _failure(result)
+    changes: dict[str, Any] = result.output_for_node(SELECT_OP)
+    return changes
+
+
+def _run(
+    recipe: Recipe, home: Home, on_event: Listener, job: str, run_config: Mapping[str, Any]
+) -> dg.ExecuteInProcessResult:
+    definition = build_definitions(recipe, str(home.root)).resolve_job_def(job)
     run_id = str(uuid.uuid4())
     with dg.DagsterInstance.get() as instance:
         shards = instance.get_dynamic_partitions(str(SHARDS.name))
         bury_the_dead(instance)
         instance.add_event_listener(run_id, on_event)
-        result = definition.execute_in_process(
+        return definition.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_id=run_id,
@@ -74,11 +93,10 @@ def execute(
                 **(over(shards, shards) if definition.partitions_def else {}),
             },
             run_config={
-                **RUN_CONFIG.get(job, {}),
+                **run_config,
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
         )
-        return None if result.success else _failure(result)
 
 
 def bury_the_dead(instance: dg.DagsterInstance) -> None:
