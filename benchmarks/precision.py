@@ -2,12 +2,12 @@
 
     python benchmarks/precision.py [--home .colorfilter] [--sequences 10000]
 
-Takes a trained pair and the packed corpus from a home that has been run. On a sample, losses in
-float32 and bf16 as the pipeline computes them, and as others do, against float64. Then the whole
-corpus is scored in float32 and in bf16, and the best 1/tau are chosen by each: by bf16 alone, and
-refined, with float32 scores within six root-mean-square errors of the cutoff. Differences to the
-float32 selection are counted. On a processor that only emulates bf16, which is slow, the sample is
-a thousand sequences and the corpus is left out.
+Takes a trained pair and the packed corpus from a home that has been run. On a thousand sequences,
+losses in float32 and bf16 as the pipeline computes them, and as others do, against float64. Then
+more of them are scored in float32 and in bf16, and the best 1/tau are chosen by each: by bf16
+alone, and refined, with float32 scores within six root-mean-square errors of the cutoff.
+Differences to the float32 selection are counted. On a processor that only emulates bf16, which is
+slow, this second part is left out.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from colorfilter.tokens import open_tokens, real_tokens
 from resources.artifacts import ArtifactStore
 
 TAUS = (7, 16, 64)
+SAMPLE = 1_000
 CPU = torch.device("cpu")
 Loss = Callable[[np.ndarray], np.ndarray]
 
@@ -76,10 +77,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, default=Path(".colorfilter"))
-    parser.add_argument("--sequences", type=int, help="size of the sample (10,000)")
+    parser.add_argument("--sequences", type=int, default=10_000, help="to choose from")
     options = parser.parse_args()
-    native = multiplies("bf16")
-    size = options.sequences or (10_000 if native else 1_000)
     torch.set_num_threads(1)
     store = ArtifactStore(home=str(options.home.resolve()))
     prior = store.current("prior_model")
@@ -91,9 +90,9 @@ def main() -> None:
         packed = store.current("corpus_tokens", shard.name).path
         tokens = open_tokens(packed)
         rows.append(tokens[real_tokens(packed) == tokens.shape[1]])
-    corpus = np.concatenate(rows)
-    drawn = np.random.default_rng(0).permutation(len(corpus))[:size]
-    sample = corpus[drawn]
+    whole = np.concatenate(rows)
+    corpus = whole[np.random.default_rng(0).permutation(len(whole))[: options.sequences]]
+    sample = corpus[:SAMPLE]
 
     print(f"{len(corpus):,} sequences of {corpus.shape[1]}, {len(sample):,} of them a sample\n")
     exact = [ours(m, "float64")(sample) for m in pair]
@@ -114,14 +113,14 @@ def main() -> None:
         rms = np.sqrt(np.mean(((found[1] - found[0]) - (exact[1] - exact[0])) ** 2))
         print(f"| {name} | {largest:.1e} | {rms:.1e} | {rms / spread:.3%} |", flush=True)
 
-    if not native:
-        print("\nbf16 is emulated here: the corpus is not scored in it")
+    if not multiplies("bf16"):
+        print("\nbf16 is emulated here: no more is scored in it")
         return
     fine, coarse = (
         np.subtract(*(ours(m, precision)(corpus) for m in reversed(pair)))
         for precision in ("float32", "bf16")
     )
-    error = np.sqrt(np.mean((coarse - fine)[drawn] ** 2))
+    error = np.sqrt(np.mean((coarse - fine) ** 2))
     print(f"\n| all {len(corpus):,} | bf16 alone | refined | scored again |")
     print("|---|---|---|---|")
     for tau in TAUS:
