@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -56,11 +57,12 @@ def judged_by(evaluations: pl.DataFrame) -> str:
 
 
 def arm_lines(evaluations: pl.DataFrame, suffix: str = "") -> list[ArmLine]:
-    """The comparison: a line per arm and end point. `evaluations` has the columns EVALUATIONS.
+    """The comparison: a line per arm and end point, of equal tokens the lowest mean loss first.
 
-    By the metrics with a suffix, such as evaluation.FINETUNED. Every arm but random is held against
-    random seed by seed: by the difference of losses at the same number of tokens, and by its
-    tokens-to-match, from random's end points.
+    `evaluations` has the columns EVALUATIONS; read are the metrics with a suffix, such as
+    evaluation.FINETUNED. Every arm but random is held against random seed by seed: by the
+    difference of losses at the same number of tokens, and by its tokens-to-match, from random's end
+    points.
     """
     metric = judged_by(evaluations) + suffix
     losses = evaluations.filter(pl.col("metric") == metric).sort("tokens", "seed")
@@ -88,7 +90,7 @@ def arm_lines(evaluations: pl.DataFrame, suffix: str = "") -> list[ArmLine]:
                 paired_difference(_by_seed(part), _by_seed(equal)) if arm != "random" else None,
             )
         )
-    return lines
+    return sorted(lines, key=lambda line: (line.tokens, fmean(line.losses), line.arm))
 
 
 def _by_seed(losses: pl.DataFrame) -> dict[int, float]:

@@ -69,6 +69,15 @@ def test_there_is_a_line_per_arm_and_number_of_tokens_with_losses_by_seed() -> N
     assert color.bits_per_byte.mean == pytest.approx(5.35 / 4)
 
 
+def test_the_best_stand_first_among_equals_whatever_the_order_of_the_rows() -> None:
+    losses = {"a": 5.5, "b": 5.2, "c": 5.9, "random": 5.7}
+    rows = [r for arm, loss in losses.items() for r in losses_and_bits(arm, 1, 100, loss)]
+    rows += losses_and_bits("random", 1, 200, 5.0)
+    for shuffled in (rows, rows[::-1], sorted(rows, key=lambda r: r[4])):
+        lines = [(line.arm, line.tokens) for line in arm_lines(evaluations(*shuffled))]
+        assert lines == [("b", 100), ("a", 100), ("random", 100), ("c", 100), ("random", 200)]
+
+
 def test_tokens_to_match_are_taken_seed_by_seed_and_not_for_random() -> None:
     matches = {(line.arm, line.tokens): line.matches for line in arm_lines(COMPARED)}
     first, second = matches["color_tau8", 100]
