@@ -11,7 +11,7 @@ from assets.common import SHARDS
 from assets.corpus import Arrivals, arrive, reading
 from assets.scores import loss_assets
 from colorfilter.errors import InputError
-from colorfilter.recipe import Recipe
+from colorfilter.recipe import ONLINE, Recipe
 from colorfilter.shards import list_files
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job
@@ -67,9 +67,10 @@ def refresh_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
         found = arrive(artifacts, recipe)
         _tell(context, found)
         wanted = due(artifacts, recipe, found.shards)
-        if not wanted:
+        if not wanted and not unfinished(artifacts, recipe, found.shards):
             return dg.SkipReason("every shard is read and scored")
         shards = make_partitions(context.instance, found.shards)
+        wanted = wanted or shards[-1:]  # found standing: a run over shards has at least one
         now = context.scheduled_execution_time or datetime.now(UTC)
         return dg.RunRequest(run_key=now.isoformat(), tags=over(shards, wanted))
 
@@ -103,6 +104,22 @@ def due(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) -> list
         return shard in keys and entries["raw_corpus", shard]["key"] != keys[shard]
 
     return [shard for shard in shards if is_due(shard)]
+
+
+def unfinished(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) -> bool:
+    """Whether score tables, selections or datasets are behind, as when a refresh failed half-way.
+
+    Of arms that a refresh selects for: not of RHO-down, which trains a proxy for it.
+    """
+    entries = artifacts.entries()
+    arms = [arm.name for arm in recipe.arms if arm.method not in ONLINE]
+    parts = ("selection", "leakage", "filtered_dataset")
+    names = [f"{d.name}/{arm}/{part}" for d in recipe.domains for arm in arms for part in parts]
+    there = [entries.get((name, None)) for name in ["score_tables", *names]]
+    if any(entry is None or artifacts.is_behind(entry) for entry in there):
+        return True
+    published = {name for name in entries["score_tables", None]["inputs"] if "tokens[" in name}
+    return published != {f"corpus_tokens[{shard}]" for shard in shards}
 
 
 def _listing(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from pipelines.jobs import JOBS
 from pipelines.partitions import RANGE_END, RANGE_START
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
+from resources.score_store import ScoreStore
 from tests.conftest import Project, made_since, write_corpus
 
 NIGHT = datetime(2026, 11, 24, 3, tzinfo=UTC)
@@ -141,6 +142,25 @@ def test_the_schedule_asks_for_what_is_due_and_nothing_else(
         (new,) = planned(movable) - standing
         assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (new, new)
         assert request.run_key == NIGHT.isoformat()
+
+
+def test_what_failed_half_way_is_finished_at_the_next_hour(
+    movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    write_corpus(tmp_path / "corpus", ["textwrap"])
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoreStore, "publish", fail)
+        assert movable.run(patched, Job.REFRESH) is not None
+    store = artifacts(movable)["artifacts"]
+    with dg.DagsterInstance.get() as instance:
+        assert due(store, movable.recipe, [*planned(movable), "_probe_reference"]) == []
+        assert isinstance(tick(movable, instance), dg.RunRequest)
+    assert movable.run(monkeypatch, Job.REFRESH) is None
+    with dg.DagsterInstance.get() as instance:
+        assert tick(movable, instance) == "every shard is read and scored"
 
 
 def test_without_models_nothing_is_refreshed(movable: Project, tmp_path: Path) -> None:
