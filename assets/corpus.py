@@ -1,13 +1,14 @@
-"""Stage 1: raw text to packed tokens, and the domains' splits."""
+"""Stage 1: raw text to packed tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import dagster as dg
 import polars as pl
 from pydantic import Field
 
+from assets.arrivals import reading
 from assets.common import (
     ONE_RUN,
     OWNERS,
@@ -23,11 +24,11 @@ from assets.common import (
     sharded_result,
     total,
 )
-from colorfilter import documents, sampling, shards, tasks, tokens, workers
+from colorfilter import documents, sampling, shards, tokens, workers
 from colorfilter.errors import InputError
-from colorfilter.files import checkpoint_content, lock
+from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
-from colorfilter.recipe import Domain, Recipe, Source
+from colorfilter.recipe import Recipe, Source
 from resources.artifacts import Artifact, ArtifactStore, Work
 
 GROUP = "corpus"
@@ -40,7 +41,7 @@ class Sampling(dg.Config):
 
 
 def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`raw_corpus`, `sample_plan`, `tokenizer`, `corpus_tokens`, and per domain text and tokens."""
+    """`raw_corpus`, `sample_plan`, `tokenizer`, `corpus_tokens`."""
     texts = [dg.AssetKey([d.name, "domain_text"]) for d in recipe.domains]
     sources = {s.name: s for s in recipe.corpus.sources}
 
@@ -202,133 +203,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         facts = ("documents", "left_out", "tokens", "sequences")
         return sharded_result(context, artifacts, made, facts, "sequences")
 
-    per_domain = [asset for d in recipe.domains for asset in domain_assets(recipe, d)]
-    return [raw_corpus, sample_plan, tokenizer, corpus_tokens, *per_domain]
-
-
-def domain_assets(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
-    """`<domain>/domain_text` and `<domain>/domain_tokens`."""
-    splits = {"held_out": domain.held_out, "probe": domain.probe}
-    if domain.test_items is not None:
-        splits["test_items"] = domain.test_items
-
-    @dg.asset(
-        key_prefix=domain.name,
-        group_name=GROUP,
-        kinds={"parquet"},
-        owners=OWNERS,
-        code_version=code_version(1, *domain.sources, *domain.tasks, recipe.seed, str(splits)),
-    )
-    def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """The domain's documents, split once into D_down, held-out and probe.
-
-        Of tasks a document is an item's question and correct answer; `tasks/` holds the test items.
-        """
-        split = _split_tasks if domain.tasks else _split_text
-        reads, build = split(context, domain, recipe.seed)
-        made = artifacts.make(
-            Work(f"{domain.name}/domain_text", recipe={**reads, **splits}, seed=recipe.seed), build
-        )
-        return result([made], made.facts)
-
-    @dg.asset(
-        key_prefix=domain.name,
-        deps=[domain_text, "tokenizer"],
-        group_name=GROUP,
-        kinds={"numpy"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.sequence_length),
-    )
-    def domain_tokens(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """Sequences of D_down and of held-out text; of tasks, an example each.
-
-        The probe's are a shard of the corpus, packed as it is.
-        """
-        text = artifacts.current(f"{domain.name}/domain_text")
-        encoder = artifacts.current("tokenizer")
-
-        def build(folder: Path) -> dict[str, int]:
-            facts: dict[str, int] = {}
-            for split in ("down", "held_out"):
-                if domain.tasks:
-                    rows = documents.read_documents(text.path / split / "documents.parquet")
-                    own = tokens.Encoder(encoder.path)
-                    counts = tokens.pack_examples(rows, own, recipe.sequence_length, folder / split)
-                    facts |= {f"{split}_{fact}": counts[fact] for fact in ("cut", "label_bytes")}
-                else:
-                    counts = pack_shard(
-                        folder / split, text.path / split, encoder.path, [], recipe.sequence_length
-                    )
-                if counts["tokens"] < recipe.sequence_length:
-                    raise InputError(
-                        f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
-                        f"fewer than one sequence of {recipe.sequence_length}; add documents"
-                    )
-                facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
-            return facts
-
-        work = Work(
-            f"{domain.name}/domain_tokens",
-            inputs=[text, encoder],
-            recipe={"sequence_length": recipe.sequence_length},
-        )
-        made = artifacts.make(work, build)
-        return result([made], made.facts)
-
-    return [domain_text, domain_tokens]
-
-
-Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]
-
-
-def _split_text(context: Context, domain: Domain, seed: int) -> Split:
-    """What the split of a domain of text reads, as facts, and how it is made in a folder."""
-    files = shards.list_files(domain.sources)
-
-    def build(folder: Path) -> dict[str, int]:
-        progress = Progress(context, sum(f.size for f in files), "bytes")
-        counts = documents.write_documents(files, domain.sources, folder, progress)
-        whole = folder / "documents.parquet"
-        try:
-            parts = sampling.split_domain(whole, seed, domain.held_out, domain.probe, folder)
-        except InputError as error:
-            raise InputError(f"domain {domain.name}: {error}") from error
-        whole.unlink()
-        return {**counts, **parts}
-
-    sources = [s.model_dump(include={"name", "format", "text_field"}) for s in domain.sources]
-    return {
-        "sources": sources,
-        "files": [[f.source, f.path, f.size, f.version] for f in files],
-    }, build
-
-
-def _split_tasks(context: Context, domain: Domain, seed: int) -> Split:
-    """The same of a domain of tasks."""
-    tasks.refuse_without_harness()
-    train, test = _task_files(domain, "train"), _task_files(domain, "test")
-
-    def build(folder: Path) -> dict[str, int]:
-        there = {f for of_task in (*train.values(), *test.values()) for f in of_task}
-        progress = Progress(context, sum(f.size for f in there), "bytes")
-        shares = domain.held_out, domain.probe, domain.test_items
-        try:
-            return tasks.split_tasks(train, test, seed, *shares, folder, progress)
-        except InputError as error:
-            raise InputError(f"domain {domain.name}: {error}") from error
-
-    return {
-        part: [[f.source, f.path, f.size, f.version] for of_task in files.values() for f in of_task]
-        for part, files in (("train", train), ("test", test))
-    }, build
-
-
-def _task_files(
-    domain: Domain, part: Literal["train", "test"]
-) -> dict[str, list[shards.InputFile]]:
-    """The files of a part of every task that has it."""
-    sources = [source for task in domain.tasks if (source := task.source(part))]
-    return {source.name: shards.list_files([source]) for source in sources}
+    return [raw_corpus, sample_plan, tokenizer, corpus_tokens]
 
 
 def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
@@ -361,73 +236,7 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
             passed=not shared, metadata={"shared": len(shared)}, description=description
         )
 
-    @dg.asset_check(asset="raw_corpus")
-    def sources_present(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """The files that the corpus was read from are still where they were."""
-        files = [file for shard in artifacts.at.shards() for file in shard.files]
-        gone = [f"{f.source}/{f.path}" for f in files if f.vanished]
-        return dg.AssetCheckResult(
-            passed=not gone,
-            severity=dg.AssetCheckSeverity.WARN,
-            description=f"{len(gone)} files have vanished, their text is kept, the first "
-            f"{gone[0]}; `colorfilter prune --vanished` takes it out"
-            if gone
-            else "every file is there",
-            metadata={"vanished": len(gone), "files": gone[:20]},
-        )
-
-    return [no_shared_documents, sources_present]
-
-
-def reading(recipe: Recipe, shard: shards.Shard) -> Work:
-    """What is to be done to read a shard."""
-    source = next(s for s in recipe.corpus.sources if s.name == shard.files[0].source)
-    read = source.model_dump(include={"name", "format", "text_field"})
-    files = [[f.path, f.size, f.version] for f in shard.files]
-    return Work("raw_corpus", shard.name, recipe={**read, "files": files})
-
-
-class Arrivals(NamedTuple):
-    """What planning found: all shards, the reserved ones last, and what has changed."""
-
-    shards: list[str]
-    new: list[str]
-    retired: list[str]
-    vanished: list[str]  # files, as source/path, whose text is kept
-    lost: list[str]  # files whose text leaves the corpus
-
-
-def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = True) -> Arrivals:
-    """Plan shards for what the sources hold now.
-
-    New and changed files become new shards. A file that has vanished stays in the corpus if it was
-    read, as long as its shard need not be read again and `keep_vanished`.
-    """
-    home = artifacts.at
-    with lock(home.leases / "shards"):
-        standing = home.shards()
-        read = [s for s in standing if ("raw_corpus", s.name) in artifacts.entries()]
-        listed = shards.list_files(recipe.corpus.sources)
-        files = listed
-        if keep_vanished:
-            files = shards.with_vanished(listed, recipe.corpus.sources, read)
-        planned = shards.plan_shards(files, recipe.corpus.shard_bytes, standing)
-        if planned != standing:
-            home.write_shards(planned)
-    before, after = {s.name for s in standing}, {s.name for s in planned}
-    there = {(f.source, f.path) for f in files}
-    return Arrivals(
-        shards=[s.name for s in planned] + [probe_shard(d.name) for d in recipe.domains],
-        new=sorted(after - before),
-        retired=sorted(before - after),
-        vanished=[f"{f.source}/{f.path}" for f in files if f.vanished],
-        lost=sorted(
-            f"{f.source}/{f.path}"
-            for s in standing
-            for f in s.files
-            if (f.source, f.path) not in there
-        ),
-    )
+    return [no_shared_documents]
 
 
 def read_shard(

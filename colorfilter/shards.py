@@ -34,6 +34,10 @@ class InputFile:
     version: str
     vanished: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.source}/{self.path}"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -104,15 +108,13 @@ def with_vanished(
     those that the recipe no longer asks for, nor those of a shard of which another file has
     changed, since all of it must be read again.
     """
-    there = {(f.source, f.path): (f.size, f.version) for f in files}
+    there = {f.name: (f.size, f.version) for f in files}
     kept = []
     for shard in read:
-        now = [there.get((f.source, f.path)) for f in shard.files]
-        known = zip(shard.files, now, strict=True)
-        if all(facts in {None, (f.size, f.version)} for f, facts in known):
-            gone = [f for f, facts in zip(shard.files, now, strict=True) if facts is None]
+        gone = [f for f in shard.files if f.name not in there]
+        if all(there.get(f.name, (f.size, f.version)) == (f.size, f.version) for f in shard.files):
             kept += [replace(f, vanished=True) for f in gone if _asked_for(sources, f)]
-    return sorted([*files, *kept], key=lambda f: (f.source, f.path)) if kept else list(files)
+    return sorted([*files, *kept], key=lambda f: (f.source, f.path))
 
 
 def _asked_for(sources: Sequence[Source], file: InputFile) -> bool:

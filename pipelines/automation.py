@@ -7,12 +7,11 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from assets.arrivals import Arrivals, arrive, reading
 from assets.common import SHARDS
-from assets.corpus import Arrivals, arrive, reading
 from assets.scores import loss_assets
 from colorfilter.errors import InputError
 from colorfilter.recipe import ONLINE, Recipe
-from colorfilter.shards import list_files
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
@@ -31,22 +30,19 @@ def arrivals_sensor(recipe: Recipe) -> dg.SensorDefinition:
     def arrivals(
         context: dg.SensorEvaluationContext, artifacts: ArtifactStore
     ) -> dg.SensorResult | dg.SkipReason:
-        seen = _listing(recipe)
+        found = arrive(artifacts, recipe)
+        seen = _digest(artifacts)
         if seen == context.cursor:
             return dg.SkipReason("nothing has changed at the sources")
-        found = arrive(artifacts, recipe)
         _tell(context, found)
         standing = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
         added = [s for s in found.shards if s not in standing]
         retired = sorted(standing - set(found.shards))
-        requests = [SHARDS.build_add_request(added)] if added else []
+        changes = (SHARDS.build_add_request, added), (SHARDS.build_delete_request, retired)
         return dg.SensorResult(
             cursor=seen,
             skip_reason=f"{len(added)} new shards, {len(retired)} retired",
-            dynamic_partitions_requests=[
-                *requests,
-                *([SHARDS.build_delete_request(retired)] if retired else []),
-            ],
+            dynamic_partitions_requests=[build(names) for build, names in changes if names],
         )
 
     return arrivals
@@ -122,11 +118,10 @@ def unfinished(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) 
     return published != {f"corpus_tokens[{shard}]" for shard in shards}
 
 
-def _listing(recipe: Recipe) -> str:
-    """What the sources hold, as a short text that differs when it does."""
-    files = [[f.source, f.path, f.size, f.version] for f in list_files(recipe.corpus.sources)]
-    asked = [source.facts() for source in recipe.corpus.sources]
-    return hashlib.sha256(json.dumps([asked, files]).encode()).hexdigest()
+def _digest(artifacts: ArtifactStore) -> str:
+    """The planned shards, as a short text that differs when they or their files do."""
+    facts = [shard.facts() for shard in artifacts.at.shards()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _models(recipe: Recipe) -> list[str]:

@@ -18,7 +18,7 @@ from colorfilter.errors import InputError
 from pipelines import settings
 
 if TYPE_CHECKING:
-    from assets.corpus import Arrivals
+    from assets.arrivals import Arrivals
     from colorfilter.recipe import Recipe
     from pipelines.running import Failure
     from resources.artifacts import ArtifactStore

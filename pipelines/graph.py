@@ -2,9 +2,11 @@
 
 import dagster as dg
 
+from assets.arrivals import arrival_checks
 from assets.auxiliary import auxiliary_assets, auxiliary_checks
 from assets.confidence import confidence_assets
 from assets.corpus import corpus_assets, corpus_checks
+from assets.domains import domain_assets
 from assets.evaluated import evaluated_assets
 from assets.filtered import filtered_assets
 from assets.leakage import leakage_assets, leakage_checks
@@ -24,6 +26,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
     return dg.Definitions(
         assets=[
             *corpus_assets(recipe),
+            *domain_assets(recipe),
             *auxiliary_assets(recipe),
             *score_assets(recipe),
             *refined_assets(recipe),
@@ -34,6 +37,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
         ],
         asset_checks=[
             *corpus_checks(recipe),
+            *arrival_checks(),
             *auxiliary_checks(recipe),
             *score_checks(recipe),
             *leakage_checks(recipe),

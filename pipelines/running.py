@@ -8,8 +8,8 @@ from typing import Any
 
 import dagster as dg
 
+from assets.arrivals import Arrivals, arrive
 from assets.common import SHARDS
-from assets.corpus import Arrivals, arrive
 from assets.selecting import SELECT_OP
 from colorfilter import dsir, tasks
 from colorfilter.errors import InputError

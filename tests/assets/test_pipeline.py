@@ -269,7 +269,7 @@ def test_a_document_in_corpus_and_domain_fails_the_check(
     assert failure.input_is_wrong
     assert "no_shared_documents" in failure.message
     assert "ast.jsonl line" in failure.message
-    check, _ = corpus_checks(project.recipe)
+    (check,) = corpus_checks(project.recipe)
     assert not evaluate(check, project).passed
 
 

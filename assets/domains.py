@@ -1,0 +1,144 @@
+"""Stage 1 for the domains: text split once into D_down, held-out and probe, and its tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import dagster as dg
+
+from assets.common import OWNERS, Context, Progress, code_version, result
+from assets.corpus import GROUP, pack_shard
+from colorfilter import documents, sampling, shards, tasks, tokens
+from colorfilter.errors import InputError
+from colorfilter.recipe import Domain, Recipe
+from resources.artifacts import ArtifactStore, Work
+
+
+def domain_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`domain_text` and `domain_tokens` for every domain."""
+    return [asset for domain in recipe.domains for asset in _of_domain(recipe, domain)]
+
+
+def _of_domain(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
+    """`<domain>/domain_text` and `<domain>/domain_tokens`."""
+    splits = {"held_out": domain.held_out, "probe": domain.probe}
+    if domain.test_items is not None:
+        splits["test_items"] = domain.test_items
+
+    @dg.asset(
+        key_prefix=domain.name,
+        group_name=GROUP,
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=code_version(1, *domain.sources, *domain.tasks, recipe.seed, str(splits)),
+    )
+    def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """The domain's documents, split once into D_down, held-out and probe.
+
+        Of tasks a document is an item's question and correct answer; `tasks/` holds the test items.
+        """
+        split = _split_tasks if domain.tasks else _split_text
+        reads, build = split(context, domain, recipe.seed)
+        made = artifacts.make(
+            Work(f"{domain.name}/domain_text", recipe={**reads, **splits}, seed=recipe.seed), build
+        )
+        return result([made], made.facts)
+
+    @dg.asset(
+        key_prefix=domain.name,
+        deps=[domain_text, "tokenizer"],
+        group_name=GROUP,
+        kinds={"numpy"},
+        owners=OWNERS,
+        code_version=code_version(1, recipe.sequence_length),
+    )
+    def domain_tokens(artifacts: ArtifactStore) -> dg.MaterializeResult:
+        """Sequences of D_down and of held-out text; of tasks, an example each.
+
+        The probe's are a shard of the corpus, packed as it is.
+        """
+        text = artifacts.current(f"{domain.name}/domain_text")
+        encoder = artifacts.current("tokenizer")
+
+        def build(folder: Path) -> dict[str, int]:
+            facts: dict[str, int] = {}
+            for split in ("down", "held_out"):
+                if domain.tasks:
+                    rows = documents.read_documents(text.path / split / "documents.parquet")
+                    own = tokens.Encoder(encoder.path)
+                    counts = tokens.pack_examples(rows, own, recipe.sequence_length, folder / split)
+                    facts |= {f"{split}_{fact}": counts[fact] for fact in ("cut", "label_bytes")}
+                else:
+                    counts = pack_shard(
+                        folder / split, text.path / split, encoder.path, [], recipe.sequence_length
+                    )
+                if counts["tokens"] < recipe.sequence_length:
+                    raise InputError(
+                        f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
+                        f"fewer than one sequence of {recipe.sequence_length}; add documents"
+                    )
+                facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
+            return facts
+
+        work = Work(
+            f"{domain.name}/domain_tokens",
+            inputs=[text, encoder],
+            recipe={"sequence_length": recipe.sequence_length},
+        )
+        made = artifacts.make(work, build)
+        return result([made], made.facts)
+
+    return [domain_text, domain_tokens]
+
+
+Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]
+
+
+def _split_text(context: Context, domain: Domain, seed: int) -> Split:
+    """What the split of a domain of text reads, as facts, and how it is made in a folder."""
+    files = shards.list_files(domain.sources)
+
+    def build(folder: Path) -> dict[str, int]:
+        progress = Progress(context, sum(f.size for f in files), "bytes")
+        counts = documents.write_documents(files, domain.sources, folder, progress)
+        whole = folder / "documents.parquet"
+        try:
+            parts = sampling.split_domain(whole, seed, domain.held_out, domain.probe, folder)
+        except InputError as error:
+            raise InputError(f"domain {domain.name}: {error}") from error
+        whole.unlink()
+        return {**counts, **parts}
+
+    sources = [s.model_dump(include={"name", "format", "text_field"}) for s in domain.sources]
+    return {
+        "sources": sources,
+        "files": [[f.source, f.path, f.size, f.version] for f in files],
+    }, build
+
+
+def _split_tasks(context: Context, domain: Domain, seed: int) -> Split:
+    """The same of a domain of tasks."""
+    tasks.refuse_without_harness()
+    train, test = _task_files(domain, "train"), _task_files(domain, "test")
+
+    def build(folder: Path) -> dict[str, int]:
+        there = {f for of_task in (*train.values(), *test.values()) for f in of_task}
+        progress = Progress(context, sum(f.size for f in there), "bytes")
+        shares = domain.held_out, domain.probe, domain.test_items
+        try:
+            return tasks.split_tasks(train, test, seed, *shares, folder, progress)
+        except InputError as error:
+            raise InputError(f"domain {domain.name}: {error}") from error
+
+    return {
+        part: [[f.source, f.path, f.size, f.version] for of_task in files.values() for f in of_task]
+        for part, files in (("train", train), ("test", test))
+    }, build
+
+
+def _task_files(
+    domain: Domain, part: Literal["train", "test"]
+) -> dict[str, list[shards.InputFile]]:
+    """The files of a part of every task that has it."""
+    sources = [source for task in domain.tasks if (source := task.source(part))]
+    return {source.name: shards.list_files([source]) for source in sources}
