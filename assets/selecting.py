@@ -173,8 +173,12 @@ def select_job(recipe: Recipe) -> dg.JobDefinition:
         context.add_output_metadata(_shown(changes))
         return changes
 
+    tau = next((arm.tau for arm in recipe.arms if arm.tau), 16.0)
+    example = {"domain": recipe.domains[0].name, "tau": tau, "dry_run": True}
+
     @dg.job(
         name="select",
+        config={"ops": {SELECT_OP: {"config": example}}},
         description="One selection at any tau, without the recipe. Says what enters and leaves "
         "against the last one, then writes the dataset beside it. Costs seconds: no model is "
         "loaded, unless `refine` asks for it. Leaves alone: scores, models, the recipe's arms.",
