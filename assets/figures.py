@@ -54,12 +54,13 @@ def histogram(counts: Sequence[int], low: float, high: float) -> dg.MarkdownMeta
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Rows as a table; floats to four places."""
+    """Rows as a table, perhaps none; floats to four places."""
     return dg.MetadataValue.table(
         [
             dg.TableRecord({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
             for row in rows
-        ]
+        ],
+        schema=None if rows else dg.TableSchema(columns=[]),  # of rows it is read off them
     )
 
 

@@ -75,9 +75,10 @@ class Workers:
         try:
             while pending:
                 finished, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-                if self._done.value > reported:
-                    progress(self._done.value - reported)
-                    reported = self._done.value
+                done = self._done.value  # read once: it grows meanwhile
+                if done > reported:
+                    progress(done - reported)
+                    reported = done
                 for future in finished:
                     yield pending.pop(future), future.result()
         finally:

@@ -58,6 +58,10 @@ def test_every_call_is_made_once_in_other_processes_and_all_progress_is_told() -
         assert os.getpid() not in {process for _, process in done.values()}
         assert sum(told) == 112
         told.clear()
+        for _ in range(50):  # reports come while they are counted
+            list(two.run(count, [(100,)] * 4, told.append))
+        assert sum(told) == 20_000
+        told.clear()
         assert len(list(two.run(count, [(3,)], told.append))) == 1
         assert sum(told) == 3
 
