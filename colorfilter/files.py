@@ -38,3 +38,15 @@ def lock(path: Path) -> IO[bytes]:
     stream = path.open("ab")
     fcntl.flock(stream, fcntl.LOCK_EX)
     return stream
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of this name."""
+    if not path.exists():
+        return False
+    with path.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -15,6 +15,7 @@ from assets.scores import score_assets, score_checks
 from assets.selecting import select_job
 from colorfilter.recipe import Recipe
 from pipelines.automation import arrivals_sensor, refresh_schedule
+from pipelines.cut_off import cut_off_runs
 from pipelines.jobs import build_jobs
 from resources.artifacts import ArtifactStore
 from resources.gpu import Gpu
@@ -48,7 +49,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             "score_store": ScoreStore(home=home),
         },
         jobs=[*build_jobs(), select_job(recipe)],
-        sensors=[arrivals_sensor(recipe)],
+        sensors=[arrivals_sensor(recipe), cut_off_runs],
         schedules=[refresh_schedule(recipe)],
         executor=dg.in_process_executor,
     )

@@ -1,6 +1,5 @@
 """Run the graph through Dagster from a program, in this process."""
 
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from assets.selecting import SELECT_OP
 from colorfilter import dsir, tasks
 from colorfilter.errors import InputError
 from colorfilter.recipe import Recipe
+from pipelines.cut_off import fail_cut_off
 from pipelines.graph import build_definitions
 from pipelines.jobs import RUN_CONFIG
 from pipelines.partitions import make_partitions, over
@@ -21,7 +21,6 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
-PROCESS = "colorfilter/process"
 Listener = Callable[[dg.EventLogEntry], None]
 
 
@@ -82,43 +81,18 @@ def _run(
     run_id = str(uuid.uuid4())
     with dg.DagsterInstance.get() as instance:
         shards = instance.get_dynamic_partitions(str(SHARDS.name))
-        bury_the_dead(instance)
+        fail_cut_off(instance, home)
         instance.add_event_listener(run_id, on_event)
         return definition.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_id=run_id,
-            tags={
-                PROCESS: str(os.getpid()),
-                **(over(shards, shards) if definition.partitions_def else {}),
-            },
+            tags=over(shards, shards) if definition.partitions_def else {},
             run_config={
                 **run_config,
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
         )
-
-
-def bury_the_dead(instance: dg.DagsterInstance) -> None:
-    """Fail the runs of processes that were killed, and free the pools they still hold.
-
-    Otherwise a killed run counts as started for ever, and the next one waits for its device.
-    """
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
-        process = run.tags.get(PROCESS)
-        if process and not _alive(int(process)):
-            instance.report_run_failed(run, "its process is gone; another run goes on from there")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's, so alive
-    return True
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> Failure:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import dagster as dg
+from pydantic import PrivateAttr
 
 from colorfilter import provenance
 from colorfilter.errors import InputError
@@ -140,6 +141,19 @@ class ArtifactStore(dg.ConfigurableResource):
     """The artefacts of a home and the ledger over them."""
 
     home: str
+
+    _run: IO[bytes] | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Show that the run's process lives, for as long as it does."""
+        if context.run:
+            self._run = lock(self.at.run_lease(context.run.run_id))
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Let go of what setup_for_execution holds."""
+        if context.run and self._run:
+            self.at.run_lease(context.run.run_id).unlink(missing_ok=True)
+            self._run.close()
 
     @property
     def at(self) -> Home:

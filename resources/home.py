@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colorfilter.errors import InputError
-from colorfilter.files import write_text_atomically
+from colorfilter.files import is_locked, write_text_atomically
 from colorfilter.shards import Shard
 
 DAGSTER_YAML = """\
@@ -83,6 +83,14 @@ class Home:
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
+
+    def run_lease(self, run_id: str) -> Path:
+        """The file that the process of a Dagster run keeps locked as long as it lives."""
+        return self.leases / f"run-{run_id}"
+
+    def run_is_alive(self, run_id: str) -> bool:
+        """Whether the process of a Dagster run is at work."""
+        return is_locked(self.run_lease(run_id))
 
     def shards(self) -> list[Shard]:
         """The planned shards of the corpus, in order of name."""

@@ -3,7 +3,6 @@
 Kept is whatever is current, and all that it was made from, as the ledger has it.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colorfilter.files import is_locked
 from colorfilter.provenance import MANIFEST, part_fingerprint, stands
 from resources.artifacts import ArtifactStore
 
@@ -103,10 +103,4 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _at_work(artifacts: ArtifactStore, folder: Path) -> bool:
     """Whether an attempt holds the lease of a folder."""
-    for lease in artifacts.at.leases.glob(f"{folder.name}*"):
-        with lease.open("ab") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+    return any(is_locked(lease) for lease in artifacts.at.leases.glob(f"{folder.name}*"))
