@@ -8,7 +8,7 @@ import polars as pl
 
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result, total
 from assets.corpus import pack_shard
-from assets.selected import GROUP, PACKED, publish
+from assets.selected import GROUP, PACKED
 from colorfilter import dsir
 from colorfilter import selection as method
 from colorfilter.documents import read_documents
@@ -115,7 +115,6 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             ),
             build,
         )
-        publish(artifacts, score_store, domain, arm, made)
         return result([made], made.facts)
 
     return selection

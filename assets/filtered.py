@@ -1,5 +1,6 @@
 """Stage 4, its end: the dataset made of what each arm selects."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from assets.selected import GROUP, origins, queried_selection
 from colorfilter import dataset as method
 from colorfilter.errors import InputError
 from colorfilter.leakage import without_leaks
-from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.recipe import Arm, Domain, Recipe, Refresh
 from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.score_store import ScoreStore
 
 # How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
 # cost.METHODS; if a query on the score tables decides it, one in selection.SCORES instead of a
@@ -61,16 +63,28 @@ def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         kinds={"parquet", "numpy", arm.name},
         owners=OWNERS,
         code_version=code_version(1, recipe.filtered, recipe.seed, arm.leaks),
+        freshness_policy=_freshness(recipe.refresh),
     )
-    def filtered_dataset(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        made = make_dataset(artifacts, recipe, domain, arm)
+    def filtered_dataset(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
+        made = make_dataset(artifacts, score_store, recipe, domain, arm)
         return result([made], {**made.facts, "sample": _sample(made.path)})
 
     return filtered_dataset
 
 
-def make_dataset(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm) -> Artifact:
-    """Make an arm's `filtered_dataset`. Raises InputError where too little is left to train on."""
+def _freshness(refresh: Refresh) -> dg.FreshnessPolicy | None:
+    if refresh.stale_after_hours is None:
+        return None
+    return dg.FreshnessPolicy.time_window(timedelta(hours=refresh.stale_after_hours))
+
+
+def make_dataset(
+    artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
+) -> Artifact:
+    """Make an arm's `filtered_dataset`, and publish its selection in the score tables with it.
+
+    Raises InputError where too little is left to train on.
+    """
     name = f"{domain.name}/{arm.name}"
     chosen = artifacts.current(f"{name}/selection")
     leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
@@ -111,7 +125,7 @@ def make_dataset(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: 
         )
         return counts
 
-    return artifacts.make(
+    made = artifacts.make(
         Work(
             f"{name}/filtered_dataset",
             inputs=[chosen, leaking, *made_from],
@@ -119,6 +133,28 @@ def make_dataset(artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: 
             seed=recipe.seed,
         ),
         build,
+    )
+    _publish(artifacts, score_store, domain, arm, chosen)
+    return made
+
+
+def _publish(
+    artifacts: ArtifactStore,
+    score_store: ScoreStore,
+    domain: Domain,
+    arm: Arm,
+    selection: Artifact,
+) -> None:
+    """Enter a selection in the score tables, as the current one of its domain and arm."""
+    scored_by = artifacts.current("score_tables").inputs
+    models = scored_by["prior_model"], scored_by[f"{domain.name}/conditional_model"]
+    score_store.publish_selection(
+        selection.fingerprint,
+        selection.path / "selection.parquet",
+        domain.name,
+        arm.name,
+        models,
+        datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

@@ -11,7 +11,7 @@ from assets.common import OWNERS, Context, Progress, all_of, code_version, resul
 from assets.figures import curve_metadata
 from assets.refined import gathered
 from assets.scores import boundary, scored_corpus
-from assets.selected import GROUP, publish
+from assets.selected import GROUP
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
@@ -119,7 +119,6 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
             ),
             build,
         )
-        publish(artifacts, score_store, domain, arm, made)
         return result([made], {**made.facts, **curve_metadata(made.path / "proxy")})
 
     return selection

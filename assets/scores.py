@@ -24,10 +24,10 @@ from assets.common import (
     total,
 )
 from assets.figures import histogram
-from colorfilter import provenance
+from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
-from colorfilter.tables import fetch, fetch_row
+from colorfilter.tables import fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import Part, PublishedModel, ScoreStore
@@ -293,28 +293,10 @@ def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> d
 
 
 def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
-    """A histogram of color over the corpus, its outermost hundredths in the outermost bars."""
+    """A histogram of color over the corpus."""
     with score_store.read() as connection:
-        low, high = fetch_row(
-            connection,
-            "SELECT quantile_cont(color, 0.01), quantile_cont(color, 0.99) FROM color "
-            "WHERE domain = ? AND NOT starts_with(shard, '_')",
-            [domain],
-        )
-        bins = 28
-        width = (high - low) / bins or 1.0
-        found = fetch(
-            connection,
-            "SELECT least(greatest(floor((color - ?) / ?), 0), ?)::INTEGER AS bin, count(*) "
-            "FROM color WHERE domain = ? AND NOT starts_with(shard, '_') GROUP BY bin",
-            [low, width, bins - 1, domain],
-        )
-    counts = dict(found)
-    return {
-        f"color of the corpus for {domain}": histogram(
-            [counts.get(i, 0) for i in range(bins)], low, high
-        )
-    }
+        counts, low, high = drift.histogram(connection, "color", domain)
+    return {f"color of the corpus for {domain}": histogram(list(counts[0]), low, high)}
 
 
 def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:

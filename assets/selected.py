@@ -1,7 +1,6 @@
 """Stage 4, its beginning: what an arm selects by a query on the score tables."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
 def select_by_query(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
-    """Make an arm's `selection` by a query on the score tables, and enter it there."""
+    """Make an arm's `selection` by a query on the score tables."""
     tables = artifacts.current("score_tables")
     refined = []
     if arm.method in SCORED:
@@ -88,7 +87,7 @@ def select_by_query(
             **probed,
         }
 
-    made = artifacts.make(
+    return artifacts.make(
         Work(
             f"{domain.name}/{arm.name}/selection",
             inputs=[tables, *refined],
@@ -102,8 +101,6 @@ def select_by_query(
         ),
         build,
     )
-    publish(artifacts, score_store, domain, arm, made)
-    return made
 
 
 def choose(
@@ -119,26 +116,6 @@ def choose(
     chosen = method.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
     method.n_to_keep(len(chosen), 1, needed)
     return chosen
-
-
-def publish(
-    artifacts: ArtifactStore,
-    score_store: ScoreStore,
-    domain: Domain,
-    arm: Arm,
-    selection: Artifact,
-) -> None:
-    """Enter a selection in the score tables, as the current one of its domain and arm."""
-    scored_by = artifacts.current("score_tables").inputs
-    models = scored_by["prior_model"], scored_by[f"{domain.name}/conditional_model"]
-    score_store.publish_selection(
-        selection.fingerprint,
-        selection.path / "selection.parquet",
-        domain.name,
-        arm.name,
-        models,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def origins(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
+from assets.changes import in_and_out, last_published
 from assets.common import AnyContext, data_version
 from assets.filtered import make_dataset
 from assets.leakage import find_leakage, leaks_in
@@ -15,7 +16,6 @@ from assets.selected import choose, near_cutoff, select_by_query
 from colorfilter.errors import InputError
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.recipe_file import first_problem
-from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
@@ -88,35 +88,10 @@ def what_would_change(
 def _against_the_last(
     connection: "duckdb.DuckDBPyConnection", domain: Domain, arm: Arm, chosen: "pl.DataFrame"
 ) -> dict[str, Any]:
-    """What enters and what leaves: against the arm's last version, else its method's."""
-    found = fetch(
-        connection,
-        """
-        SELECT selection, arm, created FROM selection_versions
-        WHERE domain = $domain AND (arm = $arm OR starts_with(arm, $method || '_'))
-        ORDER BY arm = $arm DESC, current DESC, created DESC LIMIT 1
-        """,
-        {"domain": domain.name, "arm": arm.name, "method": arm.method},
-    )
-    if not found:
+    last = last_published(connection, domain, arm)
+    if last is None:
         return {"last": "none"}
-    ((selection, name, created),) = found
-    connection.register("chosen", chosen.select("shard", "position").to_arrow())
-    before, both = fetch_row(
-        connection,
-        """
-        SELECT count(*), count(*) FILTER (chosen.shard IS NOT NULL)
-        FROM selections LEFT JOIN chosen USING (shard, position)
-        WHERE selection = ?
-        """,
-        [selection],
-    )
-    return {
-        "last": f"{name} of {created}",
-        "entering": len(chosen) - both,
-        "leaving": before - both,
-        "overlap": both / len(chosen),
-    }
+    return {"last": f"{last.arm} of {last.created}", **in_and_out(connection, chosen, last)}
 
 
 def select(
@@ -143,7 +118,7 @@ def select(
     made = [
         select_by_query(artifacts, score_store, narrowed, domain, arm),
         find_leakage(context, artifacts, narrowed, domain, arm),
-        make_dataset(artifacts, narrowed, domain, arm),
+        make_dataset(artifacts, score_store, narrowed, domain, arm),
     ]
     leaks, words = leaks_in(artifacts, domain, arm)
     if leaks:

@@ -286,11 +286,35 @@ class Evaluation(Section):
         return self
 
 
+class Limits(Section):
+    """How far a selection may be from the last one that was published."""
+
+    overlap: float = Field(
+        0.5, ge=0, le=1, description="least share of the smaller of the two that both hold"
+    )
+    drift: float = Field(
+        0.5, ge=0, description="of new shards' mean score, in standard deviations of the others'"
+    )
+    source_shift: float = Field(
+        0.2, ge=0, le=1, description="of a source's share of the selected tokens"
+    )
+    beyond: Literal["warn", "block"] = Field(
+        "warn", description="say so, or leave the last dataset standing as well"
+    )
+
+
 class Refresh(Section):
-    """When what has arrived is brought in, once the schedule is switched on."""
+    """When what has arrived is brought in, once the schedule is switched on, and with what care."""
 
     cron: str = Field("0 3 * * *", description="minute, hour, day, month, weekday")
     time_zone: str = "UTC"
+    stale_after_hours: float | None = Field(
+        None,
+        gt=0,
+        description="a filtered dataset that no run has brought up to date for so long is late: "
+        "nothing arrived, or the refresh does not work",
+    )
+    limits: Limits = Limits.model_validate({})
 
 
 class Recipe(Section):
@@ -308,7 +332,7 @@ class Recipe(Section):
     target: Target
     evaluation: Evaluation
     filtered: Filtered = Filtered(whole_documents_from=None)
-    refresh: Refresh = Refresh(cron="0 3 * * *")
+    refresh: Refresh = Refresh.model_validate({})
 
     @model_validator(mode="after")
     def parts_fit(self) -> Self:

@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.arrivals import arrival_checks
 from assets.auxiliary import auxiliary_assets, auxiliary_checks
+from assets.changes import change_checks
 from assets.confidence import confidence_assets
 from assets.corpus import corpus_assets, corpus_checks
 from assets.domains import domain_assets
@@ -41,6 +42,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *arrival_checks(),
             *auxiliary_checks(recipe),
             *score_checks(recipe),
+            *change_checks(recipe),
             *leakage_checks(recipe),
         ],
         resources={

@@ -170,6 +170,15 @@ class ScoreStore(dg.ConfigurableResource):
         created: str,
     ) -> None:
         """Enter a selection (fingerprint, Parquet file), the current one of its domain and arm."""
+        mine = "WHERE selection = ? AND domain = ? AND arm = ?"
+        with self.read() as connection:
+            found = fetch(
+                connection,
+                f"SELECT current FROM selection_versions {mine}",
+                [selection, domain, arm],
+            )
+        if found == [(True,)]:
+            return
         # The tables as they are: those of an older version stay whole until the next publication.
         with self._next(Home(self.home).scores) as connection:
             connection.execute(
@@ -179,8 +188,7 @@ class ScoreStore(dg.ConfigurableResource):
             )
             known = _count(
                 connection,
-                "SELECT count(*) FROM selection_versions "
-                "WHERE selection = ? AND domain = ? AND arm = ?",
+                f"SELECT count(*) FROM selection_versions {mine}",
                 [selection, domain, arm],
             )
             if known:
