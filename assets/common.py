@@ -9,6 +9,7 @@ import dagster as dg
 
 from colorfilter import provenance
 from colorfilter.errors import InputError
+from colorfilter.files import require_space
 from colorfilter.recipe import Recipe, Section
 from colorfilter.workers import Workers, cores
 from resources.artifacts import Artifact, ArtifactStore, Work
@@ -150,18 +151,21 @@ def make_in_processes(
     build: Callable[..., Mapping[str, Any]],
     arguments: Callable[[Work], tuple[Any, ...]],
     progress: Progress,
-    size: Callable[[Artifact], int],
+    size: Callable[[str], int],
 ) -> list[Artifact]:
     """Make artefacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
 
-    A build says how far it is by `workers.report`; `size` is what it reports in all, and counts at
-    once for what stands. Raises what a build raises; after an InputError nothing of what was not
-    finished is left.
+    A build says how far it is by `workers.report`; `size(partition)` is what it reports in all, and
+    counts at once for what stands. It is about as many bytes as a build writes, at most. Raises
+    what a build raises, and OSError where the disk has no room for that; after an InputError
+    nothing of what was not finished is left.
     """
     with store.attempts(works) as attempts:
         missing = [a for a in attempts if not a.standing]
-        progress(sum(size(a.standing) for a in attempts if a.standing))
+        progress(sum(size(str(a.work.partition)) for a in attempts if a.standing))
         if missing:
+            written = sum(size(str(a.work.partition)) for a in missing)
+            require_space(store.at.root, written, missing[0].work.asset)
             with Workers(min(len(missing), cores())) as workers:
                 calls = [(a.folder, *arguments(a.work)) for a in missing]
                 for i, facts in workers.run(build, calls, progress):

@@ -81,7 +81,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             read_shard,
             lambda w: (planned[str(w.partition)].files, list(sources.values())),
             progress,
-            lambda a: sum(f.size for f in planned[str(a.partition)].files),
+            lambda name: sum(f.size for f in planned[name].files),
         )
         _refuse_empty_sources(recipe, artifacts, made)
         for reason, count in _reject_reasons(made):
@@ -198,7 +198,7 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
                 recipe.sequence_length,
             ),
             progress,
-            lambda a: raw[str(a.partition)].facts["chars"],
+            lambda name: raw[name].facts["chars"],
         )
         facts = ("documents", "left_out", "tokens", "sequences")
         return sharded_result(context, artifacts, made, facts, "sequences")

@@ -14,6 +14,7 @@ from assets.online import online_selection
 from assets.selected import GROUP, origins, queried_selection
 from colorfilter import dataset as method
 from colorfilter.errors import InputError
+from colorfilter.files import require_space
 from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe, Refresh
 from resources.artifacts import Artifact, ArtifactStore, Work
@@ -103,6 +104,8 @@ def make_dataset(
     tokens, texts, made_from = origins(artifacts, chosen, shards)
 
     def build(folder: Path) -> dict[str, Any]:
+        # Tokens of two bytes or four, and as text about two more.
+        require_space(folder, 6 * len(kept) * recipe.sequence_length, f"{name}/filtered_dataset")
         counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
         counts["left_out"] = len(rows) - len(kept)
         about = f"{counts['left_out']:,} sequences that quote held-out text were left out."

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import IO
 
@@ -50,3 +51,16 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Raise OSError where the disk of a folder has no room for so many bytes more.
+
+    Called before long work, which would end in that: by then what stood could be half written.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"{what} takes about {size / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free "
+            f"at {folder}; make room (`colorfilter prune` says what can go) and run again"
+        )

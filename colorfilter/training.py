@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from colorfilter import body, models
 from colorfilter.evaluation import mean_loss
-from colorfilter.files import write_atomically
+from colorfilter.files import require_space, write_atomically
 from colorfilter.labels import IGNORED, shifted_labels
 from colorfilter.objective import summed_nll, summed_z
 from colorfilter.online import Chooser, Online
@@ -94,7 +94,8 @@ def train(
 
     `<out>/curve.parquet` holds endpoint, step, tokens, loss (nats per token), learning_rate and,
     at some steps, held_out_loss. `progress` is called with the tokens of every finished step.
-    A run that was killed goes on from its last state.
+    A run that was killed goes on from its last state. Raises OSError where the disk has no room for
+    its states and checkpoints.
     """
     return _Run(spec, torch.device(device), progress).run()
 
@@ -216,6 +217,8 @@ class _Run:
         checkpoints = {i: self._checkpoint(i) for i in range(len(self.spec.endpoints))}
         if (out / "curve.parquet").exists():
             return list(checkpoints.values())
+        if not running.exists():
+            require_space(out, self._bytes_on_disk(), "training")
         state = self._restore(running) if running.exists() else _State()
         if self.chooser:
             self.chooser.go_on_from(state.step * self.spec.training.batch_sequences)
@@ -240,6 +243,13 @@ class _Run:
         for left in out.glob("*.safetensors"):
             left.unlink()
         return list(checkpoints.values())
+
+    def _bytes_on_disk(self) -> int:
+        """A model and two moments in the running state, the next one and every trunk's, and a
+        checkpoint per end point, all in float32.
+        """
+        n: int = sum(p.numel() for p in self.model.parameters())
+        return 4 * n * (6 + 4 * len(self.spec.endpoints))
 
     def _trunk(self, target: int) -> Path:
         """Where the trunk's state lies at the fork to an end point.

@@ -18,6 +18,7 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
+from colorfilter.files import require_space
 from colorfilter.progress import Progress, silent
 from colorfilter.workers import Workers, cores
 from resources.artifacts import append_line
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
     from colorfilter.scoring import Losses, Receipt
     from colorfilter.training import Checkpoint, TrainSpec
+
+
+# Of a sequence's loss in a Parquet chunk, at most.
+BYTES_PER_LOSS = 16
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Gpu(dg.ConfigurableResource):
                 calls.append((models, *place, outs, job.precision, job.boundary))
                 jobs_of_calls.append(i)
                 left.update((i, m) for m in names)
+        unscored = sum((stop - start) * len(models) for models, _, _, start, stop, *_ in calls)
+        require_space(Home(self.home).root, BYTES_PER_LOSS * unscored, "scoring")
         for (i, model), found in receipts.items():
             if not left[i, model]:
                 yield jobs[i], model, found

@@ -19,7 +19,7 @@ import dagster as dg
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.files import lock, write_atomically
+from colorfilter.files import lock, require_space, write_atomically
 from colorfilter.score_tables import exclude, pair, unpair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
@@ -243,6 +243,7 @@ class ScoreStore(dg.ConfigurableResource):
         temporary = path.with_suffix(".next")
         temporary.unlink(missing_ok=True)
         if path.exists() and not fresh:
+            require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
             shutil.copyfile(path, temporary)
         connection = duckdb.connect()
         try:

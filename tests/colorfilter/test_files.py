@@ -1,10 +1,18 @@
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from colorfilter.files import file_sha256, write_atomically, write_text_atomically
+from colorfilter.files import (
+    file_sha256,
+    is_locked,
+    lock,
+    require_space,
+    write_atomically,
+    write_text_atomically,
+)
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", b"\x00\xff" * 300_000])
@@ -49,3 +57,17 @@ def test_a_text_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="disk full"):
         write_text_atomically(path, "other")
     assert path.read_bytes() == "größe\n".encode()
+
+
+def test_what_does_not_fit_on_the_disk_is_refused(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, 1000, "a run")
+    with pytest.raises(OSError, match=r"a run takes about .* GB are free at .*; make"):
+        require_space(tmp_path, 2 * free, "a run")
+
+
+def test_a_lock_is_seen_while_it_is_held(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "a")
+    with lock(tmp_path / "a"):
+        assert is_locked(tmp_path / "a")
+    assert not is_locked(tmp_path / "a")

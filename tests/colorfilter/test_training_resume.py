@@ -1,7 +1,9 @@
 """A training run that is killed and gone on with ends with the bits of an undisturbed one."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -202,4 +204,34 @@ def test_saving_states_changes_nothing(
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     train(replace(spec, out=tmp_path))
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_run_asks_for_the_room_that_it_takes(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    asked: list[int] = []
+    monkeypatch.setattr(training, "require_space", lambda _, size, __: asked.append(size))
+    taken: list[int] = []
+
+    def progress(_: int) -> None:
+        taken.append(sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
+
+    train(replace(spec, out=tmp_path), progress=progress)
+    (room,) = asked
+    weights = max(f.stat().st_size for f in tmp_path.rglob("model.safetensors"))
+    state = 3 * weights  # beside a running state, its successor lies for a moment
+    assert max(taken) + state < room < 2 * (max(taken) + state)
+
+
+def test_a_full_disk_is_told_before_the_first_step(
+    spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(spec, out=tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        with pytest.raises(OSError, match="make room"):
+            train(run)
+    train(run)
     assert_same_result(tmp_path, undisturbed)
