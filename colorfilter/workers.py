@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from multiprocessing.util import Finalize
 from typing import Any
 
 from colorfilter.progress import Progress, silent
@@ -40,6 +41,9 @@ class Workers:
             count, context, initializer=_begin, initargs=(self._done, self._stop, begun)
         )
         self.broken = False
+        # A process that multiprocessing started waits for its own children before it lets the
+        # pool end them. This comes before that, and before the queues close (10).
+        Finalize(self, self._pool.shutdown, exitpriority=100)
 
     def __enter__(self) -> "Workers":
         return self

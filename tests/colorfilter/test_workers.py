@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -119,3 +120,22 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     until(lambda: not any(p.is_running() and p.status() != "zombie" for p in started))
+
+
+_kept: list[Workers] = []
+
+
+def keep_workers() -> None:
+    """As a run that the web UI launched does, which is a child of multiprocessing itself."""
+    _kept.append(Workers(1))
+    list(_kept[0].run(count, [(1,)]))
+
+
+def test_a_process_that_keeps_its_workers_ends_and_they_with_it() -> None:
+    run = multiprocessing.get_context("spawn").Process(target=keep_workers)
+    run.start()
+    until(lambda: bool(psutil.Process(run.pid).children()))
+    workers_of_it = psutil.Process(run.pid).children()
+    run.join(30)
+    assert run.exitcode == 0
+    until(lambda: not any(worker.is_running() for worker in workers_of_it))
