@@ -1,22 +1,14 @@
 """The web UI as a person meets it: the real server, a real browser, clicks; runs by GraphQL."""
 
 import contextlib
-import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -25,6 +17,7 @@ import pytest
 from colorfilter.examples import Example
 from colorfilter.page import Section, html
 from resources.artifacts import ArtifactStore
+from tests.pipelines.server import REPOSITORY, Server, command, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
@@ -45,106 +38,8 @@ pytestmark = pytest.mark.skipif(
     not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"
 )
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TINY = REPOSITORY / "tests" / "tiny.yaml"
 GROUPS = ["corpus", "auxiliary", "scores", "filtered", "evaluated"]
-T = TypeVar("T")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *arguments]
-
-
-def wait_for(what: str, look: Callable[[], T | None], seconds: float) -> T:
-    """The first thing that `look` finds. Fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = look()
-        if found is not None:
-            return found
-        time.sleep(0.5)
-    pytest.fail(f"no {what} after {seconds:.0f} s")
-
-
-@dataclass
-class Server:
-    """`colorfilter ui` at work over a home."""
-
-    process: psutil.Process
-    port: int
-    home: Path
-    log: Path
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def processes(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
-
-    def answers(self) -> bool | None:
-        """True once it does; None until then."""
-        assert self.process.is_running(), self.log.read_text()
-        assert self.process.status() != psutil.STATUS_ZOMBIE, self.log.read_text()
-        try:
-            with urllib.request.urlopen(self.address, timeout=10) as response:
-                return True if response.status == 200 else None
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return None
-
-    def ask(self, query: str) -> dict[str, Any]:
-        """Answer to a GraphQL query."""
-        request = urllib.request.Request(
-            f"{self.address}/graphql",
-            json.dumps({"query": query}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            answer = json.load(response)
-        assert "errors" not in answer, answer
-        return answer["data"]
-
-    def locations(self) -> list[dict[str, Any]] | None:
-        """The code locations once all are loaded."""
-        query = """
-            {workspaceOrError {... on Workspace {locationEntries {
-                name loadStatus locationOrLoadError {__typename ... on PythonError {message}}
-            }}}}
-        """
-        entries = self.ask(query)["workspaceOrError"]["locationEntries"]
-        return entries if entries and all(e["loadStatus"] == "LOADED" for e in entries) else None
-
-    def runs(self) -> dict[str, dict[str, Any]]:
-        query = """
-            {runsOrError {... on Runs {results {
-                runId status jobName assetSelection {path} tags {key value}
-            }}}}
-        """
-        return {run["runId"]: run for run in self.ask(query)["runsOrError"]["results"]}
-
-    def new_run_succeeds(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The one run not known yet, once it has succeeded."""
-
-        def ended() -> dict[str, Any] | None:
-            new = [run for name, run in self.runs().items() if name not in known]
-            assert len(new) <= 1
-            if not new or new[0]["status"] not in {"SUCCESS", "FAILURE", "CANCELED"}:
-                return None
-            return new[0]
-
-        run = wait_for("ended run", ended, seconds)
-        assert run["status"] == "SUCCESS", self.log.read_text()[-5000:]
-        return run
-
-    def stop_as_by_ctrl_c(self) -> list[psutil.Process]:
-        """Interrupt the foreground group; returns what had to be killed after half a minute."""
-        there = self.processes()
-        os.killpg(self.process.pid, signal.SIGINT)
-        _, left = psutil.wait_procs(there, timeout=30)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=10)
-        return left
 
 
 @pytest.fixture(scope="session")
@@ -165,30 +60,9 @@ def run_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(run_home: Path) -> Iterator[Server]:
-    """The web UI over that home, its code loaded; in the end nothing of it may be left."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    log = run_home.parent / "ui.log"
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            command("ui", "--recipe", str(TINY), "--home", str(run_home), "--port", str(port)),
-            cwd=run_home.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    server = Server(psutil.Process(started.pid), port, run_home, log)
-    try:
-        wait_for("answer", server.answers, 90)
-        (location,) = wait_for("loaded code location", server.locations, 60)
-        loaded = location["locationOrLoadError"]
-        assert loaded["__typename"] == "RepositoryLocation", loaded
+    """The web UI over that home."""
+    with serving(TINY, run_home) as server:
         yield server
-    finally:
-        left = server.stop_as_by_ctrl_c()
-        started.wait(10)
-    assert not left, f"Ctrl-C did not end {left}"
 
 
 @pytest.fixture(scope="module")

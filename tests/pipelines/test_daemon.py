@@ -1,0 +1,252 @@
+"""Web server and daemon at work: what arrives by itself, what is killed, what meets on a device.
+
+`pytest -s` prints the figures.
+"""
+
+import contextlib
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import duckdb
+import pytest
+
+from assets.common import SHARDS
+from pipelines.partitions import over
+from resources.artifacts import ArtifactStore
+from resources.home import Home
+from tests.conftest import MODULES, STDLIB, Project, copy_of, recipe_facts, write_corpus
+from tests.pipelines.server import (
+    REPOSITORY,
+    Server,
+    command,
+    free_port,
+    serving,
+    start,
+    wait_for,
+)
+
+# Enough to score for some seconds, a chunk to each shard.
+MANY = sorted(p.stem for p in STDLIB.glob("[d-p]*.py") if p.stat().st_size > 25_000)
+
+
+@pytest.fixture(scope="module")
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The finished project over a corpus of its own, refreshed every minute."""
+    root = tmp_path_factory.mktemp("daemon")
+    write_corpus(root / "corpus", MODULES)
+    made = copy_of(finished, root)
+    made.facts = {**recipe_facts(root / "corpus"), "refresh": {"cron": "* * * * *"}}
+    made.write()
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(project: Project) -> Iterator[Server]:
+    with serving(project.path, project.home.root) as server:
+        yield server
+
+
+def every_shard(home: Home) -> dict[str, str]:
+    """Tags of a run over all shards."""
+    with dg.DagsterInstance.from_config(str(home.dagster)) as instance:
+        shards = instance.get_dynamic_partitions(str(SHARDS.name))
+    return over(shards, shards)
+
+
+STOP_SENSOR = "mutation($id: String!) {stopSensor(id: $id) {__typename}}"
+STOP_SCHEDULE = "mutation($id: String!) {stopRunningSchedule(id: $id) {__typename}}"
+STATES = """
+    query($in: RepositorySelector!) {repositoryOrError(repositorySelector: $in) {
+        ... on Repository {
+            sensors {name sensorState {id}} schedules {name scheduleState {id}}
+        }
+    }}
+"""
+
+
+@contextlib.contextmanager
+def automation(server: Server) -> Iterator[None]:
+    """The sensor of arrivals and the schedule are on, as by the switches on the Automation page."""
+    where = server.repository()
+    for kind, name in (("Sensor", "arrivals"), ("Schedule", "refresh")):
+        selector = {**where, f"{kind.lower()}Name": name}
+        query = (
+            f"mutation($it: {kind}Selector!) "
+            f"{{start{kind}({kind.lower()}Selector: $it) {{__typename}}}}"
+        )
+        assert "Error" not in server.ask(query, it=selector)[f"start{kind}"]["__typename"]
+    yield
+    found = server.ask(STATES, **{"in": where})["repositoryOrError"]
+    states = {s["name"]: s["sensorState"]["id"] for s in found["sensors"]}
+    server.ask(STOP_SENSOR, id=states["arrivals"])
+    (schedule,) = found["schedules"]
+    server.ask(STOP_SCHEDULE, id=schedule["scheduleState"]["id"])
+
+
+def chunks(project: Project) -> list[tuple[str, str]]:
+    """Model and file of every chunk that was scored, as often as it was."""
+    return [(r["model"], r["chunk"]) for r in project.kernel_runs() if r["verb"] == "score"]
+
+
+def by_hand(project: Project, job: str) -> list[str]:
+    """The command that runs a job without the daemon."""
+    where = "--recipe", str(project.path), "--home", str(project.home.root)
+    return command("run", "--job", job, *where)
+
+
+def forget_scores(project: Project) -> int:
+    """Lose the prior's losses, so that there is something to score; returns the chunks so far."""
+    shutil.rmtree(project.home.artifacts / "prior_scores")
+    return len(chunks(project))
+
+
+def mid_scoring(project: Project, before: int) -> int:
+    """Wait until some chunks are scored, and return how many."""
+    end = time.monotonic() + 90
+    while (done := len(chunks(project)) - before) < 3:
+        assert time.monotonic() < end, "nothing was scored in 90 s"
+        time.sleep(0.01)
+    return done
+
+
+def whole_once(project: Project, before: int) -> int:
+    """Every loss of the prior stands again, and no chunk was scored twice; how many were."""
+    store = ArtifactStore(home=str(project.home.root))
+    for shard in project.home.shards():
+        assert store.current("prior_scores", shard.name).path.exists()
+    scored = Counter(chunks(project)[before:])
+    assert set(scored.values()) == {1}
+    return len(scored)
+
+
+def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
+    project: Project, server: Server
+) -> None:
+    home, before = project.home, len(project.kernel_runs())
+    standing, known = {s.name for s in home.shards()}, server.runs()
+    with automation(server):
+        dropped = time.time()
+        write_corpus(project.root / "corpus", ["textwrap"])
+        run = server.new_run_succeeds(known, 150)
+    (new,) = {s.name for s in home.shards()} - standing
+    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+    assert run["jobName"] == "refresh"
+    assert tags["dagster/schedule_name"] == "refresh"
+    assert tags["dagster/asset_partition_range_start"] == new
+    runs = project.kernel_runs()[before:]
+    assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
+    with duckdb.connect(str(home.scores), read_only=True) as scores:
+        (n,) = scores.execute("SELECT count(*) FROM sequences WHERE shard = ?", [new]).fetchall()[0]
+    assert {r["sequences"] for r in runs} == {n}
+    print(
+        f"\ndropped file: run began {run['startTime'] - dropped:.0f} s later and took "
+        f"{run['endTime'] - run['startTime']:.1f} s; {n} sequences scored by two models, of "
+        f"{sum(r['sequences'] for r in project.kernel_runs()[:before] if r['verb'] == 'score')} "
+        "losses that stood"
+    )
+
+
+def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chunk(
+    project: Project, server: Server
+) -> None:
+    write_corpus(project.root / "corpus", MANY)
+    subprocess.run(
+        by_hand(project, "refresh"),
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        timeout=200,
+    )
+    before = forget_scores(project)
+    run_id = server.launch("rescore", every_shard(project.home))
+    done = mid_scoring(project, before)
+    process = server.run_process(run_id)
+    assert process is not None
+    own = process.children(recursive=True)
+    process.kill()
+    killed = time.time()
+    assert server.ended(run_id, 30)["status"] == "FAILURE"
+    failed = time.time() - killed
+
+    def again() -> dict[str, Any] | None:
+        for run in server.runs().values():
+            if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]:
+                return run if run["startTime"] else None
+        return None
+
+    second = wait_for("second run", again, 60)
+    assert server.ended(second["runId"], 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    assert not any(child.is_running() for child in own)
+    wait_for("end of the run's process", lambda: server.run_process(run_id) is None or None, 30)
+    print(
+        f"\nkilled after {done} chunks: failed {failed:.1f} s later, gone on with after "
+        f"{second['startTime'] - killed:.1f} s; {scored} chunks in all, none twice"
+    )
+
+
+def test_a_cancelled_run_stops_and_another_goes_on(project: Project, server: Server) -> None:
+    before = forget_scores(project)
+    run_id = server.launch("rescore", every_shard(project.home))
+    done = mid_scoring(project, before)
+    asked = time.time()
+    server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
+    assert server.ended(run_id, 30)["status"] == "CANCELED"
+    stopped = time.time() - asked
+    at_stop = len(chunks(project)) - before
+    second = server.launch("rescore", every_shard(project.home))
+    assert server.ended(second, 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    print(
+        f"\ncancelled after {done} chunks: stopped {stopped:.1f} s later with {at_stop}; "
+        f"{scored} chunks in all, none twice"
+    )
+
+
+def test_runs_that_want_the_same_at_once_share_the_work(project: Project, server: Server) -> None:
+    """Two of the web UI and one of the command line, on one device."""
+    before = forget_scores(project)
+    begun = time.time()
+    runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
+    third = subprocess.run(
+        by_hand(project, "rescore"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert third.returncode == 0, third.stderr
+    assert "lock" not in third.stdout + third.stderr
+    for run_id in runs:
+        assert server.ended(run_id, 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    print(
+        f"\nthree at once: all done after {time.time() - begun:.0f} s, {scored} chunks, none twice"
+    )
+
+
+def test_after_a_power_cut_the_next_start_puts_things_right(project: Project) -> None:
+    first = start(project.path, project.home.root, port=free_port())
+    before = forget_scores(project)
+    run_id = first.launch("rescore", every_shard(project.home))
+    done = mid_scoring(project, before)
+    first.kill()
+    wait_for("free lease", lambda: None if project.home.run_is_alive(run_id) else True, 10)
+    with serving(project.path, project.home.root) as server:
+        begun = time.time()
+        assert server.runs()[run_id]["status"] == "STARTED"
+        assert server.ended(run_id, 60)["status"] == "FAILURE"
+        failed = time.time() - begun
+        second = server.launch("rescore", every_shard(project.home))
+        assert server.ended(second, 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    print(
+        f"\npower cut after {done} chunks: failed {failed:.1f} s after the start; {scored} chunks "
+        "in all, none twice"
+    )
