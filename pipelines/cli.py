@@ -49,6 +49,7 @@ HomeOption = Annotated[
         help="The folder for everything that is produced; it belongs to one recipe.",
     ),
 ]
+BackupArgument = Annotated[Path, typer.Argument(help="The folder of the backup.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of failures.")]
 
 
@@ -75,7 +76,7 @@ def run(
     Exit code 0: it ran; 1: it failed; 2: the input is wrong. A dry run opens no source and writes
     nothing.
     """
-    from pipelines.display import show_progress
+    from pipelines.display import print_report, show_progress
     from pipelines.running import bring_in, execute, refuse_missing_packages
 
     if dry_run:
@@ -90,7 +91,7 @@ def run(
     if failure:
         _give_up(failure, debug)
     if job in {settings.Job.EVERYTHING, settings.Job.EVALUATE}:
-        _print_report(plan, place)
+        print_report(console, plan, place)
 
 
 def _give_up(failure: "Failure", debug: bool) -> NoReturn:
@@ -253,6 +254,43 @@ def prune(
 
 
 @app.command()
+def backup(
+    folder: BackupArgument,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+) -> None:
+    """Back up the home into a folder, while the pipeline may be at work.
+
+    Copies what the folder does not have yet; what was copied once stays there. A backup that was
+    stopped leaves the last one whole, and the next goes on from there.
+    """
+    from pipelines.display import show_copying
+    from resources.backup import back_up
+    from resources.home import Home
+
+    with show_copying(console) as listener:
+        done = back_up(Home(home), folder, listener)
+    console.print(done.summary, highlight=False)
+
+
+@app.command()
+def restore(
+    folder: BackupArgument,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+) -> None:
+    """Make a new home of a backup, every file checked against its sha256.
+
+    A damaged backup is refused, and leaves no home.
+    """
+    from pipelines.display import show_copying
+    from resources.backup import restore as bring_back
+    from resources.home import Home
+
+    with show_copying(console) as listener:
+        done = bring_back(folder, Home(home), listener)
+    console.print(done.summary, highlight=False)
+
+
+@app.command()
 def ui(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
@@ -334,35 +372,6 @@ def _artifacts(place: "Home") -> "ArtifactStore":
     from resources.artifacts import ArtifactStore
 
     return ArtifactStore(home=str(place.root))
-
-
-def _print_report(plan: "Recipe", place: "Home") -> None:
-    import polars as pl
-
-    from colorfilter.report import LOSSES, arm_lines, comparison_in_brief, judged_by
-
-    artifacts = _artifacts(place)
-    for domain in plan.domains:
-        report = artifacts.current(f"{domain.name}/report")
-        rows = pl.read_parquet(report.path / "evaluations.parquet")
-        measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
-        header, brief = comparison_in_brief(arm_lines(measured))
-        words = LOSSES[judged_by(measured)].lower().rstrip(",")
-        title = f"{domain.name}: {words}, nats per token, lower is better"
-        table = Table(title=title, box=box.SIMPLE, pad_edge=False)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for line in brief:
-            table.add_row(*line)
-        console.print(table)
-        for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
-            console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")
-        console.print(f"report    {report.path / 'report.html'}", soft_wrap=True)
-        for arm in plan.arms:
-            made = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
-            console.print(f"dataset   {made.path}", soft_wrap=True)
-    console.print(f"scores    {place.scores}", soft_wrap=True)
-    console.print(f"results   {place.results}", soft_wrap=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a line per finished asset, a bar for the one at work."""
+"""What the terminal shows: of a run a line per finished asset and a bar, in the end the outcome."""
 
 import contextlib
 import time
@@ -6,10 +6,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
+import polars as pl
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
 
 from assets import common
+from colorfilter.recipe import Recipe
+from colorfilter.report import LOSSES, arm_lines, comparison_in_brief, judged_by
+from resources.artifacts import ArtifactStore
+from resources.home import Home
 
 
 @contextlib.contextmanager
@@ -66,6 +81,48 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             yield event
     finally:
         common.Progress.listener = None
+
+
+@contextlib.contextmanager
+def show_copying(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Draw how far copying is; gives the function to call with the bytes done and in all."""
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_report(console: Console, plan: Recipe, place: Home) -> None:
+    """Print how the arms compare, and where everything lies."""
+    artifacts = ArtifactStore(home=str(place.root))
+    for domain in plan.domains:
+        report = artifacts.current(f"{domain.name}/report")
+        rows = pl.read_parquet(report.path / "evaluations.parquet")
+        measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
+        header, brief = comparison_in_brief(arm_lines(measured))
+        words = LOSSES[judged_by(measured)].lower().rstrip(",")
+        title = f"{domain.name}: {words}, nats per token, lower is better"
+        table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for line in brief:
+            table.add_row(*line)
+        console.print(table)
+        for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
+            console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")
+        console.print(f"report    {report.path / 'report.html'}", soft_wrap=True)
+        for arm in plan.arms:
+            made = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
+            console.print(f"dataset   {made.path}", soft_wrap=True)
+    console.print(f"scores    {place.scores}", soft_wrap=True)
+    console.print(f"results   {place.results}", soft_wrap=True)
 
 
 def _asset(step_key: str | None) -> str:

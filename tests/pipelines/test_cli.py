@@ -218,6 +218,44 @@ def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) ->
     assert not done.stderr.strip()
 
 
+def test_a_backup_is_restored_to_another_home(finished: Project, tmp_path: Path) -> None:
+    folder, home = str(tmp_path / "backup"), str(tmp_path / "home")
+    made = len({entry["path"] for entry in finished.ledger()})
+    for command, place, there in (
+        ("backup", str(finished.home.root), 0),
+        ("backup", str(finished.home.root), made),
+        ("restore", home, 0),
+    ):
+        done = colorfilter(command, folder, "--home", place)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.strip().splitlines()
+        assert line.startswith(f"{made - there} artefacts copied, {there} already there; ")
+        assert not done.stderr.strip()
+    shown = [
+        colorfilter("status", "--recipe", str(finished.path), "--home", place).stdout
+        for place in (str(finished.home.root), home)
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_what_cannot_be_backed_up_or_restored_is_told_in_a_line(
+    finished: Project, tmp_path: Path
+) -> None:
+    home = str(finished.home.root)
+    (tmp_path / "file").write_text("in the way")
+    for arguments, why in (
+        (("backup", f"{home}/backup", "--home", home), "lies in the home"),
+        (("backup", str(tmp_path), "--home", home), "holds something else than a backup"),
+        (("backup", str(tmp_path / "file"), "--home", home), "File exists"),
+        (("restore", str(tmp_path), "--home", str(tmp_path / "new")), "is not a backup"),
+    ):
+        done = colorfilter(*arguments)
+        assert done.returncode == 2, done.stdout
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert why in line
+
+
 @pytest.mark.parametrize("command", ["run", "cost", "status", "ui"])
 def test_help_says_what_a_command_takes(command: str) -> None:
     done = colorfilter(command, "--help")
