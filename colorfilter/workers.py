@@ -88,9 +88,8 @@ class Workers:
         finally:
             if pending:
                 self._stop.set()
-                for future in pending:
-                    future.cancel()
-                wait(pending)
+                # Not for those that could be cancelled: a pool that breaks never says so of them.
+                wait([future for future in pending if not future.cancel()])
                 self._stop.clear()
 
 

@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="CoLoR-Filter: choose pre-training data by conditional minus prior loss.",
 )
-console = Console()
+# Into a file or a pipe, where a terminal's width says nothing, names are not cut.
+console = Console(width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True)
 
 RecipeOption = Annotated[

@@ -49,6 +49,8 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             "artifacts": ArtifactStore(home=home),
             "gpu": Gpu(home=home),
             "score_store": ScoreStore(home=home),
+            # Dagster's own would pickle what an op returns.
+            "io_manager": dg.mem_io_manager,
         },
         jobs=[*build_jobs(), select_job(recipe)],
         sensors=[arrivals_sensor(recipe), cut_off_runs],

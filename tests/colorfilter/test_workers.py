@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +140,31 @@ def test_a_process_that_keeps_its_workers_ends_and_they_with_it() -> None:
     run.join(30)
     assert run.exitcode == 0
     until(lambda: not any(worker.is_running() for worker in workers_of_it))
+
+
+# The pool's own thread dies of that in Python 3.11.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_that_is_called_off_as_its_workers_die_ends(tmp_path: Path) -> None:
+    """As by a signal to the whole group. Of calls that wait a broken pool says nothing more."""
+    others = set(psutil.Process().children())
+    ended: list[str] = []
+
+    def interrupted(_: int) -> None:
+        for worker in set(psutil.Process().children()) - others:
+            worker.kill()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        try:
+            list(
+                Workers(1).run(
+                    go_on_for_ever, [(tmp_path / str(i),) for i in range(8)], interrupted
+                )
+            )
+        except KeyboardInterrupt:
+            ended.append("called off")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended == ["called off"]

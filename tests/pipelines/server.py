@@ -96,6 +96,19 @@ class Server:
         """
         return {run["runId"]: run for run in self.ask(query)["runsOrError"]["results"]}
 
+    def ticked(self, sensor: str) -> bool:
+        """Whether a sensor has ticked."""
+        query = """
+            query($it: SensorSelector!) {sensorOrError(sensorSelector: $it) {
+                ... on Sensor {sensorState {ticks(limit: 1) {status}}}
+            }}
+        """
+        found = self.ask(query, it={**self.repository(), "sensorName": sensor})
+        return any(
+            tick["status"] in {"SUCCESS", "SKIPPED"}
+            for tick in found["sensorOrError"]["sensorState"]["ticks"]
+        )
+
     def new_run_succeeds(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The one run not known yet, once it has succeeded."""
 

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import duckdb
 import numpy as np
 import psutil
 import pytest
@@ -17,7 +18,8 @@ import pytest
 from colorfilter.examples import Example
 from colorfilter.page import Section, html
 from resources.artifacts import ArtifactStore
-from tests.pipelines.server import REPOSITORY, Server, command, serving
+from resources.home import Home
+from tests.pipelines.server import REPOSITORY, Server, command, serving, wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.skipif(
     not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"
 )
 
+SCREENSHOTS = REPOSITORY / ".screenshots"
 TINY = REPOSITORY / "tests" / "tiny.yaml"
 GROUPS = ["corpus", "auxiliary", "scores", "filtered", "evaluated"]
 
@@ -101,13 +104,19 @@ class Watch:
 
 
 @pytest.fixture
-def page(server: Server, browser: "Browser") -> Iterator["Page"]:
-    """A fresh page; no test may leave an error in its console or call another host."""
+def page(server: Server, browser: "Browser", request: pytest.FixtureRequest) -> Iterator["Page"]:
+    """A fresh page; no test may leave an error in its console or call another host.
+
+    What it shows in the end is kept in SCREENSHOTS.
+    """
     context = browser.new_context(base_url=server.address, viewport={"width": 1600, "height": 1000})
     watch = Watch(server)
     watch.attach(context)
     context.set_default_timeout(30_000)
-    yield context.new_page()
+    page = context.new_page()
+    yield page
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
     context.close()
     assert watch.errors == []
     assert watch.elsewhere == []
@@ -254,6 +263,38 @@ def test_all_shards_are_materialized_in_one_run_and_a_lost_one_is_made_again(
     assert run["assetSelection"] == [{"path": ["raw_corpus"]}]
     again = artifacts.current("raw_corpus", first)
     assert (again.path, again.fingerprint) == (lost.path, lost.fingerprint)
+
+
+def test_the_sensor_is_switched_on_by_a_click(page: "Page", server: Server) -> None:
+    page.goto("/automation")
+    for name in ("arrivals", "refresh", "cut_off_runs"):
+        see(page, name)
+    switch = page.locator("label[class*=Switch]").first  # they stand in order of name
+    switch.click()
+    sync_api.expect(switch.locator("input")).to_be_checked()
+    wait_for("tick", lambda: server.ticked("arrivals") or None, 60)
+
+
+def test_another_tau_is_selected_from_the_launchpad(page: "Page", server: Server) -> None:
+    known, kernels = server.runs(), Home(server.home).kernel_runs.read_text()
+    page.goto("/jobs")
+    page.get_by_text("select", exact=True).click()
+    page.get_by_role("tab", name="Launchpad").click()
+    editor = page.locator(".CodeMirror").first
+    editor.click()
+    page.keyboard.press("ControlOrMeta+A")
+    page.keyboard.insert_text("ops: {select_once: {config: {domain: reference, tau: 5}}}")
+    page.get_by_role("button", name="Launch Run").click()
+    run = server.new_run_succeeds(known, 60)
+    assert run["jobName"] == "select"
+    assert Home(server.home).kernel_runs.read_text() == kernels
+    with duckdb.connect(str(Home(server.home).scores), read_only=True) as scores:
+        versions = "SELECT arm FROM selection_versions WHERE current ORDER BY arm"
+        assert ("color_tau5",) in scores.execute(versions).fetchall()
+    page.goto(f"/runs/{run['runId']}")
+    see(page, re.compile("arm color_tau5, selected .* overlap"))
+    stored = (Home(server.home).dagster / "storage").rglob("*")
+    assert all("compute_logs" in file.parts for file in stored if file.is_file())  # no pickles
 
 
 def test_only_this_machine_can_reach_the_server(server: Server) -> None:
