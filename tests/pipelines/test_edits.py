@@ -1,0 +1,136 @@
+"""Edit one value of the recipe: what is computed again, and what the web UI calls out of date.
+
+`pytest -s` prints both, side by side.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+
+from assets.common import SHARDS
+from pipelines.graph import build_definitions
+from pipelines.running import bring_in
+from tests.conftest import Project, copy_of, made_since
+
+DATASET = ("selection", "leakage", "filtered_dataset")
+MODEL = ("target_model", "evaluation")
+
+
+def of(arms: list[str], parts: tuple[str, ...]) -> set[str]:
+    return {f"reference/{arm}/{part}" for arm in arms for part in parts}
+
+
+def set_tau(facts: dict[str, Any]) -> None:
+    facts["arms"][0]["tau"] = 6
+
+
+def set_domain_rate(facts: dict[str, Any]) -> None:
+    facts["domains"][0]["training"]["learning_rate"] = 2e-3
+
+
+def set_prior_rate(facts: dict[str, Any]) -> None:
+    facts["prior"]["training"]["learning_rate"] = 2e-3
+
+
+def set_target_rate(facts: dict[str, Any]) -> None:
+    facts["target"]["training"]["learning_rate"] = 2e-3
+
+
+def set_seeds(facts: dict[str, Any]) -> None:
+    facts["evaluation"]["seeds"] = [1, 2, 3]
+
+
+def set_schedule(facts: dict[str, Any]) -> None:
+    facts["refresh"] = {"cron": "0 5 * * *", "limits": {"overlap": 0.1}}
+
+
+def called_stale(project: Project) -> set[str]:
+    """What the web UI marks as out of date or missing, with the recipe as it is."""
+    defs = build_definitions(project.recipe, str(project.home.root))
+    graph = defs.resolve_asset_graph()
+    found = set()
+    with dg.DagsterInstance.get() as instance:
+        shards = instance.get_dynamic_partitions(str(SHARDS.name))
+        view = AssetGraphView.for_test(defs, instance)
+        resolver = CachingStaleStatusResolver(instance, graph, view)
+        for key in graph.materializable_asset_keys:
+            partitions = shards if graph.get(key).is_partitioned else [None]
+            if any(resolver.get_status(key, p) != StaleStatus.FRESH for p in partitions):
+                found.add(key.to_user_string())
+    return found
+
+
+SCORED = ["color_tau4", "conditional_only_tau4"]
+REPORT = {"reference/report"}
+# What follows from another conditional. Of random the dataset is written anew, for the colors in
+# it, and no model is trained.
+FROM_CONDITIONAL = {
+    "reference/conditional_model",
+    "reference/conditional_scores",
+    "reference/cutoff_confidence",
+    "score_tables",
+    *of(SCORED, DATASET + MODEL),
+    *of(["random"], DATASET),
+    *REPORT,
+}
+
+
+@pytest.mark.parametrize(
+    ("edit", "computed", "marked"),
+    [
+        (
+            set_tau,
+            of(["color_tau6"], DATASET + MODEL) | REPORT,
+            of(["color_tau6"], DATASET + MODEL) | REPORT,
+        ),
+        (
+            set_domain_rate,
+            FROM_CONDITIONAL,
+            {"reference/conditional_model", "reference/cutoff_confidence"},
+        ),
+        (set_prior_rate, FROM_CONDITIONAL | {"prior_model", "prior_scores"}, {"prior_model"}),
+        (
+            set_target_rate,
+            of([*SCORED, "random"], MODEL) | REPORT,
+            of([*SCORED, "random"], ("target_model",)),
+        ),
+        (  # conditional_only has seeds of its own
+            set_seeds,
+            of(["color_tau4", "random"], MODEL) | REPORT,
+            of(["color_tau4", "random"], ("target_model",)),
+        ),
+        (set_schedule, set(), set()),
+    ],
+)
+def test_only_what_depends_on_an_edit_is_computed_again(
+    finished: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    edit: Callable[[dict[str, Any]], None],
+    computed: set[str],
+    marked: set[str],
+) -> None:
+    """Dagster marks where a change begins, and not what follows from it."""
+    project = copy_of(finished, tmp_path)
+    monkeypatch.setenv("DAGSTER_HOME", str(project.home.dagster))
+    bring_in(project.recipe, project.home)
+    assert called_stale(project) == set()
+    project.facts = json.loads(json.dumps(finished.facts))  # no part is shared
+    edit(project.facts)
+    project.write()
+    stale, before = called_stale(project), len(project.ledger())
+    assert project.run(monkeypatch) is None
+    made = set(made_since(project, before))
+    print(f"\n{edit.__name__}")
+    for asset in sorted(stale | made):
+        words = "computed" if asset in made else "", "marked" if asset in stale else ""
+        print(f"  {asset:<48} {words[0]:<10} {words[1]}")
+    assert made == computed
+    assert stale == marked
+    assert called_stale(project) == set()
