@@ -13,7 +13,7 @@ import yaml
 
 from resources.artifacts import ArtifactStore
 from resources.home import Home
-from tests.conftest import MODULES, Project, recipe_facts, write_corpus
+from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
 
 
 def colorfilter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -256,7 +256,48 @@ def test_what_cannot_be_backed_up_or_restored_is_told_in_a_line(
         assert why in line
 
 
-@pytest.mark.parametrize("command", ["run", "cost", "status", "ui"])
+def test_select_says_what_would_change_and_then_does_it(finished: Project, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path)
+    where = ("--recipe", str(project.path), "--home", str(project.home.root))
+    before = len(project.ledger())
+    asked = colorfilter("select", "--domain", "reference", "--tau", "3", "--dry-run", *where)
+    assert asked.returncode == 0, asked.stderr
+    facts = dict(line.rsplit(maxsplit=1) for line in asked.stdout.splitlines() if line.strip())
+    assert facts["arm"] == "color_tau3"
+    assert int(facts["leaving"]) == 0  # the best third holds the best quarter
+    assert int(facts["entering"]) > 0
+    assert facts["overlap"] == "1.0000"
+    assert len(project.ledger()) == before
+    done = colorfilter("select", "--domain", "reference", "--tau", "3", *where)
+    assert done.returncode == 0, done.stderr
+    made = ArtifactStore(home=str(project.home.root)).current("reference/color_tau3/selection")
+    assert made.facts["selected"] == int(facts["selected"])
+    wrong = colorfilter("select", "--domain", "nowhere", "--tau", "3", *where)
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip() == (
+        "error: domain: the recipe has none named 'nowhere'; give reference"
+    )
+
+
+def test_prune_says_what_it_would_remove_and_asks(finished: Project, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path)
+    where = ("--recipe", str(project.path), "--home", str(project.home.root))
+    left = project.home.artifacts / "prior_model" / ("0" * 16)
+    left.mkdir()
+    (left / "half").write_bytes(b"x" * 1_000_000)
+    asked = colorfilter("prune", *where)  # nobody is there to say yes
+    assert asked.returncode == 1
+    assert "unfinished" in asked.stdout
+    assert "Remove 1 folders, 1.0 MB?" in asked.stdout
+    assert left.exists()
+    done = colorfilter("prune", "--yes", *where)
+    assert done.returncode == 0, done.stderr
+    assert "removed 1 folders, 1.0 MB" in done.stdout
+    assert not left.exists()
+    assert "nothing to remove" in colorfilter("prune", *where).stdout
+
+
+@pytest.mark.parametrize("command", ["run", "select", "cost", "status", "prune", "ui"])
 def test_help_says_what_a_command_takes(command: str) -> None:
     done = colorfilter(command, "--help")
     assert done.returncode == 0

@@ -143,11 +143,13 @@ def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
     with duckdb.connect(str(home.scores), read_only=True) as scores:
         (n,) = scores.execute("SELECT count(*) FROM sequences WHERE shard = ?", [new]).fetchall()[0]
     assert {r["sequences"] for r in runs} == {n}
+    (first,) = [r for r in known.values() if r["jobName"] == "everything"]
+    losses = [r for r in project.kernel_runs()[:before] if r["verb"] == "score"]
     print(
-        f"\ndropped file: run began {run['startTime'] - dropped:.0f} s later and took "
-        f"{run['endTime'] - run['startTime']:.1f} s; {n} sequences scored by two models, of "
-        f"{sum(r['sequences'] for r in project.kernel_runs()[:before] if r['verb'] == 'score')} "
-        "losses that stood"
+        f"\none new shard of {len(standing) + 1}: its run began {run['startTime'] - dropped:.0f} s "
+        f"later and took {run['endTime'] - run['startTime']:.1f} s, the first one "
+        f"{first['endTime'] - first['startTime']:.1f} s; {n} sequences scored by two models, of "
+        f"{sum(r['sequences'] for r in losses)} losses that stood"
     )
 
 

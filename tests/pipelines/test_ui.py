@@ -45,26 +45,19 @@ TINY = REPOSITORY / "tests" / "tiny.yaml"
 GROUPS = ["corpus", "auxiliary", "scores", "filtered", "evaluated"]
 
 
-@pytest.fixture(scope="session")
-def run_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the command line has run the tiny recipe."""
-    home = tmp_path_factory.mktemp("ui") / "home"
-    done = subprocess.run(
-        command("run", "--recipe", str(TINY), "--home", str(home)),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home
-
-
 @pytest.fixture(scope="module")
-def server(run_home: Path) -> Iterator[Server]:
-    """The web UI over that home."""
-    with serving(TINY, run_home) as server:
+def server(tmp_path_factory: pytest.TempPathFactory, browser: "Browser") -> Iterator[Server]:
+    """The web UI over a home that was empty when it was started, and then filled by clicks."""
+    with serving(TINY, tmp_path_factory.mktemp("ui") / "home") as server:
+        page = browser.new_page(base_url=server.address)
+        page.goto("/jobs")
+        page.get_by_text("everything", exact=True).click()
+        page.get_by_role("button", name="Materialize all").first.click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_role("button", name="All", exact=True).click()
+        dialog.get_by_role("button", name="Launch backfill").click()
+        server.new_run_succeeds({}, 300)
+        page.close()
         yield server
 
 
@@ -147,8 +140,21 @@ def test_the_graph_shows_the_stages(page: "Page") -> None:
         sync_api.expect(node).to_be_visible(timeout=30_000)
 
 
-def test_what_the_command_line_ran_is_seen(page: "Page", server: Server) -> None:
-    (run,) = [run for run in server.runs().values() if run["jobName"] == "everything"]
+def test_what_the_command_line_runs_is_seen(page: "Page", server: Server) -> None:
+    """It finds everything standing that the web UI's run has made."""
+    known, kernels = server.runs(), Home(server.home).kernel_runs.read_text()
+    done = subprocess.run(
+        command("run", "--recipe", str(TINY), "--home", str(server.home)),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Home(server.home).kernel_runs.read_text() == kernels
+    run = server.new_run_succeeds(known, 10)
+    assert run["jobName"] == "everything"
     page.goto(f"/runs/{run['runId']}")
     for fact in ("everything", "Success", "reference__report"):
         see(page, fact)
@@ -182,9 +188,9 @@ def test_the_report_compares_the_arms(page: "Page") -> None:
         see(page, fact)
 
 
-def test_the_report_opens_offline(run_home: Path, browser: "Browser") -> None:
+def test_the_report_opens_offline(server: Server, browser: "Browser") -> None:
     """From the disk, in a browser that can reach nothing, by day and by night."""
-    folder = ArtifactStore(home=str(run_home)).current("reference/report").path
+    folder = ArtifactStore(home=str(server.home)).current("reference/report").path
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme, offline=True)
         complaints: list[str] = []
