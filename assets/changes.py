@@ -172,9 +172,7 @@ def _compare(
         found["drift"] = drift(connection, arm.method, domain.name, new).size
         counts, low, high = histogram(connection, arm.method, domain.name, new)
         shown["new shards"] = len(new)
-        shown["scores of new shards"] = outlines(
-            {"others": list(counts[0]), "new": list(counts[1])}, low, high
-        )
+        shown["scores of new shards"] = outlines(list(counts[0]), list(counts[1]), low, high)
     return found, shown
 
 

@@ -54,22 +54,21 @@ def histogram(counts: Sequence[int], low: float, high: float) -> dg.MarkdownMeta
 
 
 def outlines(
-    parts: Mapping[str, Sequence[int]], low: float, high: float
+    others: Sequence[int], new: Sequence[int], low: float, high: float
 ) -> dg.MarkdownMetadataValue:
     """Two counts over equal bins from low to high as lines, each in shares of its own total."""
-    colours = {"grey": "#999", "blue": "#36c"}
-    tallest = max(max(counts) / max(1, sum(counts)) for counts in parts.values()) or 1.0
+    shares = [[count / max(1, sum(counts)) for count in counts] for counts in (others, new)]
+    tallest = max(map(max, shares)) or 1.0
+    step = WIDTH / (len(new) - 1)
     drawn = ""
-    for counts, colour in zip(parts.values(), colours.values(), strict=True):
-        step = WIDTH / (len(counts) - 1)
-        size = (HEIGHT - 4) / tallest / max(1, sum(counts))
+    for heights, colour in zip(shares, ("#999", "#36c"), strict=True):
         points = " ".join(
-            f"{round(i * step)},{round(HEIGHT - 2 - size * count)}"
-            for i, count in enumerate(counts)
+            f"{round(i * step)},{round(HEIGHT - 2 - (HEIGHT - 4) * height / tallest)}"
+            for i, height in enumerate(heights)
         )
         drawn += f'<polyline fill="none" stroke="{colour}" points="{points}"/>'
-    names = ", ".join(f"{name} {colour}" for name, colour in zip(parts, colours, strict=True))
-    return _inline(drawn, f"{names}; {low:.2f} to {high:.2f} nats per token; left is better")
+    words = f"others grey, new blue; {low:.2f} to {high:.2f} nats per token; left is better"
+    return _inline(drawn, words)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:

@@ -149,10 +149,10 @@ class ArtifactStore(dg.ConfigurableResource):
         if context.run:
             self._run = lock(self.at.run_lease(context.run.run_id))
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         """Let go of what setup_for_execution holds."""
-        if context.run and self._run:
-            self.at.run_lease(context.run.run_id).unlink(missing_ok=True)
+        if self._run:
+            Path(self._run.name).unlink(missing_ok=True)
             self._run.close()
 
     @property

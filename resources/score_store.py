@@ -171,6 +171,7 @@ class ScoreStore(dg.ConfigurableResource):
     ) -> None:
         """Enter a selection (fingerprint, Parquet file), the current one of its domain and arm."""
         mine = "WHERE selection = ? AND domain = ? AND arm = ?"
+        # Looked at first: a change, even to the same, costs a copy of the tables.
         with self.read() as connection:
             found = fetch(
                 connection,

@@ -138,4 +138,4 @@ def test_a_dataset_is_late_as_the_recipe_says(finished: Project) -> None:
 
 def test_a_picture_of_both_is_small_enough_to_be_shown_in_the_table() -> None:
     high = [10_000 + 977 * i for i in range(28)]
-    assert len(outlines({"others": high, "new": high[::-1]}, -1.25, 10.5).value) < 1000
+    assert len(outlines(high, high[::-1], -1.25, 10.5).value) < 1000

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,14 +18,10 @@ import psutil
 import pytest
 
 from resources.home import Home
+from tests.pipelines.program import command
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 T = TypeVar("T")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *arguments]
 
 
 def wait_for(what: str, look: Callable[[], T | None], seconds: float) -> T:
@@ -131,11 +126,11 @@ class Server:
             "repositoryName": "__repository__",
         }
 
-    def launch(self, job: str, tags: Mapping[str, str] = {}, config: Any = None) -> str:
+    def launch(self, job: str, tags: Mapping[str, str]) -> str:
         """Launch a run of a job, as the launchpad does; returns its id."""
         parameters = {
             "selector": {**self.repository(), "jobName": job},
-            "runConfigData": config or {},
+            "runConfigData": {},
             "executionMetadata": {"tags": [{"key": k, "value": v} for k, v in tags.items()]},
         }
         query = """

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,18 +13,7 @@ import yaml
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
-
-
-def colorfilter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        cwd=Path(__file__).resolve().parent.parent.parent,
-        check=False,
-    )
+from tests.pipelines.program import REPOSITORY, colorfilter, command
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +159,8 @@ def test_a_home_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_path: Path) -> None:
     arguments = ["run", "--recipe", str(finished.path), "--home", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=Path(__file__).resolve().parent.parent.parent,
+        command(*arguments),
+        cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -221,12 +209,12 @@ def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) ->
 def test_a_backup_is_restored_to_another_home(finished: Project, tmp_path: Path) -> None:
     folder, home = str(tmp_path / "backup"), str(tmp_path / "home")
     made = len({entry["path"] for entry in finished.ledger()})
-    for command, place, there in (
+    for verb, place, there in (
         ("backup", str(finished.home.root), 0),
         ("backup", str(finished.home.root), made),
         ("restore", home, 0),
     ):
-        done = colorfilter(command, folder, "--home", place)
+        done = colorfilter(verb, folder, "--home", place)
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.strip().splitlines()
         assert line.startswith(f"{made - there} artefacts copied, {there} already there; ")
@@ -297,9 +285,9 @@ def test_prune_says_what_it_would_remove_and_asks(finished: Project, tmp_path: P
     assert "nothing to remove" in colorfilter("prune", *where).stdout
 
 
-@pytest.mark.parametrize("command", ["run", "select", "cost", "status", "prune", "ui"])
-def test_help_says_what_a_command_takes(command: str) -> None:
-    done = colorfilter(command, "--help")
+@pytest.mark.parametrize("verb", ["run", "select", "cost", "status", "prune", "ui"])
+def test_help_says_what_a_command_takes(verb: str) -> None:
+    done = colorfilter(verb, "--help")
     assert done.returncode == 0
     assert "--recipe" in done.stdout
     assert "--home" in done.stdout

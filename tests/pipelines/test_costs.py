@@ -15,7 +15,7 @@ from pipelines.settings import RECIPES, recipe_path
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import Project, recipe_facts
-from tests.pipelines.test_cli import colorfilter
+from tests.pipelines.program import colorfilter
 
 
 def shown(recipe: str, home: Path, width: int = 200, **options: float) -> str:

@@ -5,7 +5,6 @@
 
 import contextlib
 import shutil
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,15 +20,8 @@ from pipelines.partitions import over
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import MODULES, STDLIB, Project, copy_of, recipe_facts, write_corpus
-from tests.pipelines.server import (
-    REPOSITORY,
-    Server,
-    command,
-    free_port,
-    serving,
-    start,
-    wait_for,
-)
+from tests.pipelines.program import colorfilter
+from tests.pipelines.server import Server, free_port, serving, start, wait_for
 
 # Enough to score for some seconds, a chunk to each shard.
 MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 10_000)
@@ -94,10 +86,12 @@ def chunks(project: Project) -> list[tuple[str, str]]:
     return [(r["model"], r["chunk"]) for r in project.kernel_runs() if r["verb"] == "score"]
 
 
-def by_hand(project: Project, job: str) -> list[str]:
-    """The command that runs a job without the daemon."""
+def by_hand(project: Project, job: str) -> None:
+    """Run a job by the command line, without the daemon."""
     where = "--recipe", str(project.path), "--home", str(project.home.root)
-    return command("run", "--job", job, *where)
+    done = colorfilter("run", "--job", job, *where)
+    assert done.returncode == 0, done.stderr
+    assert "lock" not in done.stdout + done.stderr
 
 
 def forget_scores(project: Project) -> int:
@@ -163,13 +157,7 @@ def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chun
     project: Project, server: Server
 ) -> None:
     write_corpus(project.root / "corpus", MANY)
-    subprocess.run(
-        by_hand(project, "refresh"),
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-        timeout=200,
-    )
+    by_hand(project, "refresh")
     before = forget_scores(project)
     run_id = server.launch("rescore", every_shard(project.home))
     process, done = mid_scoring(server, project, run_id, before)
@@ -220,16 +208,7 @@ def test_runs_that_want_the_same_at_once_share_the_work(project: Project, server
     before = forget_scores(project)
     begun = time.time()
     runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
-    third = subprocess.run(
-        by_hand(project, "rescore"),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert third.returncode == 0, third.stderr
-    assert "lock" not in third.stdout + third.stderr
+    by_hand(project, "rescore")
     for run_id in runs:
         assert server.ended(run_id, 120)["status"] == "SUCCESS"
     scored = whole_once(project, before)

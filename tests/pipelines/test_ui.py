@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -19,7 +18,8 @@ from colorfilter.examples import Example
 from colorfilter.page import Section, html
 from resources.artifacts import ArtifactStore
 from resources.home import Home
-from tests.pipelines.server import REPOSITORY, Server, command, serving, wait_for
+from tests.pipelines.program import REPOSITORY, colorfilter
+from tests.pipelines.server import Server, serving, wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
@@ -143,14 +143,7 @@ def test_the_graph_shows_the_stages(page: "Page") -> None:
 def test_what_the_command_line_runs_is_seen(page: "Page", server: Server) -> None:
     """It finds everything standing that the web UI's run has made."""
     known, kernels = server.runs(), Home(server.home).kernel_runs.read_text()
-    done = subprocess.run(
-        command("run", "--recipe", str(TINY), "--home", str(server.home)),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = colorfilter("run", "--recipe", str(TINY), "--home", str(server.home))
     assert done.returncode == 0, done.stdout + done.stderr
     assert Home(server.home).kernel_runs.read_text() == kernels
     run = server.new_run_succeeds(known, 10)
