@@ -169,9 +169,13 @@ def _compare(
     new = _new_shards(artifacts, selection, last)
     scored_alike = artifacts.current(f"{domain.name}/conditional_model").fingerprint
     if new and last.conditional == scored_alike:
-        found["drift"] = drift(connection, arm.method, domain.name, new).size
-        counts, low, high = histogram(connection, arm.method, domain.name, new)
+        drifted = drift(connection, arm.method, domain.name, new)
+        found["drift"] = drifted.size
         shown["new shards"] = len(new)
+        shown["sequences in them"] = drifted.new
+        shown["mean score in them"] = drifted.mean_new
+        shown["mean score of the others"] = drifted.mean_others
+        counts, low, high = histogram(connection, arm.method, domain.name, new)
         shown["scores of new shards"] = outlines(list(counts[0]), list(counts[1]), low, high)
     return found, shown
 

@@ -72,7 +72,8 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             warns = check.severity == dg.AssetCheckSeverity.WARN
             failed = "[yellow]noted [/]" if warns else "[red]failed[/]"
             mark = "[green]passed[/]" if check.passed else failed
-            words = f"check {check.check_name}: {check.description}"
+            of = check.asset_key.to_user_string()
+            words = f"check {check.check_name} of {of}: {check.description}"
             console.print(mark, words, highlight=False, soft_wrap=True)
 
     common.Progress.listener = work

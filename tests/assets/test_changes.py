@@ -69,6 +69,9 @@ def test_a_refresh_is_compared_with_the_last_selection(
     assert shown["overlap"] == pytest.approx(len(new & old) / min(len(new), len(old)))
     assert shown["new shards"] == 1
     assert 0 < abs(shown["drift"]) < 0.5
+    apart = shown["mean score in them"] - shown["mean score of the others"]
+    assert apart * shown["drift"] > 0
+    assert shown["sequences in them"] > 0
     (source,) = found.metadata["shares of tokens"].records
     assert source.data == {"source": "code", "now": 1.0, "last": 1.0}
     assert "new blue" in shown["scores of new shards"]
