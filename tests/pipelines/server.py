@@ -49,6 +49,8 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def processes(self) -> list[psutil.Process]:
+        if not self.process.is_running():
+            return []
         return [self.process, *self.process.children(recursive=True)]
 
     def answers(self) -> bool | None:
@@ -170,7 +172,8 @@ class Server:
     def stop_as_by_ctrl_c(self) -> list[psutil.Process]:
         """Interrupt the foreground group; returns what had to be killed after half a minute."""
         there = self.processes()
-        os.killpg(self.process.pid, signal.SIGINT)
+        if there:
+            os.killpg(self.process.pid, signal.SIGINT)
         _, left = psutil.wait_procs(there, timeout=30)
         for process in left:
             process.kill()

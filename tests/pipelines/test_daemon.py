@@ -21,7 +21,7 @@ from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import MODULES, STDLIB, Project, copy_of, recipe_facts, write_corpus
 from tests.pipelines.program import colorfilter
-from tests.pipelines.server import Server, free_port, serving, start, wait_for
+from tests.pipelines.server import Server, serving, wait_for
 
 # Enough to score for some seconds, a chunk to each shard.
 MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 10_000)
@@ -29,16 +29,17 @@ MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 10_000)
 
 @pytest.fixture(scope="module")
 def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The finished project over a corpus of its own, refreshed every minute."""
+    """The finished project over nine shards of its own, refreshed every minute."""
     root = tmp_path_factory.mktemp("daemon")
-    write_corpus(root / "corpus", MODULES)
+    write_corpus(root / "corpus", [*MODULES, "difflib"])
     made = copy_of(finished, root)
     made.facts = {**recipe_facts(root / "corpus"), "refresh": {"cron": "* * * * *"}}
     made.write()
+    by_hand(made, "refresh")
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def server(project: Project) -> Iterator[Server]:
     with serving(project.path, project.home.root) as server:
         yield server
@@ -124,105 +125,128 @@ def whole_once(project: Project, before: int) -> int:
     return len(scored)
 
 
-def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
-    project: Project, server: Server
-) -> None:
-    home, before = project.home, len(project.kernel_runs())
-    standing, known = {s.name for s in home.shards()}, server.runs()
-    with automation(server):
-        dropped = time.time()
-        write_corpus(project.root / "corpus", ["textwrap"])
-        run = server.new_run_succeeds(known, 150)
-    (new,) = {s.name for s in home.shards()} - standing
-    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
-    assert run["jobName"] == "refresh"
-    assert tags["dagster/schedule_name"] == "refresh"
-    assert tags["dagster/asset_partition_range_start"] == new
-    runs = project.kernel_runs()[before:]
-    assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
-    with duckdb.connect(str(home.scores), read_only=True) as scores:
-        (n,) = scores.execute("SELECT count(*) FROM sequences WHERE shard = ?", [new]).fetchall()[0]
-    assert {r["sequences"] for r in runs} == {n}
-    (first,) = [r for r in known.values() if r["jobName"] == "everything"]
-    losses = [r for r in project.kernel_runs()[:before] if r["verb"] == "score"]
-    print(
-        f"\none new shard of {len(standing) + 1}: its run began {run['startTime'] - dropped:.0f} s "
-        f"later and took {run['endTime'] - run['startTime']:.1f} s, the first one "
-        f"{first['endTime'] - first['startTime']:.1f} s; {n} sequences scored by two models, of "
-        f"{sum(r['sequences'] for r in losses)} losses that stood"
-    )
+class TestServer:
+    """What one server does, from start to end."""
+
+    def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
+        self, project: Project, server: Server
+    ) -> None:
+        home, before = project.home, len(project.kernel_runs())
+        standing, known = {s.name for s in home.shards()}, server.runs()
+        with automation(server):
+            dropped = time.time()
+            write_corpus(project.root / "corpus", ["textwrap"])
+            run = server.new_run_succeeds(known, 150)
+        (new,) = {s.name for s in home.shards()} - standing
+        tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+        assert run["jobName"] == "refresh"
+        assert tags["dagster/schedule_name"] == "refresh"
+        assert tags["dagster/asset_partition_range_start"] == new
+        runs = project.kernel_runs()[before:]
+        assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
+        with duckdb.connect(str(home.scores), read_only=True) as scores:
+            (n,) = scores.execute(
+                "SELECT count(*) FROM sequences WHERE shard = ?", [new]
+            ).fetchall()[0]
+        assert {r["sequences"] for r in runs} == {n}
+        first = min(known.values(), key=lambda run: run["startTime"])
+        losses = [r for r in project.kernel_runs()[:before] if r["verb"] == "score"]
+        print(
+            f"\none new shard of {len(standing) + 1}: its run began "
+            f"{run['startTime'] - dropped:.0f} s later and took "
+            f"{run['endTime'] - run['startTime']:.1f} s, the first one, of everything over "
+            f"{len(MODULES)}, {first['endTime'] - first['startTime']:.1f} s; {n} sequences scored "
+            f"by two models, of {sum(r['sequences'] for r in losses)} losses that stood"
+        )
+
+    def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chunk(
+        self, project: Project, server: Server
+    ) -> None:
+        write_corpus(project.root / "corpus", MANY)
+        by_hand(project, "refresh")
+        before = forget_scores(project)
+        run_id = server.launch("rescore", every_shard(project.home))
+        process, done = mid_scoring(server, project, run_id, before)
+        own = process.children(recursive=True)
+        process.kill()
+        killed = time.time()
+        assert server.ended(run_id, 30)["status"] == "FAILURE"
+        failed = time.time() - killed
+
+        def again() -> dict[str, Any] | None:
+            for run in server.runs().values():
+                if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]:
+                    return run if run["startTime"] else None
+            return None
+
+        second = wait_for("second run", again, 60)
+        assert server.ended(second["runId"], 120)["status"] == "SUCCESS"
+        scored = whole_once(project, before)
+        assert not any(child.is_running() for child in own)
+        wait_for("end of the run's process", lambda: server.run_process(run_id) is None or None, 30)
+        print(
+            f"\nkilled after {done} chunks: failed {failed:.1f} s later, gone on with after "
+            f"{second['startTime'] - killed:.1f} s; {scored} chunks in all, none twice"
+        )
+
+    def test_a_cancelled_run_stops_and_another_goes_on(
+        self, project: Project, server: Server
+    ) -> None:
+        before = forget_scores(project)
+        run_id = server.launch("rescore", every_shard(project.home))
+        process, done = mid_scoring(server, project, run_id, before)
+        asked = time.time()
+        process.resume()
+        server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
+        assert server.ended(run_id, 30)["status"] == "CANCELED"
+        stopped = time.time() - asked
+        at_stop = len(chunks(project)) - before
+        second = server.launch("rescore", every_shard(project.home))
+        assert server.ended(second, 120)["status"] == "SUCCESS"
+        scored = whole_once(project, before)
+        print(
+            f"\ncancelled after {done} chunks: stopped {stopped:.1f} s later with {at_stop}; "
+            f"{scored} chunks in all, none twice"
+        )
+
+    def test_runs_that_want_the_same_at_once_share_the_work(
+        self, project: Project, server: Server
+    ) -> None:
+        """Two of the web UI and one of the command line, on one device."""
+        before = forget_scores(project)
+        begun = time.time()
+        runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
+        by_hand(project, "rescore")
+        for run_id in runs:
+            assert server.ended(run_id, 120)["status"] == "SUCCESS"
+        scored = whole_once(project, before)
+        print(
+            f"\nthree at once: all done after {time.time() - begun:.0f} s, {scored} chunks, "
+            "none twice"
+        )
 
 
-def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chunk(
-    project: Project, server: Server
-) -> None:
-    write_corpus(project.root / "corpus", MANY)
-    by_hand(project, "refresh")
-    before = forget_scores(project)
-    run_id = server.launch("rescore", every_shard(project.home))
-    process, done = mid_scoring(server, project, run_id, before)
-    own = process.children(recursive=True)
-    process.kill()
-    killed = time.time()
-    assert server.ended(run_id, 30)["status"] == "FAILURE"
-    failed = time.time() - killed
-
-    def again() -> dict[str, Any] | None:
-        for run in server.runs().values():
-            if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]:
-                return run if run["startTime"] else None
-        return None
-
-    second = wait_for("second run", again, 60)
-    assert server.ended(second["runId"], 120)["status"] == "SUCCESS"
-    scored = whole_once(project, before)
-    assert not any(child.is_running() for child in own)
-    wait_for("end of the run's process", lambda: server.run_process(run_id) is None or None, 30)
-    print(
-        f"\nkilled after {done} chunks: failed {failed:.1f} s later, gone on with after "
-        f"{second['startTime'] - killed:.1f} s; {scored} chunks in all, none twice"
-    )
-
-
-def test_a_cancelled_run_stops_and_another_goes_on(project: Project, server: Server) -> None:
-    before = forget_scores(project)
-    run_id = server.launch("rescore", every_shard(project.home))
-    process, done = mid_scoring(server, project, run_id, before)
-    asked = time.time()
-    process.resume()
-    server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
-    assert server.ended(run_id, 30)["status"] == "CANCELED"
-    stopped = time.time() - asked
-    at_stop = len(chunks(project)) - before
-    second = server.launch("rescore", every_shard(project.home))
-    assert server.ended(second, 120)["status"] == "SUCCESS"
-    scored = whole_once(project, before)
-    print(
-        f"\ncancelled after {done} chunks: stopped {stopped:.1f} s later with {at_stop}; "
-        f"{scored} chunks in all, none twice"
-    )
-
-
-def test_runs_that_want_the_same_at_once_share_the_work(project: Project, server: Server) -> None:
-    """Two of the web UI and one of the command line, on one device."""
-    before = forget_scores(project)
-    begun = time.time()
-    runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
-    by_hand(project, "rescore")
-    for run_id in runs:
+def test_a_run_goes_on_when_the_daemon_is_killed(project: Project) -> None:
+    with serving(project.path, project.home.root) as first:
+        before = forget_scores(project)
+        run_id = first.launch("rescore", every_shard(project.home))
+        process, done = mid_scoring(first, project, run_id, before)
+        (daemon,) = [p for p in first.processes() if "dagster._daemon" in p.cmdline()]
+        daemon.kill()
+        first.process.wait(30)
+        process.resume()
+    with serving(project.path, project.home.root) as server:
         assert server.ended(run_id, 120)["status"] == "SUCCESS"
     scored = whole_once(project, before)
-    print(
-        f"\nthree at once: all done after {time.time() - begun:.0f} s, {scored} chunks, none twice"
-    )
+    print(f"\ndaemon killed after {done} chunks: the run went on; {scored} in all, none twice")
 
 
 def test_after_a_power_cut_the_next_start_puts_things_right(project: Project) -> None:
-    first = start(project.path, project.home.root, port=free_port())
-    before = forget_scores(project)
-    run_id = first.launch("rescore", every_shard(project.home))
-    _, done = mid_scoring(first, project, run_id, before)
-    first.kill()
+    with serving(project.path, project.home.root) as first:
+        before = forget_scores(project)
+        run_id = first.launch("rescore", every_shard(project.home))
+        _, done = mid_scoring(first, project, run_id, before)
+        first.kill()
     wait_for("free lease", lambda: None if project.home.run_is_alive(run_id) else True, 10)
     with serving(project.path, project.home.root) as server:
         begun = time.time()
