@@ -182,7 +182,7 @@ def _compare(
 
 def _new_shards(artifacts: ArtifactStore, selection: Artifact, last: Published) -> list[str]:
     """Shards of the corpus that the last selection was not made from, as the ledger has it."""
-    made = {(e["asset"], e["fingerprint"]): e["inputs"] for e in artifacts.ledger()}
+    made = {(e["asset"], e["fingerprint"]): e["inputs"] for e in artifacts.ledger}
     before = made.get((selection.asset, last.selection), {}).get("score_tables")
     known = made.get(("score_tables", before), {}).items()
     now = {s.name: artifacts.current("corpus_tokens", s.name) for s in artifacts.at.shards()}

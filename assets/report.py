@@ -216,4 +216,4 @@ def _publish_results(artifacts: ArtifactStore, score_store: ScoreStore, recipe: 
     reports = [entries.get((f"{d.name}/report", None)) for d in recipe.domains]
     paths = [artifacts.at.root / e["path"] / "evaluations.parquet" for e in reports if e]
     evaluations = pl.concat([pl.read_parquet(p) for p in paths]).to_dicts()
-    score_store.publish_results(evaluations, kernel_runs(artifacts.at), list(artifacts.ledger()))
+    score_store.publish_results(evaluations, kernel_runs(artifacts.at), list(artifacts.ledger))

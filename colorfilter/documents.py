@@ -2,7 +2,7 @@
 
 Files are read line by line (JSON Lines), row group by row group (Parquet) or one at a time (text),
 so memory does not grow with a file. What cannot be used is kept in a rejects table with the reason;
-exact duplicates within a shard go there too.
+exact duplicates within a shard go there too. Every file's sha256 is taken as it is read.
 """
 
 import ast
@@ -49,6 +49,15 @@ REJECTS = pa.schema(
         ("excerpt", pa.string()),
     ]
 )
+FILES = pa.schema(
+    [
+        ("source", pa.string()),
+        ("path", pa.string()),
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -93,19 +102,69 @@ class Reject(NamedTuple):
     excerpt: str
 
 
-def read_file(file: InputFile, source: Source) -> Iterator[Document | Reject]:
-    """Stream one file's documents and rejects, in order. Raises as read_rows."""
-    for row in read_rows(file, source):
+class Hashed(io.RawIOBase):
+    """A binary stream that is read once from start to end, and the hash of what was read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        self._sha256.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        """The sha256 of the whole stream: what has not been read yet is read now."""
+        while self.readinto(bytearray(2**20)):
+            pass
+        return self._sha256.hexdigest()
+
+
+def content_of(file: InputFile) -> dict[str, Any]:
+    """What a file is now, as a row of FILES. Raises OSError where it cannot be read."""
+    with fsspec.open(file.uri, "rb") as raw:
+        return _content(file, Hashed(raw))
+
+
+def _content(file: InputFile, read: Hashed) -> dict[str, Any]:
+    digest = read.hexdigest()
+    return {
+        "source": file.source,
+        "path": file.path,
+        "uri": file.uri,
+        "bytes": read.size,
+        "sha256": digest,
+    }
+
+
+Contents = list[dict[str, Any]]
+
+
+def read_file(
+    file: InputFile, source: Source, contents: Contents | None = None
+) -> Iterator[Document | Reject]:
+    """Stream one file's documents and rejects, in order. `contents` and errors as in read_rows."""
+    for row in read_rows(file, source, contents):
         if isinstance(row, Row):
             yield _document(file.uri, row, source.text_field)
         else:
             yield row
 
 
-def read_rows(file: InputFile, source: Source) -> Iterator[Row | Reject]:
+def read_rows(
+    file: InputFile, source: Source, contents: Contents | None = None
+) -> Iterator[Row | Reject]:
     """Stream one file's records, and what is none, in order.
 
-    Raises InputError where the file as a whole cannot be read.
+    In the end a row of FILES, with the sha256 of what was read, is added to `contents`. Raises
+    InputError where the file as a whole cannot be read.
     """
     path, compression = file.uri, None
     for suffix, name in COMPRESSIONS.items():
@@ -119,8 +178,16 @@ def read_rows(file: InputFile, source: Source) -> Iterator[Row | Reject]:
         )
     read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "python_dict": _python_dict}[kind]
     try:
-        with fsspec.open(file.uri, "rb") as raw, _decompressed(raw, compression) as stream:
-            yield from read(stream, file.uri, source.text_field)
+        with fsspec.open(file.uri, "rb") as raw:
+            hashed = Hashed(raw)
+            # Parquet is read from its end: it is hashed in a pass of its own.
+            begun = raw if kind == "parquet" else io.BufferedReader(hashed)
+            with _decompressed(begun, compression) as stream:
+                yield from read(stream, file.uri, source.text_field)
+                if contents is not None:
+                    contents.append(
+                        content_of(file) if kind == "parquet" else _content(file, hashed)
+                    )
     except UNREADABLE as error:
         raise InputError(
             f"source {source.name}: {file.uri} cannot be read ({one_line(error)}); mend or "
@@ -226,18 +293,20 @@ def write_documents(
 ) -> dict[str, int]:
     """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
 
-    `progress` is called with the size of each finished file. Returns counts: documents, chars,
-    bytes, duplicates, rejects. Raises InputError for a file that cannot be read.
+    `files.parquet` says what each file was, by its sha256. `progress` is called with the size of
+    each finished file. Returns counts: documents, chars, bytes, duplicates, rejects. Raises
+    InputError for a file that cannot be read.
     """
     by_name = {s.name: s for s in sources}
     counts = dict.fromkeys(("documents", "chars", "bytes", "duplicates", "rejects"), 0)
     seen: set[bytes] = set()
+    contents: Contents = []
     with (
         TableWriter(folder / "documents.parquet", DOCUMENTS) as documents,
         TableWriter(folder / "rejects.parquet", REJECTS) as rejects,
     ):
         for file in files:
-            for found in read_file(file, by_name[file.source]):
+            for found in read_file(file, by_name[file.source], contents):
                 item = found
                 if isinstance(item, Document):
                     size = len(item.text.encode("utf-8"))
@@ -276,7 +345,13 @@ def write_documents(
                     len(item.excerpt),
                 )
             progress(file.size)
+    write_contents(contents, folder)
     return counts
+
+
+def write_contents(contents: Contents, folder: Path) -> None:
+    """Write rows of FILES to `files.parquet`."""
+    pq.write_table(pa.Table.from_pylist(contents, FILES), folder / "files.parquet")
 
 
 def read_documents(

@@ -34,6 +34,19 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(temporary, path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line, flushed to disk, one writer at a time, behind what a crash has left."""
+    with path.open("ab+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(line.encode("utf-8") + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def lock(path: Path) -> IO[bytes]:
     """Wait for a lock of this name and hold it until the stream is closed, or the process ends."""
     stream = path.open("ab")

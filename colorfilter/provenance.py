@@ -12,7 +12,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
 
 from colorfilter.files import file_sha256, write_text_atomically
 
@@ -60,26 +62,65 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
-    """Hash every file of a folder into its `manifest.json`, written last; return the fingerprint.
+class Content(NamedTuple):
+    """What a folder holds: its fingerprint, the sha256 of its manifest, and how much it is.
 
-    The fingerprint is a hash of the names and contents of the files alone.
+    `rows` are those of its Parquet files, None where it has none.
+    """
+
+    fingerprint: str
+    manifest: str
+    bytes: int
+    rows: int | None
+
+
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], identity: Mapping[str, Any] | None = None
+) -> Content:
+    """Hash every file of a folder into its `manifest.json`, written last.
+
+    The fingerprint is a hash of the names and contents of the files alone. `identity` says what the
+    folder is and what it was made from.
     """
     files = [
-        {"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_sha256(p)}
+        _file(p, str(p.relative_to(folder)))
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     ]
-    fingerprint = fingerprint_of(files)
-    manifest = {"fingerprint": fingerprint, "facts": dict(facts), "files": files}
+    manifest = {
+        "fingerprint": fingerprint_of(files),
+        **(identity or {}),
+        "facts": dict(facts),
+        "files": files,
+    }
     write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
-    return fingerprint
+    return content(folder)
 
 
-def part_fingerprint(folder: Path, part: str) -> str:
-    """The fingerprint of a subfolder of what stands in a folder, of its files alone."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return fingerprint_of([f for f in manifest["files"] if f["path"].startswith(f"{part}/")])
+def _file(path: Path, name: str) -> dict[str, Any]:
+    facts = {"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    if path.suffix == ".parquet":
+        facts["rows"] = pq.read_metadata(path).num_rows
+    return facts
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def content(folder: Path, part: str = "") -> Content:
+    """What a folder that stands holds, by its manifest, or what a subfolder of it does."""
+    below = f"{part}/" if part else ""
+    files = [f for f in read_manifest(folder)["files"] if f["path"].startswith(below)]
+    rows = [f["rows"] for f in files if "rows" in f]
+    return Content(
+        fingerprint_of(files),
+        file_sha256(folder / MANIFEST),
+        sum(f["bytes"] for f in files),
+        sum(rows) if rows else None,
+    )
 
 
 def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
@@ -91,8 +132,8 @@ def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
 def stands(folder: Path) -> bool:
     """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / f["path"]).stat().st_size == f["bytes"] for f in manifest["files"])
+        files = read_manifest(folder)["files"]
+        return all((folder / f["path"]).stat().st_size == f["bytes"] for f in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -42,6 +42,15 @@ def load(path: Path, sources: bool = True) -> Recipe:
     return _with_source_paths(recipe, folder) if sources else recipe
 
 
+def as_text(recipe: Recipe) -> str:
+    """A recipe as YAML without what is at its default, and its paths as they were understood.
+
+    Loaded again it is the same recipe.
+    """
+    facts = recipe.model_dump(mode="json", exclude_defaults=True)
+    return str(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+
+
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic report as 'field.path: what is wrong'."""
     problems = error.errors()

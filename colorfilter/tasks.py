@@ -18,11 +18,13 @@ from typing import Any, get_args
 from colorfilter.documents import (
     DOCUMENTS,
     REJECTS,
+    Contents,
     Reject,
     Row,
     document_id,
     read_rows,
     text_sha256,
+    write_contents,
 )
 from colorfilter.errors import InputError
 from colorfilter.parquet import TableWriter
@@ -229,20 +231,26 @@ def split_tasks(
     says so. `probe` is the share of the train items, by characters and drawn by the seed, that goes
     to the probe; D_down is the rest. Each text stands once.
 
-    Writes `<split>/documents.parquet`, whose documents are the items' texts, `rejects.parquet`, and
-    `tasks/<task>.jsonl`, the test items in the fields of the hub (with those, few in practice, that
-    have one question and answer and differ in a wrong choice). Returns counts; holds all items in
-    memory. Raises InputError where files have no usable item, or a split would be empty.
+    Writes `<split>/documents.parquet`, whose documents are the items' texts, `rejects.parquet`,
+    `files.parquet` and `tasks/<task>.jsonl`, the test items in the fields of the hub (with those,
+    few in practice, that have one question and answer and differ in a wrong choice). Returns
+    counts; holds all items in memory. Raises InputError where files have no usable item, or a split
+    would be empty.
     """
     rejects: list[dict[str, Any]] = []
-    tests = {task: _read(task, files, seed, rejects, progress) for task, files in test.items()}
+    contents: Contents = []
+
+    def read(task: str, files: Sequence[InputFile]) -> list[_Example]:
+        return _read(task, files, seed, rejects, contents, progress)
+
+    tests = {task: read(task, files) for task, files in test.items()}
     trains = {}
     for task, files in train.items():
         if files == test.get(task):
             n = max(1, round(held_out * len(tests[task])))
             tests[task], trains[task] = tests[task][:n], tests[task][n:]
         else:
-            trains[task] = _read(task, files, seed, rejects, progress)
+            trains[task] = read(task, files)
     refused = len(rejects)
 
     tested = {e.sha256 for examples in tests.values() for e in examples}
@@ -259,6 +267,7 @@ def split_tasks(
             raise InputError(f"{len(learnt)} train items are too few to split: {split} is empty")
 
     _write(splits, drawn, rejects, folder)
+    write_contents(contents, folder)
     documents = [e.document() for examples in splits.values() for e in examples]
     counts = {
         "documents": len(documents),
@@ -280,12 +289,14 @@ def _read(
     files: Sequence[InputFile],
     seed: int,
     rejects: list[dict[str, Any]],
+    contents: Contents,
     progress: Progress,
 ) -> list[_Example]:
     """The usable items of files, in the order of their lots."""
     examples, refused = [], len(rejects)
     for file in files:
-        for row in read_rows(file, Source.model_validate({"name": task, "files": file.uri})):
+        source = Source.model_validate({"name": task, "files": file.uri})
+        for row in read_rows(file, source, contents):
             found = _example(task, file, row, seed) if isinstance(row, Row) else row
             if isinstance(found, Reject):
                 rejects.append(_reject(task, found))

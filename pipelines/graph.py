@@ -15,6 +15,7 @@ from assets.refined import refined_assets
 from assets.scores import score_assets, score_checks
 from assets.selecting import select_job
 from colorfilter.recipe import Recipe
+from colorfilter.recipe_file import as_text
 from pipelines.automation import arrivals_sensor, refresh_schedule
 from pipelines.cut_off import cut_off_runs
 from pipelines.jobs import build_jobs
@@ -46,7 +47,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *leakage_checks(recipe),
         ],
         resources={
-            "artifacts": ArtifactStore(home=home),
+            "artifacts": ArtifactStore(home=home, recipe=as_text(recipe)),
             "gpu": Gpu(home=home),
             "score_store": ScoreStore(home=home),
             # Dagster's own would pickle what an op returns.

@@ -2,14 +2,11 @@
 
 An artefact is a folder named by its key. It stands once its `manifest.json`, written last, is
 there; until then the same folder holds what an interrupted attempt left, and the next one goes on
-from that. The ledger has a line for every artefact made or taken up again; the last line of an
-asset's partition says what is current.
+from that. The manifest says what it is and what it was made from; the ledger has the manifest's
+hash.
 """
 
 import contextlib
-import fcntl
-import json
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +22,9 @@ from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from resources.home import Home
+from resources.ledger import Entries, Ledger
+
+RECIPE = "recipe"  # the artefact that a run's recipe is kept as
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Artifact:
     facts: dict[str, Any]
     inputs: dict[str, str]  # fingerprints by name
     reused: bool = False
+    manifest: str | None = None  # its sha256
+    bytes: int | None = None
+    rows: int | None = None  # of its Parquet files
+    run: str | None = None  # of Dagster, that made it
 
     @property
     def name(self) -> str:
@@ -46,12 +50,16 @@ class Artifact:
 
     def part(self, folder: str) -> "Artifact":
         """A folder of it as an input: what lies beside that does not change the fingerprint."""
+        content = provenance.content(self.path, folder)
         return replace(
-            self,
-            asset=f"{self.asset}/{folder}",
-            fingerprint=provenance.part_fingerprint(self.path, folder),
-            path=self.path / folder,
+            self, asset=f"{self.asset}/{folder}", path=self.path / folder, **content._asdict()
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What whatever is made from it has on record."""
+        names = ("asset", "partition", "fingerprint", "manifest", "bytes", "rows", "run")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,18 @@ class Attempt:
 
     def commit(self, facts: Mapping[str, Any]) -> Artifact:
         """Close the folder with its manifest and enter it in the ledger."""
-        fingerprint = provenance.write_manifest(self.folder, facts)
+        content = provenance.write_manifest(
+            self.folder, facts, self._store.identity(self.work, self.key)
+        )
         self.standing = Artifact(
-            self.work.asset,
-            self.work.partition,
-            self.key,
-            fingerprint,
-            self.folder,
-            dict(facts),
-            self.work.input_fingerprints,
+            asset=self.work.asset,
+            partition=self.work.partition,
+            key=self.key,
+            path=self.folder,
+            facts=dict(facts),
+            inputs=self.work.input_fingerprints,
+            run=self._store.run_id,
+            **content._asdict(),
         )
         self._store.record(self.work, self.standing)
         self.release()
@@ -138,16 +149,35 @@ class Attempt:
 
 
 class ArtifactStore(dg.ConfigurableResource):
-    """The artefacts of a home and the ledger over them."""
+    """The artefacts of a home and the ledger over them.
+
+    `recipe` is the text of the recipe that runs go by: each keeps it, as an artefact of its own.
+    """
 
     home: str
+    recipe: str = ""
 
     _run: IO[bytes] | None = PrivateAttr(default=None)
+    _run_id: str | None = PrivateAttr(default=None)
+    _recipe: str | None = PrivateAttr(default=None)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run of Dagster that this is a resource of."""
+        return self._run_id
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run's process lives, for as long as it does."""
+        """Show that the run's process lives, for as long as it does, and keep its recipe."""
         if context.run:
+            self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))
+        if self.recipe:
+            work = Work(RECIPE, recipe={"text": self.recipe})
+            self._recipe = self.make(work, self._write_recipe).fingerprint
+
+    def _write_recipe(self, folder: Path) -> dict[str, Any]:
+        (folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
+        return {}
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         """Let go of what setup_for_execution holds."""
@@ -197,16 +227,17 @@ class ArtifactStore(dg.ConfigurableResource):
     def standing(self, work: Work, key: str, folder: Path) -> Artifact | None:
         if not provenance.stands(folder):
             return None
-        manifest = json.loads((folder / provenance.MANIFEST).read_text(encoding="utf-8"))
+        manifest = provenance.read_manifest(folder)
         artifact = Artifact(
-            work.asset,
-            work.partition,
-            key,
-            manifest["fingerprint"],
-            folder,
-            manifest["facts"],
-            work.input_fingerprints,
+            asset=work.asset,
+            partition=work.partition,
+            key=key,
+            path=folder,
+            facts=manifest["facts"],
+            inputs=work.input_fingerprints,
             reused=True,
+            run=manifest.get("run"),
+            **provenance.content(folder)._asdict(),
         )
         current = self.entries().get((work.asset, work.partition))
         if current is None or current["key"] != key:
@@ -234,6 +265,7 @@ class ArtifactStore(dg.ConfigurableResource):
             entry["facts"],
             entry["inputs"],
             reused=True,
+            **{name: entry.get(name) for name in ("manifest", "bytes", "rows", "run")},
         )
 
     def current_from(
@@ -252,9 +284,13 @@ class ArtifactStore(dg.ConfigurableResource):
                 )
         return artifact
 
-    def entries(self) -> "Entries":
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.at.ledger)
+
+    def entries(self) -> Entries:
         """The current ledger entry of every asset's partition."""
-        return _current_entries(self.at.ledger)
+        return self.ledger.current()
 
     def is_behind(self, entry: Mapping[str, Any]) -> bool:
         """Whether an artefact was made from something that has since been made anew."""
@@ -270,32 +306,50 @@ class ArtifactStore(dg.ConfigurableResource):
         entry = self.entries().get((whole, None))
         path = entry and self.at.root / entry["path"]
         if path and provenance.stands(path):
-            return provenance.part_fingerprint(path, part)
+            return provenance.content(path, part).fingerprint
         return None
 
-    def ledger(self) -> Iterator[dict[str, Any]]:
-        """All entries, oldest first. A line cut off by a crash is passed over."""
-        if not self.at.ledger.exists():
-            return
-        with self.at.ledger.open(encoding="utf-8") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+    def identity(self, work: Work, key: str) -> dict[str, Any]:
+        """What the manifest of an artefact has on record: what it is and what it is made from.
+
+        `ledger` is the head of the ledger, with all that was entered before.
+        """
+        return {
+            "asset": work.asset,
+            "partition": work.partition,
+            "key": key,
+            "inputs": [a.identity for a in work.inputs],
+            "sources": [a.identity for a in work.sources],
+            **_terms(work),
+            "experiment": self._recipe,
+            "run": self.run_id,
+            "environment": provenance.environment(),
+            "ledger": self.ledger.head(),
+        }
 
     def record(self, work: Work, artifact: Artifact) -> None:
-        """Append to the ledger, under a lock and flushed to disk."""
-        entry = {
-            **asdict(artifact),
-            "path": str(artifact.path.relative_to(self.at.root)),
-            "sources": {a.name: a.fingerprint for a in work.sources},
-            "recipe": dict(work.recipe),
-            "code": work.code,
-            "seed": work.seed,
-            "precision": work.precision,
-            "environment": provenance.environment(),
-            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        append_line(self.at.ledger, entry)
+        """Enter an artefact in the ledger."""
+        self.ledger.append(
+            {
+                **asdict(artifact),
+                "path": str(artifact.path.relative_to(self.at.root)),
+                "sources": {a.name: a.fingerprint for a in work.sources},
+                **_terms(work),
+                "experiment": self._recipe,
+                "environment": provenance.environment(),
+                "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+
+
+def _terms(work: Work) -> dict[str, Any]:
+    """What of a piece of work is in its key, beside its inputs."""
+    return {
+        "recipe": dict(work.recipe),
+        "code": work.code,
+        "seed": work.seed,
+        "precision": work.precision,
+    }
 
 
 def _allow_open_files() -> None:
@@ -303,63 +357,3 @@ def _allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-Entries = dict[tuple[str, str | None], dict[str, Any]]
-
-
-@dataclass
-class _Reading:
-    """How far a ledger was read and when it was written, the bytes before, and what they said."""
-
-    stop: int = 0
-    written: int = 0
-    tail: bytes = b""
-    entries: Entries = field(default_factory=dict)
-
-
-_readings: dict[Path, _Reading] = {}
-
-
-def _current_entries(ledger: Path) -> Entries:
-    """The last entry of every asset's partition. What has been read is not read again."""
-    if not ledger.exists():
-        return {}
-    reading = _readings.get(ledger, _Reading())
-    now = ledger.stat()
-    if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
-        return reading.entries
-    with ledger.open("rb") as stream:
-        stream.seek(reading.stop - len(reading.tail))
-        before = stream.read(len(reading.tail))
-        if before != reading.tail or now.st_size <= reading.stop:  # written anew
-            reading = _Reading()
-            stream.seek(0)
-        appended = stream.read()
-    whole = appended[: appended.rfind(b"\n") + 1]
-    entries = dict(reading.entries)  # whoever has the old ones may be going through them
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            entries[entry["asset"], entry["partition"]] = entry
-    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
-    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, entries)
-    return entries
-
-
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append a JSON line, whole or not at all for readers, one writer at a time."""
-    line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
-    with path.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        if stream.tell() and not _ends_in_newline(path):
-            stream.write(b"\n")
-        stream.write(line.encode("utf-8"))
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"

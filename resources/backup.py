@@ -50,7 +50,7 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
     state.mkdir()
     copying.lines(home.ledger, state / home.ledger.name)
     copying.lines(home.kernel_runs, state / home.kernel_runs.name)
-    named = sorted({entry["path"] for entry in ArtifactStore(home=str(state)).ledger()})
+    named = sorted({entry["path"] for entry in ArtifactStore(home=str(state)).ledger})
     standing = [path for path in named if stands(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
     found = [file for form in CHANGING for file in home.root.glob(form)]

@@ -6,6 +6,7 @@ not stand still when another program takes one of them. Every kernel run leaves 
 `kernel_runs.jsonl` of the home, with the folder of the artefact that it was for.
 """
 
+import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,9 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
-from colorfilter.files import require_space
+from colorfilter.files import append_line, require_space
 from colorfilter.progress import Progress, silent
 from colorfilter.workers import Workers, cores
-from resources.artifacts import append_line
 from resources.home import Home
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Gpu(dg.ConfigurableResource):
     home: str
 
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Records of the kernel's runs name the run of Dagster that they belong to."""
+        if context.run:
+            self._run_id = context.run.run_id
 
     def score(
         self, jobs: Sequence[ScoreJob], progress: Progress = silent
@@ -222,7 +227,7 @@ class Gpu(dg.ConfigurableResource):
             "versions": provenance.environment(),
             **facts,
         }
-        append_line(home.kernel_runs, line)
+        append_line(home.kernel_runs, json.dumps(line, ensure_ascii=False, default=str))
 
 
 _standing: list[Workers] = []

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from colorfilter.files import is_locked
-from colorfilter.provenance import MANIFEST, part_fingerprint, stands
+from colorfilter.provenance import MANIFEST
 from resources.artifacts import ArtifactStore
+from resources.lineage import Lineage
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftove
     """What can be removed where these are the corpus's shards, the largest first."""
     root = artifacts.at.artifacts
     needed = _needed(artifacts, shards)
-    known = {e["path"] for e in artifacts.ledger()}
+    known = {e["path"] for e in artifacts.ledger}
     found = []
     for folder in _folders(root):
         path = str(folder.relative_to(artifacts.at.root))
@@ -50,46 +50,15 @@ def remove(leftover: Leftover) -> None:
     shutil.rmtree(leftover.path)
 
 
-def _needed(artifacts: ArtifactStore, shards: Collection[str]) -> set[str]:
+def _needed(artifacts: ArtifactStore, shards: Collection[str]) -> Collection[str]:
     """Paths of the current artefacts and of what they were made from."""
-    made: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in artifacts.ledger():
-        partition = entry["partition"]
-        name = entry["asset"] if partition is None else f"{entry['asset']}[{partition}]"
-        made[name, entry["fingerprint"]] = entry
     corpus = {p for asset, p in artifacts.entries() if asset == "raw_corpus"}
-    waiting = [
+    current = [
         entry
         for (_, partition), entry in artifacts.entries().items()
         if partition in shards or partition not in corpus
     ]
-    needed: set[str] = set()
-    while waiting:
-        entry = waiting.pop()
-        if entry["path"] in needed:
-            continue
-        needed.add(entry["path"])
-        for name, fingerprint in {**entry["inputs"], **entry["sources"]}.items():
-            whole = made.get((name, fingerprint))
-            waiting += [whole] if whole else _wholes(artifacts, made, name, fingerprint)
-    return needed
-
-
-def _wholes(
-    artifacts: ArtifactStore,
-    made: dict[tuple[str, str], dict[str, Any]],
-    part: str,
-    fingerprint: str,
-) -> list[dict[str, Any]]:
-    """The artefacts that have a folder of this name and content."""
-    asset, _, folder = part.rpartition("/")
-    return [
-        entry
-        for (name, _), entry in made.items()
-        if name == asset
-        and stands(artifacts.at.root / entry["path"])
-        and part_fingerprint(artifacts.at.root / entry["path"], folder) == fingerprint
-    ]
+    return Lineage(artifacts).ancestry(current)
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -175,9 +175,12 @@ def movable(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def made_since(project: Project, before: int) -> dict[str, set[str | None]]:
-    """Partitions made anew per asset since the ledger had `before` entries."""
+    """Partitions made anew per asset since the ledger had `before` entries.
+
+    But not the recipe, which each run keeps.
+    """
     made: dict[str, set[str | None]] = {}
     for entry in project.ledger()[before:]:
-        if not entry["reused"]:
+        if not entry["reused"] and entry["asset"] != "recipe":
             made.setdefault(entry["asset"], set()).add(entry["partition"])
     return made

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import random
 import tracemalloc
@@ -347,3 +348,24 @@ def test_a_file_that_vanished_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(InputError, match="cannot be read"):
         list(read_file(file, source))
+
+
+@pytest.mark.parametrize("form", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_every_file_is_recorded_with_the_hash_of_its_bytes(form: str, tmp_path: Path) -> None:
+    path = tmp_path / form
+    if form == "a.parquet":
+        pl.DataFrame({"text": TEXTS}).write_parquet(path)
+    else:
+        path.write_bytes(packing(path.suffix, jsonl(*TEXTS) * 5_000))
+    written(source_of(path), tmp_path / "out")
+    (row,) = pl.read_parquet(tmp_path / "out" / "files.parquet").to_dicts()
+    data = path.read_bytes()
+    assert row == {
+        "source": "web",
+        "path": form,
+        "uri": str(path),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    (file,) = list_files([source_of(path)])
+    assert documents.content_of(file) == row

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from colorfilter.provenance import (
     MANIFEST,
     artifact_key,
     canonical_json,
+    content,
     environment,
     stands,
     write_manifest,
@@ -94,18 +96,21 @@ def test_canonical_json_is_one_form_for_one_value(value: Any, rng: random.Random
 
 
 def a_folder(root: Path, **files: str) -> Path:
-    for name, content in files.items():
+    for name, text in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(text)
     return root
 
 
 def test_a_manifest_holds_every_file_with_size_and_hash(tmp_path: Path) -> None:
     folder = a_folder(tmp_path, a="one", sub__b="größer")
-    fingerprint = write_manifest(folder, {"rows": 3})
+    written = write_manifest(folder, {"rows": 3}, {"asset": "thing"})
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["fingerprint"] == fingerprint
+    assert manifest["fingerprint"] == written.fingerprint
+    assert manifest["asset"] == "thing"
+    assert written.manifest == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    assert (written.bytes, written.rows) == (11, None)
     assert manifest["facts"] == {"rows": 3}
     assert manifest["files"] == [
         {"path": p, "bytes": len(t.encode()), "sha256": hashlib.sha256(t.encode()).hexdigest()}
@@ -113,19 +118,38 @@ def test_a_manifest_holds_every_file_with_size_and_hash(tmp_path: Path) -> None:
     ]
 
 
+def fingerprint(folder: Path, facts: dict[str, str]) -> str:
+    return write_manifest(folder, facts).fingerprint
+
+
 def test_a_fingerprint_is_of_names_and_contents_alone(tmp_path: Path) -> None:
-    first = write_manifest(a_folder(tmp_path / "1", a="one", b="two"), {"made": "today"})
-    second = write_manifest(a_folder(tmp_path / "2", b="two", a="one"), {"made": "tomorrow"})
+    first = fingerprint(a_folder(tmp_path / "1", a="one", b="two"), {"made": "today"})
+    second = fingerprint(a_folder(tmp_path / "2", b="two", a="one"), {"made": "tomorrow"})
     assert first == second
-    assert write_manifest(tmp_path / "1", {}) == first
+    assert fingerprint(tmp_path / "1", {}) == first
     others = [
-        write_manifest(a_folder(tmp_path / "3", a="one", c="two"), {}),
-        write_manifest(a_folder(tmp_path / "4", a="one", b="TWO"), {}),
-        write_manifest(a_folder(tmp_path / "5", a="two", b="one"), {}),
-        write_manifest(a_folder(tmp_path / "6", a="one"), {}),
-        write_manifest(a_folder(tmp_path / "7", a="one", b="two", c=""), {}),
+        fingerprint(a_folder(tmp_path / "3", a="one", c="two"), {}),
+        fingerprint(a_folder(tmp_path / "4", a="one", b="TWO"), {}),
+        fingerprint(a_folder(tmp_path / "5", a="two", b="one"), {}),
+        fingerprint(a_folder(tmp_path / "6", a="one"), {}),
+        fingerprint(a_folder(tmp_path / "7", a="one", b="two", c=""), {}),
     ]
     assert len({first, *others}) == 6
+
+
+def test_of_parquet_files_the_rows_are_counted_and_of_a_part_what_it_holds(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, a="one", sub__b="four")
+    pl.DataFrame({"x": [1, 2, 3]}).write_parquet(folder / "sub" / "x.parquet")
+    pl.DataFrame({"x": [1, 2]}).write_parquet(folder / "x.parquet")
+    written = write_manifest(folder, {})
+    assert written.rows == 5
+    part = content(folder, "sub")
+    assert part.rows == 3
+    assert part.bytes == 4 + (folder / "sub" / "x.parquet").stat().st_size
+    assert part.fingerprint != written.fingerprint
+    (folder / "a").write_text("two")
+    write_manifest(folder, {})
+    assert content(folder, "sub").fingerprint == part.fingerprint
 
 
 def test_a_folder_stands_while_its_files_have_their_sizes(tmp_path: Path) -> None:
@@ -153,10 +177,10 @@ def test_a_damaged_folder_does_not_stand(tmp_path: Path, damage: str) -> None:
     assert not stands(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"files": [{}]}', "\x00"])
-def test_a_damaged_manifest_does_not_stand(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"files": [{}]}', "\x00"])
+def test_a_damaged_manifest_does_not_stand(tmp_path: Path, text: str) -> None:
     folder = a_folder(tmp_path, a="one")
-    (folder / MANIFEST).write_text(content)
+    (folder / MANIFEST).write_text(text)
     assert not stands(folder)
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from colorfilter.errors import InputError
-from colorfilter.recipe_file import load
+from colorfilter.recipe_file import as_text, load
 from tests.colorfilter.test_recipe import (
     MISSING,
     PIQA,
@@ -140,3 +140,10 @@ def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_sample_is_among_the_shipped_recipes() -> None:
     assert (RECIPES / "sample.yaml").is_file()
+
+
+@pytest.mark.parametrize("shipped", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_as_text_is_the_same_recipe(shipped: Path, tmp_path: Path) -> None:
+    recipe = load(shipped, sources=False)
+    (tmp_path / "kept.yaml").write_text(as_text(recipe), encoding="utf-8")
+    assert load(tmp_path / "kept.yaml", sources=False) == recipe

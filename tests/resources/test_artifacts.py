@@ -137,7 +137,7 @@ def test_made_from_something_older_is_refused(store: ArtifactStore) -> None:
 def test_the_ledger_names_inputs_and_environment(store: ArtifactStore) -> None:
     source = store.make(Work("source", "s1"), write)
     store.make(Work("thing", inputs=[source], recipe={"a": 1}, seed=3), write)
-    entry = list(store.ledger())[-1]
+    entry = list(store.ledger)[-1]
     assert entry["inputs"] == {"source[s1]": source.fingerprint}
     assert entry["recipe"] == {"a": 1}
     assert entry["seed"] == 3
@@ -214,7 +214,7 @@ def test_two_requests_meet_at_a_lease(store: ArtifactStore) -> None:
         process.join(60)
         assert process.exitcode == 0
     assert (store.at.artifacts / "thing" / "builds").read_text() == "built\n"
-    assert [e["reused"] for e in store.ledger()] == [False]
+    assert [e["reused"] for e in store.ledger] == [False]
 
 
 def test_the_manifest_lists_every_file_with_its_hash(store: ArtifactStore) -> None:

@@ -125,7 +125,7 @@ def test_a_second_backup_copies_what_is_new(store: ArtifactStore, folder: Path) 
     home = restored(folder)
     assert text_of(home, "books/model") == "one"
     assert text_of(home, "scores", "web-2") == "t"
-    assert list(home.ledger()) == list(store.ledger())
+    assert list(home.ledger) == list(store.ledger)
 
 
 def test_leases_and_unfinished_work_are_not_copied(store: ArtifactStore, folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_happens_meanwhile_leaves_the_backup_as_it_began(
     assert not (folder / "begun").exists()
     home = restored(folder)
     assert text_of(home, "raw_corpus", "web-1") == "web-1"
-    assert [entry["partition"] for entry in home.ledger()] == ["web-1", "web-2"]
+    assert [entry["partition"] for entry in home.ledger] == ["web-1", "web-2"]
     assert home.at.ledger.read_bytes().endswith(b"}\n")
     assert [path.parent.name for path in home.at.artifacts.glob("*/*/*")] == ["web-1"]
     assert saved(store, folder) == (1, 1)
@@ -407,7 +407,7 @@ def test_a_home_is_restored_only_where_there_is_nothing(
 
 def test_a_home_in_which_nothing_was_made_is_backed_up(store: ArtifactStore, folder: Path) -> None:
     assert saved(store, folder) == (0, 0)
-    assert list(restored(folder).ledger()) == []
+    assert list(restored(folder).ledger) == []
 
 
 def test_a_database_that_cannot_be_read_is_named(store: ArtifactStore, folder: Path) -> None:

@@ -1,0 +1,161 @@
+"""The ledger: what was made from what, exact per partition, in a file that is only appended to.
+
+A line of JSON for every artefact made or taken up again; the last line of an asset's partition says
+what is current. Each entry holds the sha256 of the line before it, so one that is edited, dropped
+or moved breaks the chain. Whoever makes the chain anew from there changes its head, the hash of the
+last line: that is printed, and stands in the manifest of every artefact made after.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+Entry = dict[str, Any]
+# By asset and partition.
+Entries = dict[tuple[str, str | None], Entry]
+
+NOTHING = "0" * 64  # the hash before the first entry
+
+
+class Link(NamedTuple):
+    """An entry in its place of the chain: its line's number and hash, and that of the one before.
+
+    `entry` is None where the line is not one.
+    """
+
+    number: int
+    sha256: str
+    before: str
+    entry: Entry | None
+
+
+class Ledger:
+    """The ledger in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries, oldest first. A line cut off by a crash is passed over."""
+        return (link.entry for link in self.links() if link.entry is not None)
+
+    def links(self) -> Iterator[Link]:
+        """All lines in their places, oldest first."""
+        if not self.path.exists():
+            return
+        before = NOTHING
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    return
+                sha256 = hashlib.sha256(line).hexdigest()
+                yield Link(number, sha256, before, _parsed(line))
+                before = sha256
+
+    def current(self) -> Entries:
+        """The current entry of every asset's partition. What has been read is not read again."""
+        return _current(self.path)
+
+    def head(self) -> str:
+        """The hash of the last entry: with all before in it."""
+        if not self.path.exists():
+            return NOTHING
+        with self.path.open("rb") as stream:
+            return _hash_of_last(stream, _whole(stream))
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add an entry, flushed to disk, one writer at a time.
+
+        What a crash has left of an entry that was never whole goes.
+        """
+        with self.path.open("ab+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            whole = _whole(stream)
+            stream.truncate(whole)
+            chained = {"previous": _hash_of_last(stream, whole), **entry}
+            stream.seek(0, os.SEEK_END)
+            stream.write(json.dumps(chained, ensure_ascii=False, default=str).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _whole(stream: IO[bytes]) -> int:
+    """Where the last whole line of a file ends."""
+    stop = stream.seek(0, os.SEEK_END)
+    while stop:
+        start = max(0, stop - 4096)
+        stream.seek(start)
+        newline = stream.read(stop - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        stop = start
+    return 0
+
+
+def _hash_of_last(stream: IO[bytes], whole: int) -> str:
+    """The hash of the last line of the first `whole` bytes, which end in one."""
+    if not whole:
+        return NOTHING
+    start, size = whole, 4096
+    while start:
+        start = max(0, whole - size)
+        stream.seek(start)
+        tail = stream.read(whole - start)
+        newline = tail.rfind(b"\n", 0, -1)
+        if newline >= 0:
+            return hashlib.sha256(tail[newline + 1 :]).hexdigest()
+        size *= 8
+    return hashlib.sha256(tail).hexdigest()
+
+
+def _parsed(line: bytes) -> Entry | None:
+    with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and "asset" in entry:
+            return entry
+    return None
+
+
+@dataclass
+class _Reading:
+    """How far a ledger was read and when it was written, the bytes before, and what they said."""
+
+    stop: int = 0
+    written: int = 0
+    tail: bytes = b""
+    entries: Entries = field(default_factory=dict)
+
+
+_readings: dict[Path, _Reading] = {}
+
+
+def _current(ledger: Path) -> Entries:
+    """The last entry of every asset's partition."""
+    if not ledger.exists():
+        return {}
+    reading = _readings.get(ledger, _Reading())
+    now = ledger.stat()
+    if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
+        return reading.entries
+    with ledger.open("rb") as stream:
+        stream.seek(reading.stop - len(reading.tail))
+        before = stream.read(len(reading.tail))
+        if before != reading.tail or now.st_size <= reading.stop:  # written anew
+            reading = _Reading()
+            stream.seek(0)
+        appended = stream.read()
+    whole = appended[: appended.rfind(b"\n") + 1]
+    entries = dict(reading.entries)  # whoever has the old ones may be going through them
+    for line in whole.splitlines():
+        entry = _parsed(line)
+        if entry is not None:
+            entries[entry["asset"], entry["partition"]] = entry
+    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
+    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, entries)
+    return entries

@@ -1,0 +1,59 @@
+"""Which artefact was made from which, by the ledger."""
+
+from collections.abc import Iterable
+
+from colorfilter.provenance import content, stands
+from resources.artifacts import RECIPE, ArtifactStore
+from resources.ledger import Entry
+
+
+def name_of(entry: Entry) -> str:
+    """An artefact's name: its asset, and in brackets its partition."""
+    partition = entry["partition"]
+    return str(entry["asset"] if partition is None else f"{entry['asset']}[{partition}]")
+
+
+class Lineage:
+    """All that the ledger has, to be followed back to where it came from."""
+
+    def __init__(self, artifacts: ArtifactStore) -> None:
+        self._root = artifacts.at.root
+        self._made: dict[str, dict[str, Entry]] = {}
+        for entry in artifacts.ledger:
+            self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
+
+    def versions(self, name: str) -> list[Entry]:
+        """The last entry of every content that an artefact has had, oldest first."""
+        return sorted(self._made.get(name, {}).values(), key=lambda e: str(e["recorded"]))
+
+    def find(self, name: str, fingerprint: str) -> list[Entry]:
+        """What has this name and content; where a part of something has, the wholes."""
+        whole = self._made.get(name, {}).get(fingerprint)
+        if whole:
+            return [whole]
+        asset, _, partition = name.removesuffix("]").partition("[")
+        asset, _, folder = asset.rpartition("/")
+        found = self._made.get(f"{asset}[{partition}]" if partition else asset, {})
+        return [
+            entry
+            for entry in found.values()
+            if stands(self._root / entry["path"])
+            and content(self._root / entry["path"], folder).fingerprint == fingerprint
+        ]
+
+    def made_from(self, entry: Entry) -> list[tuple[str, str]]:
+        """Names and fingerprints of what something was made from, and of its recipe."""
+        recipe = [(RECIPE, entry["experiment"])] if entry.get("experiment") else []
+        return [*entry["inputs"].items(), *entry["sources"].items(), *recipe]
+
+    def ancestry(self, entries: Iterable[Entry]) -> dict[str, Entry]:
+        """These and all that they were made from, by path."""
+        found: dict[str, Entry] = {}
+        waiting = list(entries)
+        while waiting:
+            entry = waiting.pop()
+            if entry["path"] not in found:
+                found[entry["path"]] = entry
+                for name, fingerprint in self.made_from(entry):
+                    waiting += self.find(name, fingerprint)
+        return found
