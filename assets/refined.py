@@ -1,7 +1,7 @@
 """Stage 3, its end: what lies near a cutoff is scored again in float32."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ import dagster as dg
 from assets.auxiliary import checkpoint
 from assets.common import OWNERS, AnyContext, Context, Progress, all_of, code_version, result
 from assets.scores import GROUP, REFINED, boundary, publication
+from colorfilter.progress import Progress as Counting
+from colorfilter.progress import silent
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.selection import count_candidates
 from resources.artifacts import Artifact, ArtifactStore, Work
@@ -91,20 +93,9 @@ def refine(
     tables = artifacts.current_from("score_tables", None, [*models, *packed.values()])
 
     def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
-        tokens = gathered(places, {s: a.path for s, a in packed.items()}, folder)
-        job = ScoreJob(
-            models={m.fingerprint: checkpoint(m) for m in models},
-            outs={m.fingerprint: folder / precision / m.fingerprint[:16] for m in models},
-            parameters=max(m.facts["parameters"] for m in models),
-            tokens=tokens,
-            shard=folder.name,
-            precision=precision,
-            boundary=boundary(artifacts, recipe.scoring),
-        )
         size = len(models) * len(places) * recipe.sequence_length
-        for _ in gpu.score([job], Progress(context, size, "tokens")):
-            pass
-        return refinement.losses_of(folder / precision, tokens)
+        progress = Progress(context, size, "tokens")
+        return score_places(artifacts, gpu, recipe, models, places, folder, precision, progress)
 
     def build(folder: Path) -> dict[str, Any]:
         import polars as pl
@@ -142,6 +133,39 @@ def refine(
     parts, published, _ = publication(artifacts, recipe)
     score_store.publish(parts, published, recipe.sequence_length)
     return made
+
+
+def score_places(
+    artifacts: ArtifactStore,
+    gpu: Gpu,
+    recipe: Recipe,
+    models: Sequence[Artifact],
+    places: "pl.DataFrame",
+    folder: Path,
+    precision: str,
+    progress: Counting = silent,
+) -> "pl.DataFrame":
+    """Losses of the corpus's sequences at these places by models, as of refinement.losses_of.
+
+    `folder` keeps what has been scored, for another attempt to go on from.
+    """
+    from colorfilter import refinement
+
+    shards = places["shard"].unique()
+    packed = {s: artifacts.current("corpus_tokens", s).path for s in shards}
+    tokens = gathered(places, packed, folder)
+    job = ScoreJob(
+        models={m.fingerprint: checkpoint(m) for m in models},
+        outs={m.fingerprint: folder / precision / m.fingerprint[:16] for m in models},
+        parameters=max(m.facts["parameters"] for m in models),
+        tokens=tokens,
+        shard=folder.name,
+        precision=precision,
+        boundary=boundary(artifacts, recipe.scoring),
+    )
+    for _ in gpu.score([job], progress):
+        pass
+    return refinement.losses_of(folder / precision, tokens)
 
 
 def gathered(places: "pl.DataFrame", tokens: Mapping[str, Path], folder: Path) -> Path:

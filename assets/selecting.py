@@ -169,7 +169,11 @@ def _materialization(artifact: Artifact, changes: Mapping[str, Any]) -> dg.Asset
     about = changes if artifact.asset.endswith("/selection") else artifact.facts
     return dg.AssetMaterialization(
         asset_key=artifact.asset.split("/"),
-        metadata={**_shown(about), "folder": dg.MetadataValue.path(str(artifact.path))},
+        metadata={
+            **_shown(about),
+            "fingerprint": artifact.fingerprint,
+            "folder": dg.MetadataValue.path(str(artifact.path)),
+        },
         tags={"dagster/data_version": data_version([artifact]).value},
     )
 

@@ -100,6 +100,30 @@ def show_copying(console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def show_steps(console: Console) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Draw steps that follow one another; gives the function to call with a step's name and size.
+
+    That gives what to call with how much is done; a size of 0 is not known.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+    def begin(name: str, size: int) -> Callable[[int], None]:
+        for task in bar.task_ids:
+            bar.remove_task(task)
+        step = bar.add_task(name, total=size or None)
+        return lambda amount: bar.advance(step, amount)
+
+    with bar:
+        yield begin
+
+
 def print_report(console: Console, plan: Recipe, place: Home) -> None:
     """Print how the arms compare, and where everything lies."""
     artifacts = ArtifactStore(home=str(place.root))

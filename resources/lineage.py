@@ -1,13 +1,14 @@
 """Which artefact was made from which, by the ledger."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from colorfilter.provenance import content, stands
 from resources.artifacts import RECIPE, ArtifactStore
 from resources.ledger import Entry
 
 
-def name_of(entry: Entry) -> str:
+def name_of(entry: Mapping[str, Any]) -> str:
     """An artefact's name: its asset, and in brackets its partition."""
     partition = entry["partition"]
     return str(entry["asset"] if partition is None else f"{entry['asset']}[{partition}]")
@@ -18,9 +19,19 @@ class Lineage:
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self._root = artifacts.at.root
+        self._entries = artifacts.entries()
         self._made: dict[str, dict[str, Entry]] = {}
         for entry in artifacts.ledger:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
+
+    def current(self, shards: Collection[str]) -> list[Entry]:
+        """The current artefacts, where these are the corpus's shards: without the retired ones."""
+        corpus = {partition for asset, partition in self._entries if asset == "raw_corpus"}
+        return [
+            entry
+            for (_, partition), entry in self._entries.items()
+            if partition in shards or partition not in corpus
+        ]
 
     def versions(self, name: str) -> list[Entry]:
         """The last entry of every content that an artefact has had, oldest first."""

@@ -29,10 +29,11 @@ class Leftover:
 def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftover]:
     """What can be removed where these are the corpus's shards, the largest first."""
     root = artifacts.at.artifacts
-    needed = _needed(artifacts, shards)
+    lineage = Lineage(artifacts)
+    needed = lineage.ancestry(lineage.current(shards))
     known = {e["path"] for e in artifacts.ledger}
     found = []
-    for folder in _folders(root):
+    for folder in folders(root):
         path = str(folder.relative_to(artifacts.at.root))
         if path in needed or _at_work(artifacts, folder):
             continue
@@ -50,18 +51,7 @@ def remove(leftover: Leftover) -> None:
     shutil.rmtree(leftover.path)
 
 
-def _needed(artifacts: ArtifactStore, shards: Collection[str]) -> Collection[str]:
-    """Paths of the current artefacts and of what they were made from."""
-    corpus = {p for asset, p in artifacts.entries() if asset == "raw_corpus"}
-    current = [
-        entry
-        for (_, partition), entry in artifacts.entries().items()
-        if partition in shards or partition not in corpus
-    ]
-    return Lineage(artifacts).ancestry(current)
-
-
-def _folders(root: Path) -> Iterator[Path]:
+def folders(root: Path) -> Iterator[Path]:
     """The folders of artefacts: named by a key, at any depth."""
     for folder, below, _ in os.walk(root):
         for name in list(below):

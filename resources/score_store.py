@@ -117,7 +117,7 @@ class ScoreStore(dg.ConfigurableResource):
         if not path.exists():
             raise InputError(f"{path} is not there yet; materialize score_tables first")
         with contextlib.closing(duckdb.connect(str(path), read_only=True)) as connection:
-            _limit(connection, path, READING_MEMORY)
+            limit_memory(connection, path, READING_MEMORY)
             yield connection
 
     def publish(
@@ -248,7 +248,7 @@ class ScoreStore(dg.ConfigurableResource):
             shutil.copyfile(path, temporary)
         connection = duckdb.connect()
         try:
-            _limit(connection, path, PUBLISHING_MEMORY)
+            limit_memory(connection, path, PUBLISHING_MEMORY)
             place = str(temporary).replace("'", "''")
             connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE next")
@@ -266,7 +266,8 @@ class ScoreStore(dg.ConfigurableResource):
         write_atomically(temporary, path)
 
 
-def _limit(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
+def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
+    """Let a connection hold so much before it spills beside the file at `path`."""
     connection.execute(f"SET memory_limit = '{memory}'")
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET enable_progress_bar = false")

@@ -1,0 +1,137 @@
+"""Whether tokens, losses, selections and datasets agree with their inputs: for an audit."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from assets.selected import PACKED
+from colorfilter.errors import one_line
+from colorfilter.leakage import without_leaks
+from colorfilter.provenance import stands
+from colorfilter.recipe import SCORED
+from colorfilter.tokens import open_tokens, real_tokens
+from resources.audit import Finding
+from resources.ledger import Entry
+from resources.lineage import Lineage, name_of
+
+
+def counts(root: Path, lineage: Lineage, entries: Iterable[Entry]) -> Iterator[Finding]:
+    """Whether tokens, losses, selections and datasets agree, each with what it was made from."""
+    for entry in entries:
+        check = _COUNTED.get(entry["asset"].rpartition("/")[2])
+        if check and stands(root / entry["path"]):
+            sources = {
+                name: root / made[0]["path"]
+                for name, fingerprint in entry["inputs"].items()
+                if (made := lineage.find(name, fingerprint)) and stands(root / made[0]["path"])
+            }
+            try:
+                for what, expected, found in check(root / entry["path"], entry, sources):
+                    if expected != found:
+                        yield Finding(
+                            name_of(entry), f"{entry['path']}, {what}", str(expected), str(found)
+                        )
+            except (OSError, KeyError, ValueError, pl.exceptions.PolarsError) as error:
+                yield Finding(name_of(entry), entry["path"], "readable tables", one_line(error))
+
+
+Compared = Iterator[tuple[str, object, object]]
+Sources = dict[str, Path]
+
+
+def _source(sources: Sources, asset: str) -> Path:
+    """The folder of the one input that is an asset's. Raises KeyError where it does not stand."""
+    for name, path in sources.items():
+        if name.partition("[")[0].endswith(asset):
+            return path
+    raise KeyError(f"its {asset} does not stand")
+
+
+def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
+    facts = entry["facts"]
+    sequences = pl.read_parquet(folder / "sequences.parquet")
+    spans = pl.scan_parquet(folder / "spans.parquet")
+    spanned, named = (
+        spans.select(pl.col("n_tokens").sum(), pl.col("doc_id").n_unique()).collect().row(0)
+    )
+    documents = pl.scan_parquet(_source(sources, "raw_corpus") / "documents.parquet")
+    yield "sequences", facts["sequences"], len(sequences)
+    yield "rows of tokens.npy", len(sequences), len(open_tokens(folder))
+    yield "tokens", facts["tokens"], int(sequences["n_tokens"].sum())
+    yield "tokens of the spans", facts["tokens"], int(spanned)
+    yield "documents of the spans", facts["documents"], named
+    read = int(documents.select(pl.len()).collect().item())
+    yield "documents read and left out", read, facts["documents"] + facts["left_out"]
+
+
+def _losses(folder: Path, entry: Entry, sources: Sources) -> Compared:
+    packed = pl.read_parquet(_source(sources, "corpus_tokens") / "sequences.parquet")
+    losses = pl.read_parquet(sorted(folder.glob("losses-*.parquet")))
+    (model,) = (f for name, f in entry["inputs"].items() if name.endswith("_model"))
+    yield "losses", len(packed) - entry["facts"]["unscored"], len(losses)
+    yield "sequences scored once", len(losses), losses["position"].n_unique()
+    yield "sequences scored", True, losses["position"].is_in(packed["position"].to_list()).all()
+    yield "models", [model], losses["model"].unique().to_list()
+    yield "shards", [entry["partition"]], losses["shard"].unique().to_list()
+    yield "losses not finite", 0, len(losses) - int(losses["loss"].is_finite().sum())
+
+
+def _selection(folder: Path, entry: Entry, _sources: Sources) -> Compared:
+    rows = pl.read_parquet(folder / "selection.parquet")
+    yield "sequences", entry["facts"]["selected"], len(rows)
+    yield "ranks", True, (rows["rank"] == pl.int_range(1, len(rows) + 1, eager=True)).all()
+    yield "sequences selected once", len(rows), rows.select("shard", "position").n_unique()
+    if entry["recipe"].get("method") in SCORED and not entry["recipe"].get("batch"):
+        yield "scores in order of rank", True, rows["score"].is_sorted()
+        yield "cutoff", entry["facts"]["cutoff"], rows["score"][-1]
+
+
+def _dataset(folder: Path, entry: Entry, sources: Sources) -> Compared:
+    selection, leakage = _source(sources, "/selection"), _source(sources, "/leakage")
+    rows = pl.read_parquet(selection / "selection.parquet")
+    if entry["recipe"]["leaks"] == "remove":
+        rows = without_leaks(rows, pl.read_parquet(leakage / "leakage.parquet"))
+    written = pl.read_parquet(folder / "tokens" / "sequences.parquet")
+    yield "sequences", entry["facts"]["sequences"], len(written)
+    places = ["shard", "position"]
+    yield (
+        "sequences of the selection",
+        True,
+        written.select(places).sort(places).equals(rows.select(places).sort(places)),
+    )
+    tokens, real = open_tokens(folder / "tokens"), real_tokens(folder / "tokens")
+    own = selection / PACKED
+    origins = (
+        {None: own}
+        if own.exists()
+        else {
+            name.partition("[")[2][:-1]: path
+            for name, path in sources.items()
+            if name.startswith("corpus_tokens[")
+        }
+    )
+    others = 0
+    for shard, path in origins.items():
+        mine = written if shard is None else written.filter(pl.col("shard") == shard)
+        corpus = open_tokens(path)
+        for row, position in mine.select("row", "position").iter_rows():
+            others += not np.array_equal(tokens[row], corpus[position])
+    yield "sequences with other tokens than the corpus has there", 0, others
+    hashes = (
+        hashlib.sha256(tokens[row, : real[row]].astype("<u4").tobytes()).hexdigest()
+        for row in range(len(tokens))
+    )
+    yield "sha256 of the sequences", True, written["sha256"].to_list() == list(hashes)
+
+
+_COUNTED: dict[str, Callable[[Path, Entry, Sources], Compared]] = {
+    "corpus_tokens": _tokens,
+    "prior_scores": _losses,
+    "conditional_scores": _losses,
+    "domain_only_scores": _losses,
+    "selection": _selection,
+    "filtered_dataset": _dataset,
+}

@@ -1,0 +1,155 @@
+"""Selecting and scoring again what was selected and scored before: for an audit."""
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from assets.common import shard_names
+from assets.refined import score_places
+from assets.scores import loss_assets
+from assets.selected import choose
+from assets.selecting import Choice, with_choice
+from colorfilter.progress import Progress, silent
+from colorfilter.recipe import Recipe
+from colorfilter.tables import fetch_frame
+from resources.artifacts import ArtifactStore
+from resources.audit import Finding
+from resources.gpu import Gpu
+from resources.ledger import Entry
+from resources.score_store import ScoreStore
+
+if TYPE_CHECKING:
+    import duckdb
+
+# Nats per token by which a sequence's loss may lie off the true one, by the precision it is in.
+TOLERANCE = {"float32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}
+
+
+def reselect(
+    artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe, entries: Iterable[Entry]
+) -> Iterator[Finding]:
+    """Whether the current scores give exactly the selections that were made by them."""
+    scores = artifacts.current("score_tables").fingerprint
+    for entry in entries:
+        if not entry["asset"].endswith("/selection"):
+            continue
+        name, where = entry["asset"], f"{entry['path']}/selection.parquet"
+        if "score_tables" not in entry["inputs"]:
+            yield Finding(name, where, "a selection by scores", "one that is not", warning=True)
+            continue
+        if entry["inputs"]["score_tables"] != scores:
+            yield Finding(name, where, "one by the current scores", "an older one", warning=True)
+            continue
+        with store.read() as connection:
+            again = _again(connection, recipe, entry)
+        columns = ["rank", "shard", "position", "score"]
+        kept = pl.read_parquet(artifacts.at.root / where, columns=columns)
+        again = again.select(columns)
+        if not kept.equals(again):
+            yield Finding(name, where, *_first_difference(again, kept))
+
+
+def _first_difference(again: pl.DataFrame, kept: pl.DataFrame) -> tuple[str, str]:
+    """The first row in which two selections differ, in words."""
+    for expected, found in zip(again.iter_rows(), kept.iter_rows(), strict=False):
+        if expected != found:
+            return _row(expected), _row(found)
+    return f"{len(again):,} sequences", f"{len(kept):,}"
+
+
+def _row(row: tuple[Any, ...]) -> str:
+    rank, shard, position, score = row
+    return f"at rank {rank} {shard}:{position} with {score}"
+
+
+def _again(connection: "duckdb.DuckDBPyConnection", recipe: Recipe, entry: Entry) -> pl.DataFrame:
+    domain, arm = entry["asset"].split("/")[:2]
+    terms = entry["recipe"]
+    if any(a.name == arm for a in recipe.arms):
+        (of_recipe,) = (d for d in recipe.domains if d.name == domain)
+        return choose(connection, recipe, of_recipe, recipe.arm(arm))
+    tokens = terms["needed"] * recipe.sequence_length
+    choice = Choice.model_validate(
+        {"domain": domain, "tokens": tokens, **{k: terms[k] for k in ("method", "tau", "batch")}}
+    )
+    return choose(connection, *with_choice(recipe, choice))
+
+
+class Rescored(NamedTuple):
+    """How scoring again went: what was drawn, and how far the losses lie from those on record."""
+
+    losses: int
+    largest: float  # difference, nats per token
+    seconds: float
+
+
+def rescore(
+    artifacts: ArtifactStore,
+    store: ScoreStore,
+    gpu: Gpu,
+    recipe: Recipe,
+    sample: int,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[Rescored, list[Finding]]:
+    """Score so many random sequences of every shard again, in float32, by all current models.
+
+    A loss on record may lie off by what its precision allows, and the new one by what float32 does.
+    """
+    assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
+    models = {model: artifacts.current(model) for model in assets}
+    places = _drawn(artifacts, recipe, sample, seed)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="rescored-", dir=artifacts.at.root) as folder:
+        again = score_places(
+            artifacts, gpu, recipe, list(models.values()), places, Path(folder), "float32", progress
+        )
+    seconds = time.monotonic() - begun
+    with store.read() as connection:
+        connection.register("places", places.to_arrow())
+        recorded = fetch_frame(
+            connection,
+            "SELECT model, shard, position, loss, precision FROM losses "
+            "JOIN places USING (shard, position) JOIN models USING (model) WHERE current",
+            {},
+        )
+    exact, kept = (pl.col(c).cast(pl.Float64) for c in ("loss", "loss_recorded"))
+    allowed = pl.col("precision_recorded").replace_strict(TOLERANCE, default=0.0)
+    both = again.join(
+        recorded, on=["model", "shard", "position"], how="full", coalesce=True, suffix="_recorded"
+    ).with_columns(difference=(exact - kept).abs(), tolerance=allowed + TOLERANCE["float32"])
+    within = (pl.col("difference") <= pl.col("tolerance")).fill_null(False)
+    off = both.filter(~within)
+    names = {made.fingerprint: assets[model] for model, made in models.items()}
+    findings = [
+        Finding(
+            f"{names[row['model']]}[{row['shard']}]",
+            f"position {row['position']}",
+            f"a loss of {row['loss']}, to {row['tolerance']:.0e}",
+            str(row["loss_recorded"]),
+        )
+        for row in off.sort("model", "shard", "position").iter_rows(named=True)
+    ]
+    largest = both["difference"].max()
+    return Rescored(len(both), float(largest or 0.0), seconds), findings  # type: ignore[arg-type]
+
+
+def _drawn(artifacts: ArtifactStore, recipe: Recipe, sample: int, seed: int) -> pl.DataFrame:
+    """Places at random, so many of every shard, the reserved ones too: shard and position."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for shard in shard_names(artifacts, recipe):
+        size = artifacts.current("corpus_tokens", shard).facts["sequences"]
+        drawn = rng.choice(size, min(sample, size), replace=False)
+        frames.append(
+            pl.DataFrame(
+                {"shard": [shard] * len(drawn), "position": np.sort(drawn)},
+                schema={"shard": pl.String, "position": pl.Int64},
+            )
+        )
+    return pl.concat(frames)

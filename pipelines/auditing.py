@@ -1,0 +1,254 @@
+"""An audit of a home: what is looked at, in order, and what does not hold."""
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+from rich.console import Console
+from rich.markup import escape
+
+from assets.counted import counts
+from assets.published import results, tables
+from assets.repeated import Rescored, rescore, reselect
+from colorfilter import page
+from colorfilter.errors import InputError
+from colorfilter.files import write_text_atomically
+from colorfilter.progress import Progress
+from colorfilter.recipe import Recipe
+from resources.artifacts import ArtifactStore
+from resources.audit import Finding, Record, raw_files, sizes
+from resources.gpu import Gpu
+from resources.home import Home
+from resources.ledger import Entry
+from resources.lineage import Lineage, name_of
+from resources.score_store import ScoreStore
+
+EVENTS = 1000  # of Dagster's history, at a time
+
+# Called with what is looked at and how many bytes or tokens that is; gives what to call with those
+# done.
+Show = Callable[[str, int], Progress]
+
+
+@dataclass
+class Audit:
+    """What was looked at and what does not hold."""
+
+    subject: str
+    head: str
+    artefacts: int
+    begun: str
+    findings: list[Finding] = field(default_factory=list)
+    checked: dict[str, bool] = field(default_factory=dict)
+    rescored: Rescored | None = None
+    seed: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.warning for finding in self.findings)
+
+    def as_json(self) -> str:
+        """Everything as one JSON object."""
+        facts = {
+            **asdict(self),
+            "passed": self.passed,
+            "rescored": self.rescored._asdict() if self.rescored else None,
+        }
+        return json.dumps(facts, indent=1, ensure_ascii=False)
+
+
+def audit(
+    recipe: Recipe,
+    home: Home,
+    show: Show,
+    what: str | None = None,
+    head: str | None = None,
+    again: bool = False,
+    sample: int | None = None,
+) -> Audit:
+    """Check all that is current in a home, or one artefact, back to the raw files.
+
+    `head` is a hash that the ledger must have; with `again` selections are made again, and `sample`
+    sequences of every shard scored again. Raises InputError where there is nothing to audit.
+    """
+    artifacts = ArtifactStore(home=str(home.root))
+    store = ScoreStore(home=str(home.root))
+    record = Record(artifacts)
+    subject = _subject(artifacts, record.lineage, what)
+    entries = list(record.lineage.ancestry(subject).values())
+    found = Audit(
+        what or "all that is current",
+        record.head,
+        len(entries),
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+    def look(name: str, findings: Iterable[Finding]) -> None:
+        there = list(findings)
+        found.findings += there
+        found.checked[name] = all(finding.warning for finding in there)
+
+    show("ledger", 0)
+    look("chain of the ledger", record.chain(head))
+    look("what was taken up again", record.reuse())
+    look("links from each artefact to its inputs", record.links(entries))
+    look("folders without an entry", record.orphans())
+    files = show("files", sizes(home.root, entries))
+    look("sha256 of every file", record.files(entries, files))
+    raw = show("raw files", 0)
+    look("sha256 of the raw files", raw_files(home.root, entries, raw))
+    show("counts", 0)
+    look("counts and contents", counts(home.root, record.lineage, entries))
+    show("Dagster's history", 0)
+    look("Dagster's history", history(home, artifacts))
+    if any(entry["asset"] == "score_tables" for entry in entries):
+        show("score tables", 0)
+        look("score tables against the record", tables(artifacts, store, recipe))
+        look("evaluations against the reports", results(artifacts, recipe))
+    if again:
+        show("selections", 0)
+        look("selections made again", reselect(artifacts, store, recipe, entries))
+    if sample:
+        found.seed = secrets.randbelow(2**32)
+        tokens = show("losses", 0)
+        gpu = Gpu(home=str(home.root))
+        found.rescored, off = rescore(artifacts, store, gpu, recipe, sample, found.seed, tokens)
+        look(f"{found.rescored.losses:,} losses computed again", off)
+    return found
+
+
+def _subject(artifacts: ArtifactStore, lineage: Lineage, what: str | None) -> list[Entry]:
+    """The entries that an audit begins from. Raises InputError where there are none."""
+    current = lineage.current([s.name for s in artifacts.at.shards()])
+    if not current:
+        raise InputError(f"home {artifacts.at.root}: nothing has been made yet")
+    if what is None:
+        return current
+    named = [e for e in current if what in {name_of(e), e["asset"], e["path"]}]
+    if not named:
+        folder = Path(what).resolve()
+        named = [e for e in artifacts.ledger if artifacts.at.root / e["path"] == folder][-1:]
+    if not named:
+        names = ", ".join(sorted({e["asset"] for e in current}))
+        raise InputError(f"{what}: is no artefact of this home; give the folder of one, or {names}")
+    return named
+
+
+def history(home: Home, artifacts: ArtifactStore) -> Iterator[Finding]:
+    """Whether Dagster's history says nothing that the ledger does not.
+
+    What it does not say (it may have been wiped) is a warning.
+    """
+    made: dict[str, set[str]] = {}
+    wanted: set[tuple[str, str]] = set()
+    for entry in artifacts.ledger:
+        made.setdefault(name_of(entry), set()).add(entry["fingerprint"])
+        if entry.get("run") and not entry["reused"] and entry["asset"] != "recipe":
+            wanted.add((entry["asset"], entry["run"]))
+    told: set[tuple[str, str]] = set()
+    if (home.dagster / "history").exists():
+        with dg.DagsterInstance.from_config(str(home.dagster)) as instance:
+            for key in instance.all_asset_keys():
+                asset = key.to_user_string()
+                for happened, event in _materializations(instance, key):
+                    told.add((asset, happened.run_id))
+                    yield from _contradictions(asset, happened, event, made)
+    missing = len(wanted - told)
+    if missing:
+        yield Finding(
+            "dagster",
+            "its history",
+            f"events of the {len(wanted)} materializations in the ledger",
+            f"none of {missing}",
+            warning=True,
+        )
+
+
+def _materializations(
+    instance: dg.DagsterInstance, key: dg.AssetKey
+) -> Iterator[tuple[dg.EventLogEntry, dg.AssetMaterialization]]:
+    cursor = None
+    while True:
+        page_of = instance.fetch_materializations(key, limit=EVENTS, cursor=cursor)
+        for event in page_of.records:
+            if event.asset_materialization:
+                yield event.event_log_entry, event.asset_materialization
+        if not page_of.has_more:
+            return
+        cursor = page_of.cursor
+
+
+def _contradictions(
+    asset: str,
+    happened: dg.EventLogEntry,
+    event: dg.AssetMaterialization,
+    made: dict[str, set[str]],
+) -> Iterator[Finding]:
+    time = datetime.fromtimestamp(happened.timestamp, UTC).isoformat(timespec="seconds")
+    where = f"materialization of {time} in Dagster's history"
+    if not happened.run_id:
+        yield Finding(asset, where, "a run that made it", "none: it was reported from outside")
+        return
+    shown = event.metadata.get("fingerprint")
+    name = asset if event.partition is None else f"{asset}[{event.partition}]"
+    if shown is not None and str(shown.value) not in made.get(name, set()):
+        yield Finding(name, where, "a fingerprint that the ledger has", str(shown.value)[:16])
+
+
+# Shown to people -----------------------------------------------------------------------------
+
+
+def print_audit(console: Console, found: Audit) -> None:
+    """Print a line for each thing that does not hold, and what was looked at."""
+    for finding in found.findings:
+        mark = "[yellow]noted [/]" if finding.warning else "[red]failed[/]"
+        console.print(mark, escape(str(finding)), highlight=False, soft_wrap=True)
+    for name, holds in found.checked.items():
+        console.print("[green]passed[/]" if holds else "[red]failed[/]", name, highlight=False)
+    failed = sum(not finding.warning for finding in found.findings)
+    words = f"{failed:,} things do not hold" if failed else "all holds"
+    console.print(f"{found.subject}, {found.artefacts:,} artefacts: {words}", highlight=False)
+    if found.rescored:
+        losses, largest, seconds = found.rescored
+        console.print(
+            f"{losses:,} losses computed again in {seconds:.1f} s (seed {found.seed}), the largest "
+            f"difference {largest:.1e} nats per token",
+            highlight=False,
+        )
+    console.print(f"ledger    {found.head}", highlight=False)
+
+
+def write_page(found: Audit, recipe: Recipe, home: Home, path: Path) -> None:
+    """The audit as one HTML file."""
+    verdict = "All of it holds." if found.passed else "Not all of it holds."
+    facts: list[tuple[str, object]] = [
+        ("audited", found.subject),
+        ("home", home.root),
+        ("recipe", recipe.name),
+        ("on", found.begun),
+        ("head of the ledger", found.head),
+        ("artefacts", f"{found.artefacts:,}"),
+    ]
+    if found.rescored:
+        facts += [
+            ("losses computed again", f"{found.rescored.losses:,}, seed {found.seed}"),
+            ("largest difference", f"{found.rescored.largest:.1e} nats per token"),
+        ]
+    looked_at = [[name, "holds" if h else "does not hold"] for name, h in found.checked.items()]
+    sections = [
+        page.Section("Verdict", verdict, page.Table(["", ""], facts)),
+        page.Section("Looked at", "", page.Table(["", ""], looked_at)),
+    ]
+    for title, warning in (("What does not hold", False), ("What cannot be shown", True)):
+        rows = [
+            [f.asset, f.artefact, f.expected, f.found]
+            for f in found.findings
+            if f.warning == warning
+        ]
+        table = page.Table(["asset", "artefact", "expected", "found"], rows) if rows else None
+        sections.append(page.Section(title, "" if rows else "Nothing.", table))
+    write_text_atomically(path, page.html(f"Audit of {recipe.name}", sections))
