@@ -18,6 +18,7 @@ SHARDS = dg.DynamicPartitionsDefinition(name="shards")
 ONE_RUN = dg.BackfillPolicy.single_run()
 OWNERS = ["team:pretraining-data"]
 Context = dg.AssetExecutionContext
+INPUTS_SHOWN = 12
 AnyContext = dg.AssetExecutionContext | dg.OpExecutionContext
 
 
@@ -56,12 +57,30 @@ def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.Mat
     """What an unsharded asset returns: its data version is the hash of its fingerprints."""
     shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in metadata.items()}
     if len(artifacts) == 1:
-        shown["fingerprint"] = artifacts[0].fingerprint
-        shown["folder"] = dg.MetadataValue.path(str(artifacts[0].path))
+        shown |= identity(artifacts[0])
+    else:
+        shown["fingerprints"] = dg.MetadataValue.json({a.name: a.fingerprint for a in artifacts})
     standing = sum(a.reused for a in artifacts)
     shown["computed"] = len(artifacts) - standing
     shown["found standing"] = standing
     return dg.MaterializeResult(metadata=shown, data_version=data_version(artifacts))
+
+
+def identity(artifact: Artifact) -> dict[str, Any]:
+    """What an artefact is, what it was made from and where it lies, as metadata."""
+    return {
+        "fingerprint": artifact.fingerprint,
+        "inputs": dg.MetadataValue.json(_inputs(artifact)),
+        "folder": dg.MetadataValue.path(str(artifact.path)),
+    }
+
+
+def _inputs(artifact: Artifact) -> dict[str, str]:
+    """Fingerprints of inputs by name; of many the first, the ledger has them all."""
+    names = list(artifact.inputs)
+    shown = {name: artifact.inputs[name][:16] for name in names[:INPUTS_SHOWN]}
+    more = len(names) - len(shown)
+    return {**shown, **({"others": f"{more:,}, see the ledger"} if more else {})}
 
 
 def sharded_result(
@@ -82,8 +101,7 @@ def sharded_result(
     for artifact in made:
         shown = {name: artifact.facts[name] for name in facts}
         shown["dagster/row_count"] = artifact.facts[rows]
-        shown["fingerprint"] = artifact.fingerprint
-        shown["folder"] = dg.MetadataValue.path(str(artifact.path))
+        shown |= identity(artifact)
         shown["computed"] = 0 if artifact.reused else 1
         context.add_asset_metadata(shown, asset_key=key, partition_key=artifact.partition)
     summed = [name for name in facts if not name.endswith("_per_second")]

@@ -6,7 +6,7 @@ import duckdb
 import polars as pl
 
 from assets.scores import publication
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, one_line
 from colorfilter.provenance import stands
 from colorfilter.recipe import Recipe
 from colorfilter.tables import fetch, fetch_frame
@@ -54,8 +54,11 @@ def tables(artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe) -> Itera
             table = path / "selection.parquet"
             selections.append((current, (selection, table, domain, arm, scored_by, created)))
     inserts = [arguments for _, arguments in sorted(selections, key=lambda s: s[0])]
-    for difference in differences(store, parts, models, inserts, recipe.sequence_length):
-        yield _told(difference)
+    try:
+        for difference in differences(store, parts, models, inserts, recipe.sequence_length):
+            yield _told(difference)
+    except (duckdb.Error, ValueError) as error:
+        yield Finding("score_tables", STORE, "a record that can be published", one_line(error))
 
 
 def _scored_by(lineage: Lineage, selection: Entry, domain: str) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from assets.changes import in_and_out, last_published
-from assets.common import AnyContext, data_version
+from assets.common import AnyContext, data_version, identity
 from assets.filtered import make_dataset
 from assets.leakage import find_leakage, leaks_in
 from assets.refined import refine
@@ -169,11 +169,7 @@ def _materialization(artifact: Artifact, changes: Mapping[str, Any]) -> dg.Asset
     about = changes if artifact.asset.endswith("/selection") else artifact.facts
     return dg.AssetMaterialization(
         asset_key=artifact.asset.split("/"),
-        metadata={
-            **_shown(about),
-            "fingerprint": artifact.fingerprint,
-            "folder": dg.MetadataValue.path(str(artifact.path)),
-        },
+        metadata={**_shown(about), **identity(artifact)},
         tags={"dagster/data_version": data_version([artifact]).value},
     )
 

@@ -146,7 +146,9 @@ def history(home: Home, artifacts: ArtifactStore) -> Iterator[Finding]:
     made: dict[str, set[str]] = {}
     wanted: set[tuple[str, str]] = set()
     for entry in artifacts.ledger:
-        made.setdefault(name_of(entry), set()).add(entry["fingerprint"])
+        # Seeds are partitions in the ledger and not in Dagster.
+        for name in {name_of(entry), entry["asset"]}:
+            made.setdefault(name, set()).add(entry["fingerprint"])
         if entry.get("run") and not entry["reused"] and entry["asset"] != "recipe":
             wanted.add((entry["asset"], entry["run"]))
     told: set[tuple[str, str]] = set()

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.arrivals import arrival_checks
+from assets.auditing import audit_checks
 from assets.auxiliary import auxiliary_assets, auxiliary_checks
 from assets.changes import change_checks
 from assets.confidence import confidence_assets
@@ -45,6 +46,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             *score_checks(recipe),
             *change_checks(recipe),
             *leakage_checks(recipe),
+            *audit_checks(recipe),
         ],
         resources={
             "artifacts": ArtifactStore(home=home, recipe=as_text(recipe)),

@@ -66,8 +66,9 @@ CREATE TABLE kernel_runs(
     kernel VARCHAR, matrix_share DOUBLE, recorded VARCHAR, versions VARCHAR);
 CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
-    reused BOOLEAN, facts VARCHAR, inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT,
-    seed BIGINT, precision VARCHAR, environment VARCHAR, recorded VARCHAR);
+    manifest VARCHAR, bytes BIGINT, rows BIGINT, run VARCHAR, reused BOOLEAN, facts VARCHAR,
+    inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT, seed BIGINT, precision VARCHAR,
+    experiment VARCHAR, environment VARCHAR, recorded VARCHAR, previous VARCHAR);
 """
 
 
