@@ -68,7 +68,11 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
 
 def _losses(folder: Path, entry: Entry, sources: Sources) -> Compared:
     packed = pl.read_parquet(_source(sources, "corpus_tokens") / "sequences.parquet")
-    losses = pl.read_parquet(sorted(folder.glob("losses-*.parquet")))
+    chunks = sorted(folder.glob("losses-*.parquet"))
+    if not chunks:  # a shard without a sequence
+        yield "losses", len(packed) - entry["facts"]["unscored"], 0
+        return
+    losses = pl.read_parquet(chunks)
     (model,) = (f for name, f in entry["inputs"].items() if name.endswith("_model"))
     yield "losses", len(packed) - entry["facts"]["unscored"], len(losses)
     yield "sequences scored once", len(losses), losses["position"].n_unique()

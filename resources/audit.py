@@ -12,7 +12,13 @@ from colorfilter.documents import content_of
 from colorfilter.errors import one_line
 from colorfilter.files import file_sha256
 from colorfilter.progress import Progress, silent
-from colorfilter.provenance import MANIFEST, artifact_key, fingerprint_of, read_manifest
+from colorfilter.provenance import (
+    MANIFEST,
+    artifact_key,
+    canonical_json,
+    fingerprint_of,
+    read_manifest,
+)
 from colorfilter.shards import InputFile
 from resources.artifacts import ArtifactStore
 from resources.ledger import NOTHING, Entry
@@ -22,7 +28,18 @@ from resources.pruning import folders
 THREADS = 4
 READ = ("raw_corpus", "domain_text")  # the assets that read raw files
 # What an entry of the ledger and the manifest that it is for both have.
-IDENTITY = ("asset", "partition", "key", "recipe", "code", "seed", "precision", "experiment", "run")
+IDENTITY = (
+    "asset",
+    "partition",
+    "key",
+    "recipe",
+    "code",
+    "seed",
+    "precision",
+    "experiment",
+    "run",
+    "facts",
+)
 
 
 @dataclass(frozen=True)
@@ -147,10 +164,9 @@ class Record:
                 words = "the sha256" if part == "manifest" else "files of the fingerprint"
                 yield Finding(name, where, f"{words} {entry[part][:16]}", value[:16])
         for part in IDENTITY:
-            if part in manifest and manifest[part] != entry.get(part):
-                yield Finding(
-                    name, f"{part} in its entry", _brief(manifest[part]), _brief(entry.get(part))
-                )
+            expected, found = canonical_json(manifest.get(part)), canonical_json(entry.get(part))
+            if part in manifest and expected != found:
+                yield Finding(name, f"{part} in its entry", _brief(expected), _brief(found))
         if "inputs" in manifest and _names(manifest["inputs"]) != entry["inputs"]:
             yield Finding(name, "inputs in its entry", "those of its manifest", "others")
         number, _ = self._made[entry["path"]]
@@ -228,5 +244,5 @@ def _names(inputs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {name_of(i): i["fingerprint"] for i in inputs}
 
 
-def _brief(value: Any) -> str:
-    return str(value) if len(str(value)) < 100 else f"{str(value)[:100]}..."
+def _brief(text: str) -> str:
+    return text if len(text) < 100 else f"{text[:100]}..."

@@ -11,7 +11,14 @@ import duckdb
 from colorfilter.files import require_space
 from colorfilter.tables import fetch
 from resources.home import Home
-from resources.score_store import READING_MEMORY, Part, PublishedModel, ScoreStore, limit_memory
+from resources.score_store import (
+    READING_MEMORY,
+    Part,
+    PublishedModel,
+    ScoreStore,
+    enter_selection,
+    limit_memory,
+)
 
 # What is compared at a time, by table: the rows that have these columns in common.
 GROUPS = {
@@ -61,18 +68,19 @@ def differences(
 ) -> Iterator[Difference]:
     """Where the published tables differ from what the record makes of these parts.
 
-    `selections` are what publish_selection is called with, in order; other selections are not
-    looked at. Takes as much room as the tables, while it runs.
+    `selections` are what enter_selection is called with, in order; what else `selection_versions`
+    has is not looked at. Takes as much room as the tables, while it runs.
     """
     published = Home(store.home).scores
     require_space(published.parent, 2 * published.stat().st_size, "the tables made again")
     with tempfile.TemporaryDirectory(prefix="rebuilt-", dir=store.home) as folder:
         rebuilt = Home(folder)
         rebuilt.leases.mkdir()
-        again = ScoreStore(home=folder)
-        again.publish(parts, models, length)
-        for selection in selections:
-            again.publish_selection(*selection)
+        ScoreStore(home=folder).publish(parts, models, length)
+        with contextlib.closing(duckdb.connect(str(rebuilt.scores))) as connection:
+            limit_memory(connection, rebuilt.scores, READING_MEMORY)
+            for selection in selections:
+                enter_selection(connection, *selection)
         with contextlib.closing(duckdb.connect()) as connection:
             limit_memory(connection, rebuilt.scores, READING_MEMORY)
             for name, path in (("rebuilt", rebuilt.scores), ("published", published)):
@@ -86,7 +94,10 @@ def _differences(connection: duckdb.DuckDBPyConnection, table: str) -> Iterator[
     columns = GROUPS[table]
     condition = "true"
     if "selection" in columns:
-        condition = "selection IN (SELECT selection FROM rebuilt.selection_versions)"
+        condition = (
+            "selection IN (SELECT selection FROM rebuilt.selection_versions) OR "
+            "selection NOT IN (SELECT selection FROM published.selection_versions)"
+        )
     query = DIFFERENT.format(
         columns=", ".join(columns),
         sums=SUMS,

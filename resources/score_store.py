@@ -183,33 +183,7 @@ class ScoreStore(dg.ConfigurableResource):
             return
         # The tables as they are: those of an older version stay whole until the next publication.
         with self._next(Home(self.home).scores) as connection:
-            connection.execute(
-                "UPDATE selection_versions SET current = (selection = $selection) "
-                "WHERE domain = $domain AND arm = $arm",
-                {"selection": selection, "domain": domain, "arm": arm},
-            )
-            known = _count(
-                connection,
-                f"SELECT count(*) FROM selection_versions {mine}",
-                [selection, domain, arm],
-            )
-            if known:
-                return
-            rows = connection.read_parquet(str(table))  # noqa: F841  (read by name below)
-            # Another arm may have selected exactly the same.
-            if not _count(
-                connection, "SELECT count(*) FROM selections WHERE selection = ?", [selection]
-            ):
-                connection.execute(
-                    "INSERT INTO selections BY NAME "
-                    "SELECT ? AS selection, shard, position, rank, score FROM rows",
-                    [selection],
-                )
-            connection.execute(
-                "INSERT INTO selection_versions "
-                "SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
-                [selection, domain, arm, *models, created],
-            )
+            enter_selection(connection, selection, table, domain, arm, models, created)
 
     def publish_results(
         self,
@@ -265,6 +239,42 @@ class ScoreStore(dg.ConfigurableResource):
             raise
         connection.close()
         write_atomically(temporary, path)
+
+
+def enter_selection(
+    connection: duckdb.DuckDBPyConnection,
+    selection: str,
+    table: Path,
+    domain: str,
+    arm: str,
+    models: tuple[str, str | None],
+    created: str,
+) -> None:
+    """Make a selection the current one of its domain and arm, as of publish_selection."""
+    connection.execute(
+        "UPDATE selection_versions SET current = (selection = $selection) "
+        "WHERE domain = $domain AND arm = $arm",
+        {"selection": selection, "domain": domain, "arm": arm},
+    )
+    known = _count(
+        connection,
+        "SELECT count(*) FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
+        [selection, domain, arm],
+    )
+    if known:
+        return
+    rows = connection.read_parquet(str(table))  # noqa: F841  (read by name below)
+    # Another arm may have selected exactly the same.
+    if not _count(connection, "SELECT count(*) FROM selections WHERE selection = ?", [selection]):
+        connection.execute(
+            "INSERT INTO selections BY NAME "
+            "SELECT ? AS selection, shard, position, rank, score FROM rows",
+            [selection],
+        )
+    connection.execute(
+        "INSERT INTO selection_versions SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
+        [selection, domain, arm, *models, created],
+    )
 
 
 def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:

@@ -71,6 +71,29 @@ def test_a_finished_home_holds(finished: Project) -> None:
     assert done.rescored.largest <= 2e-5
 
 
+def test_a_shard_without_a_document_and_every_method_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", MODULES)
+    (tmp_path / "corpus" / "blank.jsonl").write_text("\n" * 60_000)
+    facts = recipe_facts(tmp_path / "corpus")
+    facts["arms"] = [
+        {"method": "color", "tau": 4, "batch": 8},
+        {"method": "rho_down", "tau": 4},
+        {"method": "dsir"},
+        {"method": "random"},
+        {"method": "full"},
+    ]
+    facts["scoring"] = {"precision": "bf16"}
+    facts["evaluation"] = {"seeds": [1], "finetune": True}
+    project = Project(tmp_path, facts)
+    assert project.run(monkeypatch) is None
+    done = audited(project, again=True, sample=2)
+    assert done.passed, [str(f) for f in done.findings]
+    told = [f.asset for f in done.findings]
+    assert sorted(told) == ["reference/dsir/selection", "reference/rho_down_tau4/selection"]
+
+
 # Files -----------------------------------------------------------------------------------------
 
 
