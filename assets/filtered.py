@@ -13,6 +13,7 @@ from assets.figures import table
 from assets.online import online_selection
 from assets.selected import GROUP, origins, queried_selection
 from colorfilter import dataset as method
+from colorfilter.croissant import write_croissant
 from colorfilter.errors import InputError
 from colorfilter.files import require_space
 from colorfilter.leakage import without_leaks
@@ -119,13 +120,11 @@ def make_dataset(
             folder / "documents",
             left_out=leaks["doc_id"].unique(),
         )
-        method.write_card(
-            folder,
-            f"{recipe.name}: {domain.name}, {arm.name}",
-            f"Selected for the domain '{domain.name}' by the method '{arm.name}'. {about}",
-            counts["sequences"],
-            recipe.sequence_length,
-        )
+        title = f"{recipe.name}: {domain.name}, {arm.name}"
+        sentence = f"Selected for the domain '{domain.name}' by the method '{arm.name}'. {about}"
+        length = recipe.sequence_length
+        method.write_card(folder, title, sentence, counts["texts"], counts["sequences"], length)
+        write_croissant(folder, title, sentence)
         return counts
 
     made = artifacts.make(

@@ -1,5 +1,6 @@
 """A filtered dataset: the selected sequences as tokens to train on, and the same as text."""
 
+import bisect
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from colorfilter.parquet import TableWriter
 from colorfilter.tokens import open_tokens
@@ -152,25 +154,82 @@ def with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[
                 yield {**document, **run, "text": text, "shard": shard}
 
 
+LICENCE = "Each text is under the licence of the document that it was selected from."
+
 CARD = """---
-configs:
-- config_name: default
-  data_files: documents/*.parquet
----
+{header}---
 # {title}
 
 {sentence}
+
+{licence}
 
 - `documents/*.parquet`: the selected text, a row per unbroken run of a document: `text`, `doc_id`,
   `source`, `color` (conditional minus prior loss, nats per token, lower is better), `fraction` of
   the document that was selected, `n_tokens`, place and other fields.
 - `tokens/tokens.npy`: {sequences} sequences of {length} tokens, shuffled, ready to train on;
   `tokens/sequences.parquet` says where each came from.
+- `croissant.json`: files and fields for machines, by MLCommons Croissant.
 - `manifest.json`: every file with its sha256.
+
+From within this folder, the text:
+
+```python
+from pathlib import Path
+
+from datasets import load_dataset
+
+texts = load_dataset(str(Path.cwd()), split="train")
+```
+
+and the tokens:
+
+```python
+import numpy as np
+
+tokens = np.load("tokens/tokens.npy", mmap_mode="r")  # [{sequences}, {length}]
+```
 """
 
 
-def write_card(folder: Path, title: str, sentence: str, sequences: int, length: int) -> None:
-    """A dataset card, so that `datasets.load_dataset(folder)` gives the selected text."""
-    text = CARD.format(title=title, sentence=sentence, sequences=sequences, length=length)
+def write_card(
+    folder: Path, title: str, sentence: str, texts: int, sequences: int, length: int
+) -> None:
+    """A dataset card of the Hugging Face form: `datasets.load_dataset(folder)` gives the text.
+
+    `texts` is the number of rows of `documents/`; `sequences` and `length` the shape of the tokens.
+    """
+    header = {
+        "pretty_name": title,
+        "license": "unknown",
+        "task_categories": ["text-generation"],
+        "task_ids": ["language-modeling"],
+        "size_categories": [size_category(texts)],
+        "tags": ["pretraining", "data-selection", "color-filter"],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "documents/*.parquet"}],
+            }
+        ],
+    }
+    text = CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
+        title=title,
+        sentence=sentence,
+        licence=LICENCE,
+        sequences=sequences,
+        length=length,
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def size_category(rows: int) -> str:
+    """The Hugging Face Hub's word for so many rows."""
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    place = bisect.bisect_right([10**power for power in range(3, 13)], rows)
+    if place == 0:
+        return "n<1K"
+    if place == len(bounds):
+        return "n>1T"
+    return f"{bounds[place - 1]}<n<{bounds[place]}"

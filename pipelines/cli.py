@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -343,6 +344,40 @@ def restore(
 
 
 @app.command()
+def openlineage(
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+    file: Annotated[
+        Path | None, typer.Option(help="Write the events here instead, one a line.")
+    ] = None,
+) -> None:
+    """Send the lineage of the home, from the ledger, as OpenLineage events.
+
+    Where to is up to OpenLineage's own configuration: OPENLINEAGE_URL, OPENLINEAGE__TRANSPORT__*
+    or openlineage.yml. What is sent again is the same events.
+    """
+    from resources.home import Home
+
+    if find_spec("openlineage") is None:
+        raise InputError(
+            "openlineage wants the package openlineage-python; "
+            "pip install 'colorfilter[openlineage]'"
+        )
+    from resources.openlineage import events, send, write
+
+    found = events(_artifacts(Home(home)))
+    if file:
+        write(found.events, file)
+    else:
+        send(found.events)
+    console.print(f"{len(found.events)} events {'written' if file else 'sent'}", highlight=False)
+    if found.without_run:
+        console.print(
+            f"{found.without_run} artefacts left out: no run is on record for them",
+            highlight=False,
+        )
+
+
+@app.command()
 def ui(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
@@ -429,7 +464,8 @@ def _artifacts(place: "Home") -> "ArtifactStore":
 def main() -> None:
     """Entry point: bad input is one line and exit code 2."""
     warnings.filterwarnings("ignore", module="dagster")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "openlineage"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
         code = 0

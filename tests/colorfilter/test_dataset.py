@@ -216,7 +216,7 @@ def test_a_filtered_dataset_loads_with_datasets_and_polars(
     folder = tmp_path / "dataset"
     table = corpus.write_text(chosen, folder / "documents")
     write_tokens(chosen, corpus.tokens, 0, folder / "tokens")
-    write_card(folder, "books: color", "One sentence.", len(chosen), LENGTH)
+    write_card(folder, "books: color", "One sentence.", len(table), len(chosen), LENGTH)
     (folder / "manifest.json").write_text("{}")
     loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.column_names == dataset.FILTERED.names
@@ -239,6 +239,14 @@ def test_a_dataset_with_a_shard_of_no_text_loads(
     )
     table = corpus.write_text(chosen, tmp_path / "documents", 1.0)
     assert set(table["shard"]) == {"web-b"}
-    write_card(tmp_path, "title", "One sentence.", len(chosen), LENGTH)
+    write_card(tmp_path, "title", "One sentence.", len(table), len(chosen), LENGTH)
     loaded = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
     assert sorted(loaded["text"][:]) == sorted(table["text"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "category"),
+    [(0, "n<1K"), (999, "n<1K"), (1_000, "1K<n<10K"), (123_456, "100K<n<1M"), (10**12, "n>1T")],
+)
+def test_sizes_have_the_words_of_the_hub(rows: int, category: str) -> None:
+    assert dataset.size_category(rows) == category
