@@ -26,6 +26,11 @@ class Lineage:
         """The last entry of every content that an artefact has had, oldest first."""
         return sorted(self._made.get(name, {}).values(), key=lambda e: str(e["recorded"]))
 
+    def of(self, asset: str) -> list[Entry]:
+        """The last entry of every content of an asset, in any partition."""
+        made = (e for contents in self._made.values() for e in contents.values())
+        return [entry for entry in made if entry["asset"] == asset]
+
     def find(self, name: str, fingerprint: str) -> list[Entry]:
         """What has this name and content; where a part of something has, the wholes."""
         whole = self._made.get(name, {}).get(fingerprint)
