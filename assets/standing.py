@@ -379,9 +379,11 @@ def _selections(
 def _apart(
     records: Records, version: Version, shard: str, now: str | None
 ) -> tuple[str, str] | None:
-    """Why a selection was not made over a shard as it is `now` (its fingerprint), if it was not."""
+    """Why a selection was not among a shard as it is `now` (its fingerprint), if it was not."""
     if shard.startswith("_probe_"):
         return "never", "the probe of a domain is scored and never selected"
+    if version.method == "dsir":
+        return "not asked", "dsir draws documents and packs sequences of its own"
     then = packed_for(records, version.entry).get(shard)
     if version.entry is None or then == now:
         return None
@@ -393,9 +395,7 @@ def _apart(
 def _why_refused(version: Version, score: float | None) -> str | None:
     """What beside the cutoff there is to say of a candidate that a selection does not hold."""
     why = None
-    if version.method == "dsir":
-        why = "dsir draws documents and packs sequences of its own"
-    elif version.method not in SCORES:
+    if version.method not in SCORES:
         why = "the proxy did not choose it while it learned"
     elif version.terms.get("batch"):
         why = "not among the best of its random batch"

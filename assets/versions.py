@@ -18,6 +18,7 @@ from resources.ledger import Entry
 
 EXAMPLES = 5
 PLACE = ["shard", "position"]
+OWN = pl.col("shard").str.starts_with("_")  # sequences that a selection packs for itself
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
@@ -155,8 +156,7 @@ def explain_dataset(records: Records, name: str) -> DatasetExplanation:
 
 
 def _made(records: Records, name: str, entry: Entry) -> _Made:
-    chosen = entry["inputs"].get(f"{name}/selection")
-    return _Made(name, entry, records.one(f"{name}/selection", chosen))
+    return _Made(name, entry, records.lineage.as_of(entry, f"{name}/selection"))
 
 
 def _last(records: Records, now: _Made, there: list[Entry]) -> _Made | None:
@@ -209,10 +209,7 @@ def _made_from(records: Records, made: _Made) -> dict[str, str]:
 
     Not what follows from those, such as losses, which differ whenever a model does.
     """
-    entries = [
-        made.selection,
-        records.one(f"{made.name}/leakage", made.entry["inputs"].get(f"{made.name}/leakage")),
-    ]
+    entries = [made.selection, records.lineage.as_of(made.entry, f"{made.name}/leakage")]
     named: dict[str, str] = {}
     for entry in entries:
         if entry:
@@ -292,13 +289,15 @@ def _in_and_out(
 ) -> tuple[pl.DataFrame, pl.DataFrame, int]:
     """Sequences that entered, that left, and the number of those that stayed.
 
-    A place in a shard that has been packed anew since is another sequence.
+    A place in a shard that has been packed anew since is another sequence, and so is one among
+    those that a selection packs for itself.
     """
     was, is_ = packed_for(records, last.selection), packed_for(records, now.selection)
     anew = [shard for shard, made in was.items() if is_.get(shard, made) != made]
-    same = before.filter(~pl.col("shard").is_in(anew))
+    other = pl.col("shard").is_in(anew) | OWN
+    same = before.filter(~other)
     entering = after.join(same, on=PLACE, how="anti")
-    leaving = before.join(after.filter(~pl.col("shard").is_in(anew)), on=PLACE, how="anti")
+    leaving = before.join(after.filter(~other), on=PLACE, how="anti")
     return entering, leaving, len(after) - len(entering)
 
 
@@ -331,6 +330,8 @@ def _why(
             .then(pl.lit(data))
             .when(pl.col("shard").is_in(anew))
             .then(pl.lit("its shard was packed anew"))
+            .when(OWN)
+            .then(pl.lit("documents were drawn and packed anew"))
             .when(pl.col("leaked"))
             .then(pl.lit(leak))
             .when(pl.col("copy"))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
-from assets.standing import Checkpoint, InDataset, Records, Score, Stand
+from assets.standing import EXCLUDED, Checkpoint, InDataset, Records, Score, Stand
 from assets.versions import Change, DatasetExplanation, DatasetVersion, Difference, Example
 from resources.artifacts import ArtifactStore
 from resources.home import Home
@@ -111,14 +111,18 @@ def _show_sequences(
         made = [d for s in stands_ for d in s.datasets[-1:]]
         rows = sum(d.row is not None for d in made)
         left = sum(d.left_out is not None for d in made)
-        trained = [t for d in made for t in d.trained]
-        seen = sum(any(t.reached.values()) for t in trained)
         words = f"{_of(stand)}: {kept} of {len(stands_)} sequences selected"
         if kept:
             words += f", {rows} in the dataset" + (f", {left} left out" if left else "")
-            words += (
-                f"; trained on by target models: {seen} of {len(trained)} times" if trained else ""
-            )
+        trained = [
+            (t.seed, n, reached)
+            for d in made
+            for t in d.trained
+            for n, reached in t.reached.items()
+        ]
+        for seed, tokens in dict.fromkeys((seed, n) for seed, n, _ in trained):
+            n = sum(reached for *end, reached in trained if end == [seed, tokens])
+            words += f"; seed {seed} trained on {n} by {tokens:,} tokens"
         _say(console, words)
     _say(console, f"`colorfilter explain {document.shard}:POSITION` says more of a sequence.")
 
@@ -152,7 +156,8 @@ def _show_sequence(console: Console, sequence: SequenceFacts, models: Sequence[C
             f"    characters {span.char_start:,} to {span.char_end:,}: {_quoted(span.text)}",
         )
     if stand.excluded:
-        _say(console, f"never selected: {stand.excluded}")
+        _say(console, f"never selected: {EXCLUDED[stand.excluded]}")
+    candidate = not stand.excluded and not sequence.shard.startswith("_")
     for score in stand.scores:
         _say(
             console,
@@ -160,7 +165,7 @@ def _show_sequence(console: Console, sequence: SequenceFacts, models: Sequence[C
             f"conditional loss {score.loss_conditional:.4f} ({score.precision_conditional}) nats "
             f"per token, color {score.color:+.4f}",
             f"  rank by color {score.rank:,} of {score.candidates:,} candidates, "
-            f"{score.percentile:.2f} %",
+            f"{score.percentile:.2f} %{'' if candidate else ', if it were one'}",
         )
     if not stand.scores:
         _say(console, "not scored: it has no label")
@@ -234,7 +239,9 @@ def _show_models(console: Console, models: Sequence[Checkpoint]) -> None:
 
 def _show_dataset(console: Console, found: DatasetExplanation) -> None:
     now, last = found.now, found.last
-    _say(console, f"dataset {now.name}, {len(found.versions)} versions in the ledger")
+    versions = len(found.versions)
+    known = f"{versions} versions" if versions > 1 else "one version"
+    _say(console, f"dataset {now.name}, {known} in the ledger")
     _show_version(console, "now ", now)
     if last is None:
         _say(console, "It is the first, of this arm and of its method.")

@@ -18,8 +18,9 @@ class Lineage:
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self._root = artifacts.at.root
+        self._entries = list(artifacts.ledger)
         self._made: dict[str, dict[str, Entry]] = {}
-        for entry in artifacts.ledger:
+        for entry in self._entries:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
 
     def versions(self, name: str) -> list[Entry]:
@@ -30,6 +31,20 @@ class Lineage:
         """The last entry of every content of an asset, in any partition."""
         made = (e for contents in self._made.values() for e in contents.values())
         return [entry for entry in made if entry["asset"] == asset]
+
+    def as_of(self, later: Entry, name: str) -> Entry | None:
+        """What `later` was made from by this name, as it was entered then.
+
+        The same content may have been made anew since, from other things.
+        """
+        fingerprint = {**later.get("sources", {}), **later["inputs"]}.get(name)
+        found = None
+        for entry in self._entries:
+            if entry["fingerprint"] == fingerprint and name_of(entry) == name:
+                found = entry
+            if entry == later:
+                break
+        return found
 
     def find(self, name: str, fingerprint: str) -> list[Entry]:
         """What has this name and content; where a part of something has, the wholes."""

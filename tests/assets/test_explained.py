@@ -386,20 +386,39 @@ def test_what_arrives_is_told_with_copies_leaks_and_rejects(
     assert pruned.both <= len(now & was_selected)
 
 
-def test_another_conditional_is_told_as_the_cause(
+def test_other_models_are_told_as_the_cause_and_a_new_sample_as_other_sequences(
     movable: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = kept(movable)
     row = before.row(0, named=True)
     movable.facts["domains"][0]["training"] = {"learning_rate": 1e-3, "batch_sequences": 8}
     movable.write()
+    assert movable.run(monkeypatch) is None
+    found = dataset(movable)
+    assert [d.name for d in found.inputs] == ["reference/conditional_model"]
+    now, last = places(kept(movable)), places(before)
+    assert found.both == len(now & last)
+    for changes, moved in ((found.entering, now - last), (found.leaving, last - now)):
+        by_why = {c.why: c.sequences for c in changes}
+        assert sum(by_why.values()) == len(moved)
+        assert by_why["another conditional"] > len(moved) / 2
+    facts = sequence(movable, row["shard"], row["position"])
+    (old,) = [s for s in facts.standing.selections if s.arm == "color_tau4" and not s.current]
+    assert (old.decision, old.score) == ("selected", row["score"])
+    refused = sequence(movable, *next(iter(now - last)))
+    (old,) = [s for s in refused.standing.selections if s.arm == "color_tau4" and not s.current]
+    assert (old.decision, old.score) == ("refused", None)
+    assert "no longer in the tables" in str(old.why)
+
+    movable.facts["prior"] = {**movable.facts["prior"], "sample_chars": 50_000}
+    movable.write()
     assert movable.run(monkeypatch, Job.RETRAIN) is None
     found = dataset(movable)
-    assert any(d.name == "reference/conditional_model" for d in found.inputs)
-    facts = sequence(movable, row["shard"], row["position"])
-    assert [s.decision for s in facts.standing.selections if not s.current]
-    whys = {c.why for c in (*found.entering, *found.leaving)}
-    assert whys
-    now, last = places(kept(movable)), places(before)
-    moved = sum(c.sequences for c in found.entering), sum(c.sequences for c in found.leaving)
-    assert moved >= (len(now - last), len(last - now))
+    packed = [f"corpus_tokens[{s.name}]" for s in movable.home.shards()]
+    models = ["prior_model", "reference/conditional_model"]
+    assert [d.name for d in found.inputs] == [*packed, *models]
+    assert {c.why for c in found.entering} == {"its shard was packed anew"}
+    assert found.both == 0
+    facts = sequence(movable, row["shard"], 0)
+    older = [s for s in facts.standing.selections if not s.current]
+    assert {s.why for s in older} == {"its shard was packed otherwise then"}
