@@ -204,7 +204,7 @@ def _show_membership(console: Console, stand: Stand, dataset: InDataset) -> None
             _say(console, "  no target model has trained on it")
     for model in dataset.trained:
         ends = [
-            f"{'trained on' if reached else 'not reached'} at {tokens:,} tokens"
+            f"{'trained on' if reached else 'not reached'} by {tokens:,} tokens"
             for tokens, reached in model.reached.items()
         ]
         _say(
