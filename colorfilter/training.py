@@ -32,6 +32,7 @@ from colorfilter.files import require_space, write_atomically
 from colorfilter.labels import IGNORED, shifted_labels
 from colorfilter.objective import summed_nll, summed_z
 from colorfilter.online import Chooser, Online
+from colorfilter.order import training_order
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
 from colorfilter.scoring import Scorer, sequence_losses
@@ -104,7 +105,7 @@ def planned_tokens(spec: TrainSpec) -> int:
     """Tokens that a run trains on in all, branches included, and those it chooses from."""
     size = spec.training.batch_sequences
     n_tokens = real_tokens(spec.tokens)
-    seen = _seen(n_tokens, _order(spec, len(n_tokens)))
+    seen = _seen(n_tokens, training_order(spec.seed, len(n_tokens)))
     tokens = 0
     for phase in _phases(spec.training, spec.endpoints):
         last = spec.endpoints[phase.target]
@@ -123,11 +124,6 @@ def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
         last = endpoints[phase.target]
         sequences += min(phase.stop * size, last) - min(phase.start * size, last)
     return sequences
-
-
-def _order(spec: TrainSpec, sequences: int) -> np.ndarray:
-    """The order in which the sequences are trained on."""
-    return np.random.default_rng(spec.seed).permutation(sequences)
 
 
 def _seen(n_tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -172,7 +168,7 @@ class _Run:
         self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
-        self.order = _order(spec, len(self.tokens))
+        self.order = training_order(spec.seed, len(self.tokens))
         self.seen = _seen(self.n_tokens, self.order)
         self.chooser = None
         if spec.online:

@@ -267,6 +267,35 @@ def audit(
 
 
 @app.command()
+def explain(
+    what: Annotated[str, typer.Argument(help="DOC_ID, SHARD:POSITION, FILE:LINE or DOMAIN/ARM.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all facts as one JSON object.")
+    ] = False,
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+) -> None:
+    """Say why a document or sequence was selected or not, or what changed in a dataset.
+
+    Of a document (the first digits of its doc_id, or the line of the file it was read from) or a
+    sequence: where it came from, its losses and by which models, what each arm did with it, and
+    which target models trained on it. Of a dataset: what entered and left since its last version,
+    and why. Writes nothing.
+    """
+    from pipelines.explaining import as_json as one_object
+    from pipelines.explaining import look_up, show
+    from resources.home import Home
+
+    place = Home(home)
+    place.check(_load(recipe).name)
+    found = look_up(place, what)
+    if as_json:
+        typer.echo(one_object(found))
+    else:
+        show(console, found)
+
+
+@app.command()
 def prune(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),

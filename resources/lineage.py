@@ -19,23 +19,43 @@ class Lineage:
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self._root = artifacts.at.root
-        self._entries = artifacts.entries()
+        self._current = artifacts.entries()
+        self._entries = list(artifacts.ledger)
         self._made: dict[str, dict[str, Entry]] = {}
-        for entry in artifacts.ledger:
+        for entry in self._entries:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
 
     def current(self, shards: Collection[str]) -> list[Entry]:
         """The current artefacts, where these are the corpus's shards: without the retired ones."""
-        corpus = {partition for asset, partition in self._entries if asset == "raw_corpus"}
+        corpus = {partition for asset, partition in self._current if asset == "raw_corpus"}
         return [
             entry
-            for (_, partition), entry in self._entries.items()
+            for (_, partition), entry in self._current.items()
             if partition in shards or partition not in corpus
         ]
 
     def versions(self, name: str) -> list[Entry]:
         """The last entry of every content that an artefact has had, oldest first."""
         return sorted(self._made.get(name, {}).values(), key=lambda e: str(e["recorded"]))
+
+    def of(self, asset: str) -> list[Entry]:
+        """The last entry of every content of an asset, in any partition."""
+        made = (e for contents in self._made.values() for e in contents.values())
+        return [entry for entry in made if entry["asset"] == asset]
+
+    def as_of(self, later: Entry, name: str) -> Entry | None:
+        """What `later` was made from by this name, as it was entered then.
+
+        The same content may have been made anew since, from other things.
+        """
+        fingerprint = {**later.get("sources", {}), **later["inputs"]}.get(name)
+        found = None
+        for entry in self._entries:
+            if entry["fingerprint"] == fingerprint and name_of(entry) == name:
+                found = entry
+            if entry == later:
+                break
+        return found
 
     def find(self, name: str, fingerprint: str) -> list[Entry]:
         """What has this name and content; where a part of something has, the wholes."""

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from colorfilter import models, training
+from colorfilter.order import training_order
 from colorfilter.recipe import Model
 from colorfilter.tokens import Encoder, pack_examples, real_tokens
 from colorfilter.training import TrainSpec, held_out_loss, learning_rate, planned_tokens, train
@@ -153,8 +154,35 @@ def test_every_sequence_is_seen_once_in_an_order_that_the_seed_fixes(
         train(replace(spec, seed=seed, endpoints=(n,), held_out=None, out=tmp_path / name))
         assert sorted(seen) == list(range(n))
         orders.append(list(seen))
-    assert orders[0] == orders[1]
+    assert orders[0] == orders[1] == training_order(1, n).tolist()
     assert orders[0] != orders[2]
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_a_checkpoint_has_seen_the_first_of_the_order_up_to_its_end_point(
+    spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    steps: dict[int, list[int]] = {}
+    seen: list[list[int]] = []
+    step, save = training._Run._step, models.save
+
+    def recording(self: object, rows: np.ndarray, rate: float, number: int) -> float:
+        # A branch goes on from the trunk: what a later phase did is not in its weights.
+        for later in [n for n in steps if n >= number]:
+            del steps[later]
+        steps[number] = rows.tolist()
+        return step(self, rows, rate, number)
+
+    def saving(*arguments: object) -> None:
+        seen.append([row for number in sorted(steps) for row in steps[number]])
+        save(*arguments)
+
+    monkeypatch.setattr(training._Run, "_step", recording)
+    monkeypatch.setattr(models, "save", saving)
+    changed = spec.training.model_copy(update={"schedule": schedule})
+    train(replace(spec, training=changed, endpoints=(10, 17), held_out=None, out=tmp_path))
+    order = training_order(spec.seed, len(sizes(spec))).tolist()
+    assert seen == [order[:10], order[:17]]
 
 
 def test_initial_weights_depend_on_the_seed(spec: TrainSpec, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 import yaml
 
@@ -267,6 +268,34 @@ def test_select_says_what_would_change_and_then_does_it(finished: Project, tmp_p
     )
 
 
+def test_explain_tells_a_person_or_a_program_and_writes_nothing(finished: Project) -> None:
+    where = ("--recipe", str(finished.path), "--home", str(finished.home.root))
+    made = ArtifactStore(home=str(finished.home.root)).current("reference/color_tau4/selection")
+    best = pl.read_parquet(made.path / "selection.parquet").row(0, named=True)
+    before = len(finished.ledger())
+    place = f"{best['shard']}:{best['position']}"
+    told = colorfilter("explain", place, *where)
+    assert told.returncode == 0, told.stderr
+    assert f"color {best['color']:+.4f}" in told.stdout
+    assert f"1 of {made.facts['selected']:,}" in told.stdout
+    facts = json.loads(colorfilter("explain", place, "--json", *where).stdout)
+    (score,) = facts["sequence"]["standing"]["scores"]
+    assert (score["color"], score["rank"]) == (best["color"], 1)
+    doc_id = facts["sequence"]["spans"][0]["doc_id"]
+    for what, words in (
+        (doc_id, f"document {doc_id}, shard {best['shard']}: corpus"),
+        ("reference/color_tau4", "It is the first"),
+    ):
+        told = colorfilter("explain", what, *where)
+        assert told.returncode == 0, told.stderr
+        assert words in told.stdout
+    wrong = colorfilter("explain", "0123456789", *where)
+    assert wrong.returncode == 2
+    (line,) = wrong.stderr.splitlines()
+    assert line.startswith("error: doc_id 0123456789: no document")
+    assert len(finished.ledger()) == before
+
+
 def test_prune_says_what_it_would_remove_and_asks(finished: Project, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path)
     where = ("--recipe", str(project.path), "--home", str(project.home.root))
@@ -285,7 +314,7 @@ def test_prune_says_what_it_would_remove_and_asks(finished: Project, tmp_path: P
     assert "nothing to remove" in colorfilter("prune", *where).stdout
 
 
-@pytest.mark.parametrize("verb", ["run", "select", "cost", "status", "prune", "ui"])
+@pytest.mark.parametrize("verb", ["run", "select", "cost", "status", "explain", "prune", "ui"])
 def test_help_says_what_a_command_takes(verb: str) -> None:
     done = colorfilter(verb, "--help")
     assert done.returncode == 0
