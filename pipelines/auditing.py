@@ -21,7 +21,7 @@ from colorfilter.progress import Progress
 from colorfilter.recipe import Recipe
 from resources.artifacts import ArtifactStore
 from resources.audit import Finding, Record, raw_files, sizes
-from resources.gpu import Gpu
+from resources.gpu import Gpu, release
 from resources.home import Home
 from resources.ledger import Entry
 from resources.lineage import Lineage, name_of
@@ -116,7 +116,10 @@ def audit(
         found.seed = secrets.randbelow(2**32)
         tokens = show("losses", 0)
         gpu = Gpu(home=str(home.root))
-        found.rescored, off = rescore(artifacts, store, gpu, recipe, sample, found.seed, tokens)
+        try:
+            found.rescored, off = rescore(artifacts, store, gpu, recipe, sample, found.seed, tokens)
+        finally:
+            release()
         look(f"{found.rescored.losses:,} losses computed again", off)
     return found
 

@@ -230,6 +230,13 @@ class Gpu(dg.ConfigurableResource):
         append_line(home.kernel_runs, json.dumps(line, ensure_ascii=False, default=str))
 
 
+def release() -> None:
+    """End the workers of this process, for one that ends without its interpreter's teardown."""
+    while _standing:
+        with _standing.pop():
+            pass
+
+
 _standing: list[Workers] = []
 
 
