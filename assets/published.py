@@ -1,16 +1,17 @@
 """Whether the published tables are what the record makes: for an audit."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import duckdb
 import polars as pl
 
-from assets.scores import publication
-from colorfilter.errors import InputError, one_line
+from assets.scores import publication, refined_of, require_published
+from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.recipe import Recipe
 from colorfilter.tables import fetch, fetch_frame
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactStore, Work
 from resources.audit import Finding
 from resources.ledger import Entry
 from resources.lineage import Lineage
@@ -20,45 +21,65 @@ from resources.score_store import ScoreStore
 STORE = "scores.duckdb"
 
 
-def tables(artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe) -> Iterator[Finding]:
-    """Whether the published tables are what the record makes of all that is current."""
+def tables_are_current(
+    artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe
+) -> Iterator[Finding]:
+    """Whether all that is current has been published; a warning, for a run may be on its way."""
     try:
-        parts, models, _ = publication(artifacts, recipe)
+        _, _, inputs = publication(artifacts, recipe)
+        made = artifacts.current("score_tables")
+        if made.key != Work("score_tables", inputs=inputs).key:
+            raise InputError("older ones; materialize score_tables")
         with store.read() as connection:
-            versions = fetch(
-                connection,
-                "SELECT selection, domain, arm, prior, conditional, created, current "
-                "FROM selection_versions ORDER BY created, current",
-            )
+            for domain in recipe.domains:
+                refined = refined_of(artifacts, domain.name, made.fingerprint)
+                require_published(connection, refined)
     except InputError as error:
         wanted = "tables of all that is current"
         yield Finding("score_tables", STORE, wanted, str(error), warning=True)
-        return
+
+
+def tables(
+    artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe, folder: Path
+) -> Iterator[Finding]:
+    """Whether the published tables, which are current, are what the record makes.
+
+    They are made again in `folder`.
+    """
+    parts, models, _ = publication(artifacts, recipe)
+    with store.read() as connection:
+        versions = fetch(
+            connection,
+            "SELECT selection, domain, arm, prior, conditional, created, current "
+            "FROM selection_versions ORDER BY created, current",
+        )
     lineage = Lineage(artifacts)
+    where = f"{STORE}, selection_versions"
     selections = []
+    published = {(domain, arm, selection) for selection, domain, arm, *_ in versions}
     for selection, domain, arm, prior, conditional, created, current in versions:
         name = f"{domain}/{arm}/selection"
         made = lineage.find(name, selection)
-        where = f"{STORE}, selection_versions"
         if not made:
             yield Finding(name, where, "a selection that was made", selection[:16])
             continue
         dataset = artifacts.entries().get((f"{domain}/{arm}/filtered_dataset", None))
-        is_current = dataset is not None and dataset["inputs"].get(name) == selection
-        if current != is_current:
+        latest = dataset["inputs"].get(name) if dataset else None
+        if current != (latest == selection):
             words = ("not current", "current")
-            yield Finding(name, where, f"{selection[:16]} {words[is_current]}", words[current])
+            # A run that was killed makes a dataset and does not publish its selection.
+            waiting = (domain, arm, latest) not in published
+            wanted = f"{selection[:16]} {words[latest == selection]}"
+            yield Finding(name, where, wanted, words[current], warning=waiting)
         path = artifacts.at.root / made[0]["path"]
         if stands(path):
             scored_by = _scored_by(lineage, made[0], domain) or (prior, conditional)
             table = path / "selection.parquet"
             selections.append((current, (selection, table, domain, arm, scored_by, created)))
     inserts = [arguments for _, arguments in sorted(selections, key=lambda s: s[0])]
-    try:
-        for difference in differences(store, parts, models, inserts, recipe.sequence_length):
-            yield _told(difference)
-    except (duckdb.Error, ValueError) as error:
-        yield Finding("score_tables", STORE, "a record that can be published", one_line(error))
+    length = recipe.sequence_length
+    for difference in differences(store, parts, models, inserts, length, folder):
+        yield _told(difference)
 
 
 def _scored_by(lineage: Lineage, selection: Entry, domain: str) -> tuple[str, str] | None:

@@ -1,10 +1,9 @@
 """Selecting and scoring again what was selected and scored before: for an audit."""
 
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,17 +13,15 @@ from assets.refined import score_places
 from assets.scores import loss_assets
 from assets.selected import choose
 from assets.selecting import Choice, with_choice
+from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
-from colorfilter.recipe import Recipe
+from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.tables import fetch_frame
 from resources.artifacts import ArtifactStore
 from resources.audit import Finding
-from resources.gpu import Gpu
+from resources.gpu import Gpu, release
 from resources.ledger import Entry
 from resources.score_store import ScoreStore
-
-if TYPE_CHECKING:
-    import duckdb
 
 # Nats per token by which a sequence's loss may lie off the true one, by the precision it is in.
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}
@@ -33,25 +30,51 @@ TOLERANCE = {"float32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}
 def reselect(
     artifacts: ArtifactStore, store: ScoreStore, recipe: Recipe, entries: Iterable[Entry]
 ) -> Iterator[Finding]:
-    """Whether the current scores give exactly the selections that were made by them."""
+    """Whether the current scores give exactly the selections that were made by them.
+
+    A warning where that cannot be said: of one by other scores, or by what the recipe was before.
+    """
     scores = artifacts.current("score_tables").fingerprint
     for entry in entries:
         if not entry["asset"].endswith("/selection"):
             continue
         name, where = entry["asset"], f"{entry['path']}/selection.parquet"
-        if "score_tables" not in entry["inputs"]:
-            yield Finding(name, where, "a selection by scores", "one that is not", warning=True)
+        if entry["inputs"].get("score_tables") != scores:
+            yield Finding(name, where, "a selection by the current scores", "another", warning=True)
             continue
-        if entry["inputs"]["score_tables"] != scores:
-            yield Finding(name, where, "one by the current scores", "an older one", warning=True)
+        try:
+            narrowed, domain, arm = _terms(recipe, entry)
+            with store.read() as connection:
+                again = choose(connection, narrowed, domain, arm)
+        except InputError as error:
+            yield Finding(name, where, "a selection that can be repeated", str(error), warning=True)
             continue
-        with store.read() as connection:
-            again = _again(connection, recipe, entry)
         columns = ["rank", "shard", "position", "score"]
         kept = pl.read_parquet(artifacts.at.root / where, columns=columns)
         again = again.select(columns)
         if not kept.equals(again):
             yield Finding(name, where, *_first_difference(again, kept))
+
+
+def _terms(recipe: Recipe, entry: Entry) -> tuple[Recipe, Domain, Arm]:
+    """By what a selection was made: an arm of the recipe, or a choice.
+
+    Raises InputError where it was neither as the recipe is now.
+    """
+    name, arm_name = entry["asset"].split("/")[:2]
+    terms = entry["recipe"]
+    domain = next((d for d in recipe.domains if d.name == name), None)
+    arm = next((a for a in recipe.arms if a.name == arm_name), None)
+    if domain and arm:
+        needed = recipe.endpoints(arm, 0)[-1]
+        now = {**arm.choice(), "needed": needed, "sequence_length": recipe.sequence_length}
+        if now == terms and entry["seed"] in {None, recipe.seed}:
+            return recipe, domain, arm
+    choice = {"domain": name, "tokens": terms["needed"] * recipe.sequence_length}
+    choice |= {part: terms[part] for part in ("method", "tau", "batch")}
+    if choice["tau"] is None or entry["seed"] not in {None, recipe.seed}:
+        raise InputError("one by another recipe than the present")
+    return with_choice(recipe, Choice.model_validate(choice))
 
 
 def _first_difference(again: pl.DataFrame, kept: pl.DataFrame) -> tuple[str, str]:
@@ -65,19 +88,6 @@ def _first_difference(again: pl.DataFrame, kept: pl.DataFrame) -> tuple[str, str
 def _row(row: tuple[Any, ...]) -> str:
     rank, shard, position, score = row
     return f"at rank {rank} {shard}:{position} with {score}"
-
-
-def _again(connection: "duckdb.DuckDBPyConnection", recipe: Recipe, entry: Entry) -> pl.DataFrame:
-    domain, arm = entry["asset"].split("/")[:2]
-    terms = entry["recipe"]
-    if any(a.name == arm for a in recipe.arms):
-        (of_recipe,) = (d for d in recipe.domains if d.name == domain)
-        return choose(connection, recipe, of_recipe, recipe.arm(arm))
-    tokens = terms["needed"] * recipe.sequence_length
-    choice = Choice.model_validate(
-        {"domain": domain, "tokens": tokens, **{k: terms[k] for k in ("method", "tau", "batch")}}
-    )
-    return choose(connection, *with_choice(recipe, choice))
 
 
 class Rescored(NamedTuple):
@@ -95,20 +105,24 @@ def rescore(
     recipe: Recipe,
     sample: int,
     seed: int,
+    folder: Path,
     progress: Progress = silent,
 ) -> tuple[Rescored, list[Finding]]:
     """Score so many random sequences of every shard again, in float32, by all current models.
 
-    A loss on record may lie off by what its precision allows, and the new one by what float32 does.
+    They are scored in `folder`. A loss on record may lie off by what its precision allows, and the
+    new one by what float32 does.
     """
     assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
     models = {model: artifacts.current(model) for model in assets}
     places = _drawn(artifacts, recipe, sample, seed)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rescored-", dir=artifacts.at.root) as folder:
+    try:
         again = score_places(
-            artifacts, gpu, recipe, list(models.values()), places, Path(folder), "float32", progress
+            artifacts, gpu, recipe, list(models.values()), places, folder, "float32", progress
         )
+    finally:
+        release()
     seconds = time.monotonic() - begun
     with store.read() as connection:
         connection.register("places", places.to_arrow())

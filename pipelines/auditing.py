@@ -1,6 +1,7 @@
 """An audit of a home: what is looked at, in order, and what does not hold."""
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -8,25 +9,38 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
+import duckdb
+import polars as pl
 from rich.console import Console
 from rich.markup import escape
 
+from assets.common import shard_names
 from assets.counted import counts
-from assets.published import results, tables
+from assets.published import results, tables, tables_are_current
 from assets.repeated import Rescored, rescore, reselect
 from colorfilter import page
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, one_line
 from colorfilter.files import write_text_atomically
 from colorfilter.progress import Progress
 from colorfilter.recipe import Recipe
-from resources.artifacts import ArtifactStore
-from resources.audit import Finding, Record, raw_files, sizes
-from resources.gpu import Gpu, release
+from resources.artifacts import RECIPE, ArtifactStore
+from resources.audit import Finding, Record, raw_files, sizes, workplace
+from resources.gpu import Gpu
 from resources.home import Home
 from resources.ledger import Entry
-from resources.lineage import Lineage, name_of
+from resources.lineage import name_of
 from resources.score_store import ScoreStore
 
+# What damaged files raise, each in its way.
+UNREADABLE = (
+    OSError,
+    KeyError,
+    ValueError,
+    IndexError,
+    InputError,
+    duckdb.Error,
+    pl.exceptions.PolarsError,
+)
 EVENTS = 1000  # of Dagster's history, at a time
 
 # Called with what is looked at and how many bytes or tokens that is; gives what to call with those
@@ -75,10 +89,15 @@ def audit(
     `head` is a hash that the ledger must have; with `again` selections are made again, and `sample`
     sequences of every shard scored again. Raises InputError where there is nothing to audit.
     """
+    if head is not None:
+        head = head.strip().lower()
+        if not re.fullmatch("[0-9a-f]{8,64}", head):
+            raise InputError(f"--head: '{head}' is no head of a ledger; give at least 8 hex digits")
     artifacts = ArtifactStore(home=str(home.root))
     store = ScoreStore(home=str(home.root))
     record = Record(artifacts)
-    subject = _subject(artifacts, record.lineage, what)
+    current = record.lineage.current(shard_names(artifacts, recipe))
+    subject = _subject(artifacts, current, what)
     entries = list(record.lineage.ancestry(subject).values())
     found = Audit(
         what or "all that is current",
@@ -88,9 +107,14 @@ def audit(
     )
 
     def look(name: str, findings: Iterable[Finding]) -> None:
-        there = list(findings)
-        found.findings += there
-        found.checked[name] = all(finding.warning for finding in there)
+        there = len(found.findings)
+        try:
+            for finding in findings:
+                found.findings.append(finding)
+        except UNREADABLE as error:
+            wanted = "what can be read"
+            found.findings.append(Finding(name, "on the way", wanted, one_line(error)))
+        found.checked[name] = all(finding.warning for finding in found.findings[there:])
 
     show("ledger", 0)
     look("chain of the ledger", record.chain(head))
@@ -100,35 +124,43 @@ def audit(
     files = show("files", sizes(home.root, entries))
     look("sha256 of every file", record.files(entries, files))
     raw = show("raw files", 0)
-    look("sha256 of the raw files", raw_files(home.root, entries, raw))
+    now = {entry["path"] for entry in current}
+    look("sha256 of the raw files", raw_files(home.root, entries, now, raw))
     show("counts", 0)
     look("counts and contents", counts(home.root, record.lineage, entries))
     show("Dagster's history", 0)
     look("Dagster's history", history(home, artifacts))
-    if any(entry["asset"] == "score_tables" for entry in entries):
-        show("score tables", 0)
-        look("score tables against the record", tables(artifacts, store, recipe))
-        look("evaluations against the reports", results(artifacts, recipe))
+    if not any(entry["asset"] == "score_tables" for entry in entries):
+        return found
+    show("score tables", 0)
+    before = len(found.findings)
+    look("score tables of all that is current", tables_are_current(artifacts, store, recipe))
+    behind = len(found.findings) > before
+    if not behind:
+        with workplace(home) as folder:
+            look("score tables against the record", tables(artifacts, store, recipe, folder))
+    look("evaluations against the reports", results(artifacts, recipe))
     if again:
         show("selections", 0)
         look("selections made again", reselect(artifacts, store, recipe, entries))
-    if sample:
-        found.seed = secrets.randbelow(2**32)
+    if sample and not behind:
         tokens = show("losses", 0)
-        gpu = Gpu(home=str(home.root))
-        try:
-            found.rescored, off = rescore(artifacts, store, gpu, recipe, sample, found.seed, tokens)
-        finally:
-            release()
-        look(f"{found.rescored.losses:,} losses computed again", off)
+        seed = found.seed = secrets.randbelow(2**32)
+
+        def scored_again(folder: Path) -> Iterator[Finding]:
+            gpu = Gpu(home=str(folder))  # whose runs are no runs of the home that is looked at
+            found.rescored, off = rescore(
+                artifacts, store, gpu, recipe, sample, seed, folder, tokens
+            )
+            yield from off
+
+        with workplace(home) as folder:
+            look("losses computed again", scored_again(folder))
     return found
 
 
-def _subject(artifacts: ArtifactStore, lineage: Lineage, what: str | None) -> list[Entry]:
+def _subject(artifacts: ArtifactStore, current: list[Entry], what: str | None) -> list[Entry]:
     """The entries that an audit begins from. Raises InputError where there are none."""
-    current = lineage.current([s.name for s in artifacts.at.shards()])
-    if not current:
-        raise InputError(f"home {artifacts.at.root}: nothing has been made yet")
     if what is None:
         return current
     named = [e for e in current if what in {name_of(e), e["asset"], e["path"]}]
@@ -146,23 +178,22 @@ def history(home: Home, artifacts: ArtifactStore) -> Iterator[Finding]:
 
     What it does not say (it may have been wiped) is a warning.
     """
-    made: dict[str, set[str]] = {}
-    wanted: set[tuple[str, str]] = set()
-    for entry in artifacts.ledger:
-        # Seeds are partitions in the ledger and not in Dagster.
-        for name in {name_of(entry), entry["asset"]}:
-            made.setdefault(name, set()).add(entry["fingerprint"])
-        if entry.get("run") and not entry["reused"] and entry["asset"] != "recipe":
-            wanted.add((entry["asset"], entry["run"]))
-    told: set[tuple[str, str]] = set()
+    happened = []
     if (home.dagster / "history").exists():
         with dg.DagsterInstance.from_config(str(home.dagster)) as instance:
             for key in instance.all_asset_keys():
-                asset = key.to_user_string()
-                for happened, event in _materializations(instance, key):
-                    told.add((asset, happened.run_id))
-                    yield from _contradictions(asset, happened, event, made)
-    missing = len(wanted - told)
+                happened += [(key.to_user_string(), *e) for e in _materializations(instance, key)]
+    made: dict[str, set[str]] = {}
+    wanted: set[tuple[str, str]] = set()
+    for entry in artifacts.ledger:  # read later than the events: a run may be at work
+        # Seeds are partitions in the ledger and not in Dagster.
+        for name in {name_of(entry), entry["asset"]}:
+            made.setdefault(name, set()).add(entry["fingerprint"])
+        if entry.get("run") and not entry["reused"] and entry["asset"] != RECIPE:
+            wanted.add((entry["asset"], entry["run"]))
+    for asset, logged, event in happened:
+        yield from _contradictions(asset, logged, event, made)
+    missing = len(wanted - {(asset, logged.run_id) for asset, logged, _ in happened})
     if missing:
         yield Finding(
             "dagster",

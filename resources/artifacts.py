@@ -240,7 +240,9 @@ class ArtifactStore(dg.ConfigurableResource):
             **provenance.content(folder)._asdict(),
         )
         current = self.entries().get((work.asset, work.partition))
-        if current is None or current["key"] != key:
+        # Made again by a run that was killed before it could enter it, it has another manifest.
+        known = current and (current["key"], current.get("manifest") or artifact.manifest)
+        if known != (key, artifact.manifest):
             self.record(work, artifact)
         return artifact
 

@@ -1,5 +1,7 @@
 """Whether what lies in a home is what the ledger says was made: chain, links, and every byte."""
 
+import contextlib
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,20 +12,22 @@ import polars as pl
 
 from colorfilter.documents import content_of
 from colorfilter.errors import one_line
-from colorfilter.files import file_sha256
+from colorfilter.files import file_sha256, lock
 from colorfilter.progress import Progress, silent
 from colorfilter.provenance import (
     MANIFEST,
+    Content,
     artifact_key,
     canonical_json,
-    fingerprint_of,
+    content,
     read_manifest,
 )
 from colorfilter.shards import InputFile
 from resources.artifacts import ArtifactStore
+from resources.home import Home
 from resources.ledger import NOTHING, Entry
 from resources.lineage import Lineage, name_of
-from resources.pruning import folders
+from resources.pruning import at_work, folders
 
 THREADS = 4
 READ = ("raw_corpus", "domain_text")  # the assets that read raw files
@@ -66,9 +70,12 @@ class Record:
         self._links = list(artifacts.ledger.links())
         self._lines = {NOTHING: 0} | {link.sha256: link.number for link in self._links}
         self._first: dict[tuple[str, str], int] = {}
+        # By path: the line in which it was entered last, and that in which it was made last.
+        self._entered: dict[str, int] = {}
         self._made: dict[str, tuple[int, Entry]] = {}
         for number, entry in self._entries():
             self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
+            self._entered[entry["path"]] = number
             if not entry["reused"] or entry["path"] not in self._made:
                 self._made[entry["path"]] = number, entry
 
@@ -102,13 +109,13 @@ class Record:
         if unchained:
             words = f"{unchained} from before entries were chained"
             yield Finding("ledger", "its first lines", "chained entries", words, warning=True)
-        if head is not None and not any(h.startswith(head.lower()) for h in self._lines):
+        if head is not None and not any(link.sha256.startswith(head) for link in self._links):
             yield Finding("ledger", "the head", f"an entry with the sha256 {head[:16]}", "none")
 
     def links(self, entries: Iterable[Entry]) -> Iterator[Finding]:
         """Whether each was made from what was entered before, and has the key of that work."""
         for entry in entries:
-            name, (number, _) = name_of(entry), self._made[entry["path"]]
+            name, number = name_of(entry), self._entered[entry["path"]]
             for source, fingerprint in self.lineage.made_from(entry):
                 found = [
                     self._first[name_of(e), e["fingerprint"]]
@@ -126,17 +133,16 @@ class Record:
                 yield Finding(name, "its entry", wanted, f"{entry['key'][:16]}, {entry['path']}")
 
     def reuse(self) -> Iterator[Finding]:
-        """Whether what was taken up again was what had been made."""
-        last: dict[str, Entry] = {}
+        """Whether what was taken up again had the content that was made."""
+        last: dict[str, str] = {}
         for number, entry in self._entries():
             made = last.get(entry["path"])
-            if entry["reused"] and made and made.get("manifest"):
-                if entry["manifest"] != made["manifest"]:
-                    wanted = f"what was made, manifest {made['manifest'][:16]}"
-                    found = f"manifest {entry['manifest'][:16]} taken up again"
-                    yield Finding(name_of(entry), f"line {number} of the ledger", wanted, found)
-            else:
-                last[entry["path"]] = entry
+            if not entry["reused"] or made is None:
+                last[entry["path"]] = entry["fingerprint"]
+            elif entry["fingerprint"] != made:
+                where = f"line {number} of the ledger"
+                found = f"{entry['fingerprint'][:16]} taken up again"
+                yield Finding(name_of(entry), where, f"the {made[:16]} that was made", found)
 
     def files(self, entries: Collection[Entry], progress: Progress = silent) -> Iterator[Finding]:
         """Whether every file has the content that was recorded, and none is missing or too many.
@@ -153,29 +159,51 @@ class Record:
         try:
             manifest = read_manifest(folder)
             listed = {file["path"]: file for file in manifest["files"]}
-            recorded = {"manifest": file_sha256(folder / MANIFEST)}
-            recorded["fingerprint"] = fingerprint_of(manifest["files"])
+            held = content(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = "no file" if isinstance(error, FileNotFoundError) else f"no manifest ({error})"
             yield Finding(name, where, "the manifest", found)
             return
-        for part, value in recorded.items():
-            if entry.get(part) not in {None, value}:
-                words = "the sha256" if part == "manifest" else "files of the fingerprint"
-                yield Finding(name, where, f"{words} {entry[part][:16]}", value[:16])
-        for part in IDENTITY:
-            expected, found = canonical_json(manifest.get(part)), canonical_json(entry.get(part))
-            if part in manifest and expected != found:
-                yield Finding(name, f"{part} in its entry", _brief(expected), _brief(found))
-        if "inputs" in manifest and _names(manifest["inputs"]) != entry["inputs"]:
-            yield Finding(name, "inputs in its entry", "those of its manifest", "others")
-        number, _ = self._made[entry["path"]]
+        number, made = self._made[entry["path"]]
+        if held.fingerprint != made["fingerprint"]:
+            wanted = f"files of the fingerprint {made['fingerprint'][:16]}"
+            yield Finding(name, where, wanted, held.fingerprint[:16])
+        manifests = self._manifests(made)
+        if manifests and held.manifest not in manifests:
+            wanted = f"the sha256 {' or '.join(sorted(m[:16] for m in manifests))}"
+            yield Finding(name, where, wanted, held.manifest[:16])
+        for part, expected in self._identity(manifest, held).items():
+            if canonical_json(expected) != canonical_json(made.get(part)):
+                values = _brief(canonical_json(expected)), _brief(canonical_json(made.get(part)))
+                yield Finding(name, f"{part} in its entry", *values)
         head = manifest.get("ledger")
         if head is not None and self._lines.get(head, number) >= number:
             wanted = f"the entry before it, {head[:16]}, in the ledger before line {number}"
             line = self._lines.get(head)
             yield Finding(name, where, wanted, f"it in line {line}" if line else "none")
         yield from self._contents(name, entry["path"], listed, progress)
+
+    def _manifests(self, made: Entry) -> set[str]:
+        """The hashes of the manifests that what was made has had."""
+        return {
+            entry["manifest"]
+            for _, entry in self._entries()
+            if entry["path"] == made["path"]
+            and entry["fingerprint"] == made["fingerprint"]
+            and entry.get("manifest")
+        }
+
+    def _identity(self, manifest: Mapping[str, Any], held: Content) -> dict[str, Any]:
+        """What the entry has to say by the manifest, as far as that says it itself."""
+        if "key" not in manifest:  # from before manifests said what they are of
+            return {"facts": manifest["facts"]}
+        return {
+            **{part: manifest[part] for part in IDENTITY},
+            "inputs": _names(manifest["inputs"]),
+            "sources": _names(manifest["sources"]),
+            "bytes": held.bytes,
+            "rows": held.rows,
+        }
 
     def _contents(
         self, name: str, path: str, listed: dict[str, dict[str, Any]], progress: Progress
@@ -197,12 +225,28 @@ class Record:
                 yield Finding(name, where, wanted, f"{size:,} with {sha256[:16]}")
 
     def orphans(self) -> Iterator[Finding]:
-        """Finished folders that the ledger does not have."""
-        for folder in folders(self._artifacts.at.artifacts):
+        """Finished folders that the ledger does not have, not even by now."""
+        there = list(folders(self._artifacts.at.artifacts))
+        known = {entry["path"] for entry in self._artifacts.ledger}
+        for folder in there:
             path = str(folder.relative_to(self._root))
-            if path not in self._made and (folder / MANIFEST).exists():
+            unknown = path not in known and (folder / MANIFEST).exists()
+            if unknown and not at_work(self._artifacts, folder):
                 asset = str(folder.parent.relative_to(self._artifacts.at.artifacts))
                 yield Finding(asset, path, "an entry in the ledger", "none")
+
+
+@contextlib.contextmanager
+def workplace(home: Home) -> Iterator[Path]:
+    """A folder for what an audit makes, one audit at a time; what a killed one has left goes."""
+    folder = home.root / "auditing"
+    with lock(home.leases / folder.name):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sizes(root: Path, entries: Iterable[Entry]) -> int:
@@ -212,9 +256,13 @@ def sizes(root: Path, entries: Iterable[Entry]) -> int:
 
 
 def raw_files(
-    root: Path, entries: Iterable[Entry], progress: Progress = silent
+    root: Path, entries: Iterable[Entry], current: Collection[str], progress: Progress = silent
 ) -> Iterator[Finding]:
-    """Whether raw files still are what was read; `progress` is called with bytes read."""
+    """Whether raw files still are what was read; `progress` is called with bytes read.
+
+    A file that has changed since is a warning where what was read of it is not `current` (by path)
+    any more: its shard has been retired.
+    """
     unknown = []
     for entry in entries:
         record = root / entry["path"] / "files.parquet"
@@ -233,7 +281,8 @@ def raw_files(
             progress(now["bytes"])
             if now["sha256"] != was["sha256"]:
                 found = f"{now['bytes']:,} with {now['sha256'][:16]}"
-                yield Finding(name_of(entry), was["uri"], wanted, found)
+                retired = entry["path"] not in current
+                yield Finding(name_of(entry), was["uri"], wanted, found, warning=retired)
     if unknown:
         words = f"none of {len(unknown)}, the first {unknown[0]}"
         yield Finding("raw files", "of shards and domains", "their sha256", words, warning=True)

@@ -45,22 +45,27 @@ def back_up(home: Home, folder: Path, listener: Listener) -> Copying:
 
 
 def _copy(home: Home, folder: Path, copying: Copying) -> None:
-    """The ledger is read first: what it names stands by then, and does not change."""
+    """Tables and Dagster's history before the ledger, which then knows all that they tell of.
+
+    What the ledger names stands by the time that it is read, and does not change.
+    """
     state = folder / f"state-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     state.mkdir()
+    found = [file for form in CHANGING for file in home.root.glob(form)]
+    changing = [f for f in found if f.is_file() and not f.name.endswith(JOURNALS)]
+    copying.total = sum(file.stat().st_size for file in changing)
+    require_space(folder, copying.total, "the backup")
+    for file in changing:
+        copying.changing(file, state / file.relative_to(home.root))
     copying.lines(home.ledger, state / home.ledger.name)
     copying.lines(home.kernel_runs, state / home.kernel_runs.name)
     named = sorted({entry["path"] for entry in ArtifactStore(home=str(state)).ledger})
     standing = [path for path in named if stands(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
-    found = [file for form in CHANGING for file in home.root.glob(form)]
-    changing = [f for f in found if f.is_file() and not f.name.endswith(JOURNALS)]
     copying.there = len(standing) - len(missing)
-    copying.total = copying.done + sum(file.stat().st_size for file in changing)
-    copying.total += sum(size(home.root / path) for path in missing)
-    require_space(folder, copying.total, "the backup")
-    for file in changing:
-        copying.changing(file, state / file.relative_to(home.root))
+    rest = sum(size(home.root / path) for path in missing)
+    copying.total = copying.done + rest
+    require_space(folder, rest, "the backup")
     for path in missing:
         try:
             copying.artifact(path, home.root, folder)

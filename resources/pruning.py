@@ -35,7 +35,7 @@ def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftove
     found = []
     for folder in folders(root):
         path = str(folder.relative_to(artifacts.at.root))
-        if path in needed or _at_work(artifacts, folder):
+        if path in needed or at_work(artifacts, folder):
             continue
         unfinished = not (folder / MANIFEST).exists()
         why = "unfinished" if unfinished else "older" if path in known else "not in the ledger"
@@ -60,6 +60,6 @@ def folders(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _at_work(artifacts: ArtifactStore, folder: Path) -> bool:
+def at_work(artifacts: ArtifactStore, folder: Path) -> bool:
     """Whether an attempt holds the lease of a folder."""
     return any(is_locked(lease) for lease in artifacts.at.leases.glob(f"{folder.name}*"))

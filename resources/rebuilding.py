@@ -1,7 +1,6 @@
 """The score tables made again from the Parquet record, and compared with those published."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,29 +64,29 @@ def differences(
     models: Sequence[PublishedModel],
     selections: Sequence[tuple[str, Path, str, str, tuple[str, str | None], str]],
     length: int,
+    folder: Path,
 ) -> Iterator[Difference]:
     """Where the published tables differ from what the record makes of these parts.
 
     `selections` are what enter_selection is called with, in order; what else `selection_versions`
-    has is not looked at. Takes as much room as the tables, while it runs.
+    has is not looked at. The tables are made in `folder`, which wants as much room.
     """
     published = Home(store.home).scores
     require_space(published.parent, 2 * published.stat().st_size, "the tables made again")
-    with tempfile.TemporaryDirectory(prefix="rebuilt-", dir=store.home) as folder:
-        rebuilt = Home(folder)
-        rebuilt.leases.mkdir()
-        ScoreStore(home=folder).publish(parts, models, length)
-        with contextlib.closing(duckdb.connect(str(rebuilt.scores))) as connection:
-            limit_memory(connection, rebuilt.scores, READING_MEMORY)
-            for selection in selections:
-                enter_selection(connection, *selection)
-        with contextlib.closing(duckdb.connect()) as connection:
-            limit_memory(connection, rebuilt.scores, READING_MEMORY)
-            for name, path in (("rebuilt", rebuilt.scores), ("published", published)):
-                place = str(path).replace("'", "''")
-                connection.execute(f"ATTACH '{place}' AS {name} (READ_ONLY)")
-            for table in GROUPS:
-                yield from _differences(connection, table)
+    rebuilt = Home(folder)
+    rebuilt.leases.mkdir()
+    ScoreStore(home=str(folder)).publish(parts, models, length)
+    with contextlib.closing(duckdb.connect(str(rebuilt.scores))) as connection:
+        limit_memory(connection, rebuilt.scores, READING_MEMORY)
+        for selection in selections:
+            enter_selection(connection, *selection)
+    with contextlib.closing(duckdb.connect()) as connection:
+        limit_memory(connection, rebuilt.scores, READING_MEMORY)
+        for name, path in (("rebuilt", rebuilt.scores), ("published", published)):
+            place = str(path).replace("'", "''")
+            connection.execute(f"ATTACH '{place}' AS {name} (READ_ONLY)")
+        for table in GROUPS:
+            yield from _differences(connection, table)
 
 
 def _differences(connection: duckdb.DuckDBPyConnection, table: str) -> Iterator[Difference]:

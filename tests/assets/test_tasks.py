@@ -161,4 +161,4 @@ def test_a_recipe_with_tasks_wants_the_harness_before_anything_is_computed(
     assert failure is not None
     assert failure.input_is_wrong
     assert "pip install 'colorfilter[eval]'" in failure.message
-    assert not project.home.ledger.exists()
+    assert [entry["asset"] for entry in project.ledger()] == ["recipe"]

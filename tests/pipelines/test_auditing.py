@@ -12,6 +12,7 @@ import duckdb
 import polars as pl
 import pytest
 
+from colorfilter.errors import InputError
 from colorfilter.provenance import read_manifest, write_manifest
 from pipelines.auditing import Audit, audit
 from resources.ledger import NOTHING
@@ -55,7 +56,9 @@ def found(project: Project, *patterns: str, **how: object) -> None:
 
 
 def test_a_finished_home_holds(finished: Project) -> None:
+    before = sorted(finished.home.root.iterdir()), len(finished.kernel_runs())
     done = audited(finished, again=True, sample=3)
+    assert (sorted(finished.home.root.iterdir()), len(finished.kernel_runs())) == before
     assert done.passed
     assert [str(f) for f in done.findings] == []
     assert all(done.checked.values())
@@ -169,7 +172,7 @@ def test_what_is_replaced_and_taken_up_again_is_found(project: Project) -> None:
     entry = next(e for e in project.ledger() if e["asset"] == "reference/domain_text")
     append(project, {**entry, "reused": True, **close(place)})
     assert any(
-        re.match(r"reference/domain_text: line \d+ of the ledger: expected what was made", line)
+        re.match(r"reference/domain_text: line \d+ of the ledger: .* that was made", line)
         for line in lines(project)
     )
 
@@ -189,6 +192,49 @@ def test_a_raw_file_is_changed_or_gone(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(re.match(rf"raw_corpus\S+: {changed}: expected .* with the sha256", s) for s in told)
     assert any(re.match(rf"raw_corpus\S+: {gone}: expected .*No such file", s) for s in told)
     assert len(told) == 2
+
+
+def test_what_a_changed_file_was_and_a_recipe_that_came_back_are_no_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was retired, artefacts taken up again by another recipe."""
+    write_corpus(tmp_path / "corpus", MODULES[:4])
+    facts = recipe_facts(tmp_path / "corpus")
+    facts["target"]["training_tokens"] = 800
+    project = Project(tmp_path, facts)
+    assert project.run(monkeypatch) is None
+    for tau in (3, 4):
+        project.facts["arms"][0]["tau"] = tau
+        project.facts["refresh"] = {"stale_after_hours": tau}
+        project.write()
+        assert project.run(monkeypatch) is None
+    (tmp_path / "corpus" / f"{MODULES[0]}.jsonl").write_text('{"text": "changed"}\n' * 2)
+    assert project.run(monkeypatch) is None
+    done = audited(project, again=True)
+    assert [str(f) for f in done.findings if not f.warning] == []
+    changed, of_an_arm_that_was = done.findings
+    assert changed.artefact.endswith(f"{MODULES[0]}.jsonl")
+    assert of_an_arm_that_was.asset == "reference/color_tau3/selection"
+
+
+BREAKABLE = ["files", "evaluations", "selection", "scores.duckdb", "results.duckdb"]
+
+
+@pytest.mark.parametrize("broken", BREAKABLE)
+def test_what_cannot_be_read_is_told_among_the_rest(project: Project, broken: str) -> None:
+    places = {
+        "files": "raw_corpus",
+        "evaluations": "reference/report",
+        "selection": "reference/color_tau4/selection",
+    }
+    path = project.home.root / broken
+    if broken in places:
+        path = folder(project, places[broken]) / f"{broken}.parquet"
+    path.write_bytes(b"broken")
+    done = audited(project, again=True)
+    assert not done.passed
+    told = "\n".join(map(str, done.findings))
+    assert broken in told
 
 
 # Score tables ----------------------------------------------------------------------------------
@@ -387,11 +433,11 @@ def test_the_ledger_is_changed(
         later = [line for line in there if "expected the entry before it" in line]
         assert len(later) > 5  # every artefact made after has the head that was
     else:
-        assert any(
-            re.match(rf"ledger: line {i + 1 + (change is not drop)} ", s)
-            or s.startswith("ledger: line")
-            for s in there
-        )
+        broken = (
+            i + 1 if change is not edit else i + 2
+        )  # the line whose hash of the one before is off
+        broken -= change is move
+        assert any(line.startswith(f"ledger: line {broken} ") for line in there)
 
 
 @pytest.mark.parametrize("change", [drop, edit])
@@ -435,6 +481,12 @@ def test_a_materialization_is_forged_through_the_web_server(project: Project) ->
         rf"^{asset}: materialization of \S+ in Dagster's history: "
         "expected a run that made it, found none: it was reported from outside$",
     )
+
+
+@pytest.mark.parametrize("head", ["", "0", "abcdefg", "main"])
+def test_what_is_no_head_is_refused(finished: Project, head: str) -> None:
+    with pytest.raises(InputError, match="is no head of a ledger"):
+        audited(finished, head=head)
 
 
 def test_dagsters_history_is_wiped(project: Project) -> None:
