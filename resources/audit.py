@@ -73,9 +73,14 @@ class Record:
         # By path: the line in which it was entered last, and that in which it was made last.
         self._entered: dict[str, int] = {}
         self._made: dict[str, tuple[int, Entry]] = {}
+        # By path and fingerprint: the hashes of the manifests that it has had.
+        self._manifests: dict[tuple[str, str], set[str]] = {}
         for number, entry in self._entries():
             self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
             self._entered[entry["path"]] = number
+            if entry.get("manifest"):
+                held = entry["path"], entry["fingerprint"]
+                self._manifests.setdefault(held, set()).add(entry["manifest"])
             if not entry["reused"] or entry["path"] not in self._made:
                 self._made[entry["path"]] = number, entry
 
@@ -168,7 +173,7 @@ class Record:
         if held.fingerprint != made["fingerprint"]:
             wanted = f"files of the fingerprint {made['fingerprint'][:16]}"
             yield Finding(name, where, wanted, held.fingerprint[:16])
-        manifests = self._manifests(made)
+        manifests = self._manifests.get((made["path"], made["fingerprint"]))
         if manifests and held.manifest not in manifests:
             wanted = f"the sha256 {' or '.join(sorted(m[:16] for m in manifests))}"
             yield Finding(name, where, wanted, held.manifest[:16])
@@ -182,16 +187,6 @@ class Record:
             line = self._lines.get(head)
             yield Finding(name, where, wanted, f"it in line {line}" if line else "none")
         yield from self._contents(name, entry["path"], listed, progress)
-
-    def _manifests(self, made: Entry) -> set[str]:
-        """The hashes of the manifests that what was made has had."""
-        return {
-            entry["manifest"]
-            for _, entry in self._entries()
-            if entry["path"] == made["path"]
-            and entry["fingerprint"] == made["fingerprint"]
-            and entry.get("manifest")
-        }
 
     def _identity(self, manifest: Mapping[str, Any], held: Content) -> dict[str, Any]:
         """What the entry has to say by the manifest, as far as that says it itself."""
