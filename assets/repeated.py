@@ -16,7 +16,6 @@ from assets.selecting import Choice, with_choice
 from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Arm, Domain, Recipe
-from colorfilter.tables import fetch_frame
 from resources.artifacts import ArtifactStore
 from resources.audit import Finding
 from resources.gpu import Gpu, release
@@ -100,7 +99,6 @@ class Rescored(NamedTuple):
 
 def rescore(
     artifacts: ArtifactStore,
-    store: ScoreStore,
     gpu: Gpu,
     recipe: Recipe,
     sample: int,
@@ -108,35 +106,57 @@ def rescore(
     folder: Path,
     progress: Progress = silent,
 ) -> tuple[Rescored, list[Finding]]:
-    """Score so many random sequences of every shard again, in float32, by all current models.
+    """Score so many random sequences of every shard again by all current models, as they were.
 
-    They are scored in `folder`. A loss on record may lie off by what its precision allows, and the
-    new one by what float32 does.
+    They are scored in `folder`, and compared with the chunks on record; a shard that has not been
+    scored by all of the models is passed over. Either loss may lie off by what its precision
+    allows: on a device of the same kind they are the same.
     """
     assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
     models = {model: artifacts.current(model) for model in assets}
-    places = _drawn(artifacts, recipe, sample, seed)
+    places, recorded = [], []
+    rng = np.random.default_rng(seed)
+    for shard in shard_names(artifacts, recipe):
+        try:
+            packed = artifacts.current("corpus_tokens", shard)
+            scored = [
+                artifacts.current_from(asset, shard, [models[model], packed])
+                for model, asset in assets.items()
+            ]
+        except InputError:
+            continue
+        size = packed.facts["sequences"]
+        if not size:
+            continue
+        drawn = rng.choice(size, min(sample, size), replace=False)
+        places.append(pl.DataFrame({"position": np.sort(drawn)}).with_columns(shard=pl.lit(shard)))
+        for losses in scored:
+            rows = pl.scan_parquet(losses.path / "losses-*.parquet")
+            recorded.append(rows.filter(pl.col("position").is_in(drawn.tolist())).collect())
     begun = time.monotonic()
     try:
         again = score_places(
-            artifacts, gpu, recipe, list(models.values()), places, folder, "float32", progress
+            artifacts,
+            gpu,
+            recipe,
+            list(models.values()),
+            pl.concat(places),
+            folder,
+            recipe.scoring.precision,
+            progress,
         )
     finally:
         release()
     seconds = time.monotonic() - begun
-    with store.read() as connection:
-        connection.register("places", places.to_arrow())
-        recorded = fetch_frame(
-            connection,
-            "SELECT model, shard, position, loss, precision FROM losses "
-            "JOIN places USING (shard, position) JOIN models USING (model) WHERE current",
-            {},
-        )
     exact, kept = (pl.col(c).cast(pl.Float64) for c in ("loss", "loss_recorded"))
     allowed = pl.col("precision_recorded").replace_strict(TOLERANCE, default=0.0)
     both = again.join(
-        recorded, on=["model", "shard", "position"], how="full", coalesce=True, suffix="_recorded"
-    ).with_columns(difference=(exact - kept).abs(), tolerance=allowed + TOLERANCE["float32"])
+        pl.concat(recorded).select("model", "shard", "position", "loss", "precision"),
+        on=["model", "shard", "position"],
+        how="full",
+        coalesce=True,
+        suffix="_recorded",
+    ).with_columns(difference=(exact - kept).abs(), tolerance=2 * allowed)
     within = (pl.col("difference") <= pl.col("tolerance")).fill_null(False)
     off = both.filter(~within)
     names = {made.fingerprint: assets[model] for model, made in models.items()}
@@ -151,19 +171,3 @@ def rescore(
     ]
     largest = both["difference"].max()
     return Rescored(len(both), float(largest or 0.0), seconds), findings  # type: ignore[arg-type]
-
-
-def _drawn(artifacts: ArtifactStore, recipe: Recipe, sample: int, seed: int) -> pl.DataFrame:
-    """Places at random, so many of every shard, the reserved ones too: shard and position."""
-    rng = np.random.default_rng(seed)
-    frames = []
-    for shard in shard_names(artifacts, recipe):
-        size = artifacts.current("corpus_tokens", shard).facts["sequences"]
-        drawn = rng.choice(size, min(sample, size), replace=False)
-        frames.append(
-            pl.DataFrame(
-                {"shard": [shard] * len(drawn), "position": np.sort(drawn)},
-                schema={"shard": pl.String, "position": pl.Int64},
-            )
-        )
-    return pl.concat(frames)

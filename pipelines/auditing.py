@@ -135,23 +135,20 @@ def audit(
     show("score tables", 0)
     before = len(found.findings)
     look("score tables of all that is current", tables_are_current(artifacts, store, recipe))
-    behind = len(found.findings) > before
-    if not behind:
+    if len(found.findings) == before:
         with workplace(home) as folder:
             look("score tables against the record", tables(artifacts, store, recipe, folder))
     look("evaluations against the reports", results(artifacts, recipe))
     if again:
         show("selections", 0)
         look("selections made again", reselect(artifacts, store, recipe, entries))
-    if sample and not behind:
+    if sample:
         tokens = show("losses", 0)
         seed = found.seed = secrets.randbelow(2**32)
 
         def scored_again(folder: Path) -> Iterator[Finding]:
             gpu = Gpu(home=str(folder))  # whose runs are no runs of the home that is looked at
-            found.rescored, off = rescore(
-                artifacts, store, gpu, recipe, sample, seed, folder, tokens
-            )
+            found.rescored, off = rescore(artifacts, gpu, recipe, sample, seed, folder, tokens)
             yield from off
 
         with workplace(home) as folder:
