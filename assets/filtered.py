@@ -19,7 +19,7 @@ from colorfilter.files import require_space
 from colorfilter.leakage import without_leaks
 from colorfilter.recipe import Arm, Domain, Recipe, Refresh
 from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.score_store import ScoreStore
+from resources.score_store import PublishedSelection, ScoreStore
 
 # How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
 # cost.METHODS; if a query on the score tables decides it, one in selection.SCORES instead of a
@@ -149,14 +149,16 @@ def _publish(
 ) -> None:
     """Enter a selection in the score tables, as the current one of its domain and arm."""
     scored_by = artifacts.current("score_tables").inputs
-    models = scored_by["prior_model"], scored_by[f"{domain.name}/conditional_model"]
     score_store.publish_selection(
-        selection.fingerprint,
-        selection.path / "selection.parquet",
-        domain.name,
-        arm.name,
-        models,
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        PublishedSelection(
+            selection.fingerprint,
+            selection.path / "selection.parquet",
+            domain.name,
+            arm.name,
+            prior=scored_by["prior_model"],
+            conditional=scored_by[f"{domain.name}/conditional_model"],
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
     )
 
 

@@ -16,7 +16,7 @@ from resources.audit import Finding
 from resources.ledger import Entry
 from resources.lineage import Lineage
 from resources.rebuilding import Difference, differences
-from resources.score_store import ScoreStore
+from resources.score_store import PublishedSelection, ScoreStore
 
 STORE = "scores.duckdb"
 
@@ -73,10 +73,13 @@ def tables(
             yield Finding(name, where, wanted, words[current], warning=waiting)
         path = artifacts.at.root / made[0]["path"]
         if stands(path):
-            scored_by = _scored_by(lineage, made[0], domain) or (prior, conditional)
+            by_prior, by_conditional = _scored_by(lineage, made[0], domain) or (prior, conditional)
             table = path / "selection.parquet"
-            selections.append((current, (selection, table, domain, arm, scored_by, created)))
-    inserts = [arguments for _, arguments in sorted(selections, key=lambda s: s[0])]
+            entered = PublishedSelection(
+                selection, table, domain, arm, by_prior, by_conditional, created
+            )
+            selections.append((current, entered))
+    inserts = [entered for _, entered in sorted(selections, key=lambda s: s[0])]
     length = recipe.sequence_length
     for difference in differences(store, parts, models, inserts, length, folder):
         yield _told(difference)

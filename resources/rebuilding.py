@@ -14,6 +14,7 @@ from resources.score_store import (
     READING_MEMORY,
     Part,
     PublishedModel,
+    PublishedSelection,
     ScoreStore,
     enter_selection,
     limit_memory,
@@ -62,14 +63,14 @@ def differences(
     store: ScoreStore,
     parts: Sequence[Part],
     models: Sequence[PublishedModel],
-    selections: Sequence[tuple[str, Path, str, str, tuple[str, str | None], str]],
+    selections: Sequence[PublishedSelection],
     length: int,
     folder: Path,
 ) -> Iterator[Difference]:
     """Where the published tables differ from what the record makes of these parts.
 
-    `selections` are what enter_selection is called with, in order; what else `selection_versions`
-    has is not looked at. The tables are made in `folder`, which wants as much room.
+    `selections` are entered in their order; what else `selection_versions` has is not looked at.
+    The tables are made in `folder`, which wants as much room.
     """
     published = Home(store.home).scores
     require_space(published.parent, 2 * published.stat().st_size, "the tables made again")
@@ -79,7 +80,7 @@ def differences(
     with contextlib.closing(duckdb.connect(str(rebuilt.scores))) as connection:
         limit_memory(connection, rebuilt.scores, READING_MEMORY)
         for selection in selections:
-            enter_selection(connection, *selection)
+            enter_selection(connection, selection)
     with contextlib.closing(duckdb.connect()) as connection:
         limit_memory(connection, rebuilt.scores, READING_MEMORY)
         for name, path in (("rebuilt", rebuilt.scores), ("published", published)):

@@ -103,6 +103,19 @@ class PublishedModel:
     path: str
 
 
+@dataclass(frozen=True)
+class PublishedSelection:
+    """What an arm selected, by its fingerprint, the file it is in, and the models it is by."""
+
+    selection: str
+    table: Path
+    domain: str
+    arm: str
+    prior: str
+    conditional: str | None
+    created: str
+
+
 class ScoreStore(dg.ConfigurableResource):
     """Publishes and reads `scores.duckdb` and `results.duckdb` of a home."""
 
@@ -161,29 +174,21 @@ class ScoreStore(dg.ConfigurableResource):
                 )
             return _row_counts(connection)
 
-    def publish_selection(
-        self,
-        selection: str,
-        table: Path,
-        domain: str,
-        arm: str,
-        models: tuple[str, str | None],
-        created: str,
-    ) -> None:
-        """Enter a selection (fingerprint, Parquet file), the current one of its domain and arm."""
-        mine = "WHERE selection = ? AND domain = ? AND arm = ?"
+    def publish_selection(self, selection: PublishedSelection) -> None:
+        """Enter a selection, as the current one of its domain and arm."""
         # Looked at first: a change, even to the same, costs a copy of the tables.
         with self.read() as connection:
             found = fetch(
                 connection,
-                f"SELECT current FROM selection_versions {mine}",
-                [selection, domain, arm],
+                "SELECT current FROM selection_versions "
+                "WHERE selection = ? AND domain = ? AND arm = ?",
+                [selection.selection, selection.domain, selection.arm],
             )
         if found == [(True,)]:
             return
         # The tables as they are: those of an older version stay whole until the next publication.
         with self._next(Home(self.home).scores) as connection:
-            enter_selection(connection, selection, table, domain, arm, models, created)
+            enter_selection(connection, selection)
 
     def publish_results(
         self,
@@ -241,39 +246,31 @@ class ScoreStore(dg.ConfigurableResource):
         write_atomically(temporary, path)
 
 
-def enter_selection(
-    connection: duckdb.DuckDBPyConnection,
-    selection: str,
-    table: Path,
-    domain: str,
-    arm: str,
-    models: tuple[str, str | None],
-    created: str,
-) -> None:
+def enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> None:
     """Make a selection the current one of its domain and arm, as of publish_selection."""
+    mine = [new.selection, new.domain, new.arm]
     connection.execute(
-        "UPDATE selection_versions SET current = (selection = $selection) "
-        "WHERE domain = $domain AND arm = $arm",
-        {"selection": selection, "domain": domain, "arm": arm},
+        "UPDATE selection_versions SET current = (selection = ?) WHERE domain = ? AND arm = ?", mine
     )
     known = _count(
         connection,
         "SELECT count(*) FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
-        [selection, domain, arm],
+        mine,
     )
     if known:
         return
-    rows = connection.read_parquet(str(table))  # noqa: F841  (read by name below)
+    rows = connection.read_parquet(str(new.table))  # noqa: F841  (read by name below)
     # Another arm may have selected exactly the same.
-    if not _count(connection, "SELECT count(*) FROM selections WHERE selection = ?", [selection]):
+    same = "SELECT count(*) FROM selections WHERE selection = ?"
+    if not _count(connection, same, [new.selection]):
         connection.execute(
             "INSERT INTO selections BY NAME "
             "SELECT ? AS selection, shard, position, rank, score FROM rows",
-            [selection],
+            [new.selection],
         )
     connection.execute(
         "INSERT INTO selection_versions SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
-        [selection, domain, arm, *models, created],
+        [*mine, new.prior, new.conditional, new.created],
     )
 
 

@@ -10,7 +10,7 @@ from colorfilter.errors import InputError
 from colorfilter.score_tables import pair
 from colorfilter.tables import fetch
 from resources.home import Home
-from resources.score_store import Part, PublishedModel, ScoreStore
+from resources.score_store import Part, PublishedModel, PublishedSelection, ScoreStore
 
 LENGTH = 8
 MODELS = [
@@ -86,6 +86,11 @@ def colors(store: ScoreStore) -> list[tuple]:
         return fetch(connection, "SELECT shard, position, color FROM color ORDER BY ALL")
 
 
+def publish(store: ScoreStore, selection: str, table: Path, domain: str, arm: str) -> None:
+    new = PublishedSelection(selection, table, domain, arm, "p", "c", "now")
+    store.publish_selection(new)
+
+
 def test_color_is_conditional_minus_prior(store: ScoreStore, tmp_path: Path) -> None:
     counts = store.publish(parts(tmp_path, "a", {"p": [3.0, 2.0], "c": [1.0, 4.0]}), MODELS, LENGTH)
     assert counts == {"documents": 1, "spans": 2, "sequences": 2, "losses": 4}
@@ -154,7 +159,7 @@ def test_selections_have_one_current_version_per_arm(store: ScoreStore, tmp_path
         {"rank": [1], "shard": ["a"], "position": [0], "score": [-2.0], "color": [-2.0]}
     ).write_parquet(table)
     for selection in ("one", "two", "one"):
-        store.publish_selection(selection, table, "books", "color_tau2", ("p", "c"), "now")
+        publish(store, selection, table, "books", "color_tau2")
     with store.read() as connection:
         versions = fetch(
             connection, "SELECT selection, cutoff, current FROM selection_versions ORDER BY ALL"
@@ -170,7 +175,7 @@ def test_what_two_arms_select_alike_stands_once(store: ScoreStore, tmp_path: Pat
         table
     )
     for arm in ("color_tau2", "color_tau2_leaks"):
-        store.publish_selection("one", table, "books", arm, ("p", "c"), "now")
+        publish(store, "one", table, "books", arm)
     with store.read() as connection:
         counts = fetch(
             connection,
@@ -320,7 +325,7 @@ def test_a_file_from_before_these_tables_is_completed(store: ScoreStore, tmp_pat
     pl.DataFrame({"rank": [1], "shard": ["a"], "position": [0], "score": [-2.0]}).write_parquet(
         table
     )
-    store.publish_selection("one", table, "books", "color_tau2", ("p", "c"), "now")
+    publish(store, "one", table, "books", "color_tau2")
     assert colors(store) == expected[0]
     for path in tmp_path.glob("?-1/**/*.parquet"):
         path.unlink()
@@ -381,7 +386,7 @@ def test_publications_wait_for_each_other(store: ScoreStore, tmp_path: Path) -> 
         table = tmp_path / f"{i}.parquet"
         rows = {"shard": ["a"], "position": [0], "rank": [1], "score": [float(i)]}
         pl.DataFrame(rows).write_parquet(table)
-        store.publish_selection(f"s{i}", table, "books", f"arm{i}", ("p", "c"), "now")
+        publish(store, f"s{i}", table, "books", f"arm{i}")
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(enter, range(6)))
