@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from colorfilter.errors import InputError
-from pipelines import cli
+from pipelines import proving
 from resources.home import Home
 from resources.ledger import Ledger
 from tests.conftest import Project
@@ -240,6 +240,6 @@ def test_what_is_missing_is_told_in_a_line(finished: Project, tmp_path: Path) ->
 def test_the_package_is_asked_for_where_it_is_missing(
     finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    monkeypatch.setattr(proving, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'colorfilter\[openlineage\]'"):
-        cli.openlineage(finished.home.root)
+        proving.openlineage(finished.home.root)
