@@ -12,16 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from assets.standing import (
-    EXCLUDED,
-    MINE,
-    QUOTE,
-    Checkpoint,
-    Records,
-    Standing,
-    checkpoints,
-    standing,
-)
+from assets.datasets import QUOTE, Records
+from assets.standing import EXCLUDED, MINE, Checkpoint, Standing, checkpoints, standing
 from assets.versions import DatasetExplanation, explain_dataset
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands

@@ -10,7 +10,8 @@ from typing import Any
 
 import polars as pl
 
-from assets.standing import Records, leakage_of, method_of, packed_for
+from assets.datasets import Records, leakage_of
+from assets.standing import method_of, packed_for
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.tables import fetch, fetch_frame

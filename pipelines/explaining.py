@@ -9,8 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from assets.datasets import InDataset, Records
 from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
-from assets.standing import EXCLUDED, Checkpoint, InDataset, Records, Score, Stand
+from assets.standing import EXCLUDED, Checkpoint, Score, Stand
 from assets.versions import Change, DatasetExplanation, DatasetVersion, Difference, Example
 from resources.artifacts import ArtifactStore
 from resources.home import Home
