@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from assets.datasets import Records
 from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
-from assets.standing import Records, Stand
+from assets.standing import Stand
 from assets.versions import DatasetExplanation
 from colorfilter.errors import InputError
 from pipelines.settings import Job
