@@ -126,7 +126,7 @@ def products(model: PreTrainedModel, dtype: torch.dtype) -> Variant:
             rows = weight.new_empty(tokens.numel(), weight.shape[1])
             for block in weight.split(4096):  # no allocation of whole logits
                 torch.mm(rows, block.T)
-        return torch.zeros(len(tokens))
+        return torch.zeros(len(tokens), device=tokens.device)
 
     return run
 

@@ -7,6 +7,7 @@ the library's attentions takes less time.
 
 import contextlib
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def compile_body(model: PreTrainedModel) -> None:
     """
     settings: Any = torch._dynamo.config
     settings.suppress_errors = True
+    # The compiler would have float32 rounded to TensorFloat32.
+    warnings.filterwarnings("ignore", message="TensorFloat32")
     model.base_model.compile(dynamic=False)
 
 

@@ -1,8 +1,9 @@
 """A recipe's YAML file, and what its paths mean.
 
 Unknown keys and impossible values are refused with the field's path and the mend. Paths may hold
-`{stdlib}` (the folder of this Python's standard library) and environment variables; relative ones
-are relative to the recipe's folder, so that a recipe means one thing anywhere.
+`{stdlib}` and `{packages}` (the folders of this Python's standard library and of what is installed
+in it) and environment variables; relative ones are relative to the recipe's folder, so that a
+recipe means one thing anywhere.
 """
 
 import glob
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Source, Task
+
+# Of a path, by the names of sysconfig.
+FOLDERS = {"{stdlib}": "stdlib", "{packages}": "purelib"}
 
 
 def load(path: Path, sources: bool = True) -> Recipe:
@@ -85,7 +89,9 @@ def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
     beside = Path(glob.escape(str(folder)))
 
     def source(s: Source, where: str) -> Source:
-        return s.model_copy(update={"files": _expand(s.files, beside, f"{where}.{s.name}.files")})
+        files = _expand(s.files, beside, f"{where}.{s.name}.files")
+        exclude = [_fill_in(pattern, f"{where}.{s.name}.exclude") for pattern in s.exclude]
+        return s.model_copy(update={"files": files, "exclude": exclude})
 
     def task(t: Task, where: str) -> Task:
         files = {"train": t.train, "test": t.test}
@@ -107,14 +113,22 @@ def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"corpus": corpus, "domains": domains})
 
 
-def _expand(path: str, folder: Path, where: str) -> str:
-    expanded = os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib")))
-    unset = re.search(r"\$\{?(\w+)", expanded)
+def _fill_in(path: str, where: str) -> str:
+    """The path with the folders and variables that it names."""
+    for name, key in FOLDERS.items():
+        path = path.replace(name, sysconfig.get_path(key))
+    filled = os.path.expandvars(path)
+    unset = re.search(r"\$\{?(\w+)", filled)
     if unset:
         raise InputError(
             f"recipe: {where}: the environment variable {unset.group(1)} is not set; set it to "
             "the folder that holds the data"
         )
+    return filled
+
+
+def _expand(path: str, folder: Path, where: str) -> str:
+    expanded = _fill_in(path, where)
     if "://" in expanded:
         return expanded
     try:

@@ -96,9 +96,18 @@ def test_a_set_environment_variable_is_expanded(
     assert recipe.corpus.sources[0].files == "/data/mine/*.jsonl"
 
 
-def test_stdlib_is_the_folder_of_the_standard_library(tmp_path: Path) -> None:
-    recipe = load_content(tmp_path, changed("corpus.sources.0.files", "{stdlib}/json/*.py"))
-    assert recipe.corpus.sources[0].files == f"{sysconfig.get_path('stdlib')}/json/*.py"
+@pytest.mark.parametrize(("name", "key"), [("stdlib", "stdlib"), ("packages", "purelib")])
+def test_folders_of_python_are_filled_in(name: str, key: str, tmp_path: Path) -> None:
+    source = {"name": "web", "files": f"{{{name}}}/json/*.py", "exclude": [f"{{{name}}}/*/a.py"]}
+    recipe = load_content(tmp_path, changed("corpus.sources.0", source))
+    assert recipe.corpus.sources[0].files == f"{sysconfig.get_path(key)}/json/*.py"
+    assert recipe.corpus.sources[0].exclude == [f"{sysconfig.get_path(key)}/*/a.py"]
+
+
+def test_patterns_of_what_to_exclude_are_relative_to_nothing(tmp_path: Path) -> None:
+    source = {"name": "web", "files": "*.jsonl", "exclude": ["*/skip*"]}
+    recipe = load_content(tmp_path, changed("corpus.sources.0", source))
+    assert recipe.corpus.sources[0].exclude == ["*/skip*"]
 
 
 def test_relative_paths_are_relative_to_the_recipes_folder(
