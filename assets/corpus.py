@@ -1,6 +1,6 @@
 """Stage 1: raw text to packed tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from assets.common import (
     sharded_result,
     total,
 )
+from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, shards, tokens, workers
 from colorfilter.errors import InputError
 from colorfilter.files import checkpoint_content
@@ -75,11 +76,12 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
                 made.append(_probe_documents(artifacts, name, text))
         size = sum(f.size for w in works for f in planned[str(w.partition)].files)
         progress = Progress(context, size, "bytes")
+        gone = forgotten_texts(artifacts)
         made += make_in_processes(
             artifacts,
             works,
             read_shard,
-            lambda w: (planned[str(w.partition)].files, list(sources.values())),
+            lambda w: (planned[str(w.partition)].files, list(sources.values()), gone),
             progress,
             lambda name: sum(f.size for f in planned[name].files),
         )
@@ -240,10 +242,13 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
 
 
 def read_shard(
-    folder: Path, files: Sequence[shards.InputFile], sources: Sequence[Source]
+    folder: Path,
+    files: Sequence[shards.InputFile],
+    sources: Sequence[Source],
+    forgotten: Set[str],
 ) -> dict[str, int]:
     """Build one shard of `raw_corpus` (in a process of its own)."""
-    return documents.write_documents(files, sources, folder, workers.report)
+    return documents.write_documents(files, sources, folder, workers.report, forgotten)
 
 
 def pack_shard(

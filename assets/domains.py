@@ -1,6 +1,6 @@
 """Stage 1 for the domains: text split once into D_down, held-out and probe, and its tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import dagster as dg
 
 from assets.common import OWNERS, Context, Progress, code_version, result
 from assets.corpus import GROUP, pack_shard
+from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, shards, tasks, tokens
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe
@@ -37,8 +38,11 @@ def _of_domain(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
 
         Of tasks a document is an item's question and correct answer; `tasks/` holds the test items.
         """
-        split = _split_tasks if domain.tasks else _split_text
-        reads, build = split(context, domain, recipe.seed)
+        if domain.tasks:
+            reads, build = _split_tasks(context, domain, recipe.seed)
+        else:
+            gone = forgotten_texts(artifacts)
+            reads, build = _split_text(context, domain, recipe.seed, gone)
         made = artifacts.make(
             Work(f"{domain.name}/domain_text", recipe={**reads, **splits}, seed=recipe.seed), build
         )
@@ -94,13 +98,16 @@ def _of_domain(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
 Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]
 
 
-def _split_text(context: Context, domain: Domain, seed: int) -> Split:
-    """What the split of a domain of text reads, as facts, and how it is made in a folder."""
+def _split_text(context: Context, domain: Domain, seed: int, forgotten: Set[str]) -> Split:
+    """What the split of a domain of text reads, as facts, and how it is made in a folder.
+
+    Texts whose sha256 is in `forgotten` are not read again.
+    """
     files = shards.list_files(domain.sources)
 
     def build(folder: Path) -> dict[str, int]:
         progress = Progress(context, sum(f.size for f in files), "bytes")
-        counts = documents.write_documents(files, domain.sources, folder, progress)
+        counts = documents.write_documents(files, domain.sources, folder, progress, forgotten)
         whole = folder / "documents.parquet"
         try:
             parts = sampling.split_domain(whole, seed, domain.held_out, domain.probe, folder)

@@ -9,6 +9,7 @@ import polars as pl
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result, total
 from assets.corpus import pack_shard
 from assets.selected import GROUP, PACKED
+from assets.tombstones import forgotten, forgotten_texts
 from colorfilter import dsir
 from colorfilter import selection as method
 from colorfilter.documents import read_documents
@@ -58,7 +59,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
                 row["sha256"]
                 for sample in plan
                 for row in read_documents(sample.path / "documents.parquet", ["sha256"])
-            }
+            } | forgotten_texts(artifacts)
             down = text.path / "down" / "documents.parquet"
             progress = Progress(context, 2 * total(corpus, "chars"), "characters")
             ranked = dsir.rank_documents(raw, down, left_out, recipe.seed, progress)
@@ -108,7 +109,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
         made = artifacts.make(
             Work(
                 f"{name}/selection",
-                inputs=[encoder, text, *plan, *corpus, *packed],
+                inputs=[encoder, text, *plan, *corpus, *packed, *forgotten(artifacts)],
                 sources=[tables],
                 recipe={"needed": needed, "sequence_length": recipe.sequence_length},
                 seed=recipe.seed,

@@ -14,6 +14,7 @@ import polars as pl
 
 from assets.datasets import QUOTE, Records
 from assets.standing import EXCLUDED, MINE, Checkpoint, Standing, checkpoints, standing
+from assets.tombstones import tombstones
 from assets.versions import DatasetExplanation, explain_dataset
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
@@ -260,6 +261,10 @@ def _became(
 ) -> str:
     """What a document of the score tables is to the pipeline, in words."""
     shard, sha256 = row[1], row[7]
+    for made in tombstones(records.artifacts):
+        if made.facts["sha256"] == sha256:
+            models = ", ".join(name for name, _ in made.facts["learned"]) or "no model"
+            return f"forgotten: taken out of all that held it; {models} learned from it"
     if shard.startswith("_"):
         return SPLITS["probe"]
     in_sample = _in_sample(records, shard, sha256)

@@ -12,6 +12,7 @@ from assets.figures import curve_metadata
 from assets.refined import gathered
 from assets.scores import boundary, scored_corpus
 from assets.selected import GROUP
+from assets.tombstones import forgotten
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import ArtifactStore, Work
@@ -106,7 +107,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
             Work(
                 f"{name}/selection",
                 # Not the whole tables: another domain's scores decide nothing here.
-                inputs=[encoder, *packed.values(), *losses],
+                inputs=[encoder, *packed.values(), *losses, *forgotten(artifacts)],
                 sources=[tables],
                 recipe={
                     "method": arm.method,

@@ -13,6 +13,7 @@ from assets.refined import score_places
 from assets.scores import loss_assets
 from assets.selected import choose
 from assets.selecting import Choice, with_choice
+from assets.tombstones import forgotten_positions
 from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Arm, Domain, Recipe
@@ -115,6 +116,7 @@ def rescore(
     assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
     models = {model: artifacts.current(model) for model in assets}
     places, recorded = [], []
+    gone = forgotten_positions(artifacts)
     rng = np.random.default_rng(seed)
     for shard in shard_names(artifacts, recipe):
         try:
@@ -125,10 +127,11 @@ def rescore(
             ]
         except InputError:
             continue
-        size = packed.facts["sequences"]
-        if not size:
+        # Of what was forgotten the tokens are gone that the losses are of.
+        there = np.setdiff1d(np.arange(packed.facts["sequences"]), gone.get(shard, []))
+        if not len(there):
             continue
-        drawn = rng.choice(size, min(sample, size), replace=False)
+        drawn = rng.choice(there, min(sample, len(there)), replace=False)
         places.append(pl.DataFrame({"position": np.sort(drawn)}).with_columns(shard=pl.lit(shard)))
         for losses in scored:
             rows = pl.scan_parquet(losses.path / "losses-*.parquet")

@@ -24,6 +24,7 @@ from assets.common import (
     total,
 )
 from assets.figures import histogram
+from assets.tombstones import forgotten
 from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
@@ -235,7 +236,7 @@ def publication(
         parts.append(
             Part(
                 shard,
-                fingerprint=f"{raw.fingerprint[:32]}{packed.fingerprint[:32]}",
+                fingerprint="".join(_as_it_is(made)[:32] for made in (raw, packed)),
                 documents=raw.path,
                 tokens=packed.path,
             )
@@ -244,6 +245,7 @@ def publication(
             losses = artifacts.current_from(asset, shard, [model, packed])
             inputs.append(losses)
             scored.append((model, losses))
+    inputs += forgotten(artifacts)
     tables = artifacts.entries().get(("score_tables", None))
     refined = []
     if tables and tables["key"] == Work("score_tables", inputs=inputs).key:
@@ -261,6 +263,11 @@ def publication(
             )
         )
     return parts, models, inputs
+
+
+def _as_it_is(made: Artifact) -> str:
+    """A fingerprint that changes where a forgotten document is withdrawn."""
+    return str(made.manifest if provenance.is_amended(made.path) else made.fingerprint)
 
 
 def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artifact]:

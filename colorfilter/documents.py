@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -218,10 +218,10 @@ def _jsonl(stream: BinaryIO, uri: str, _field: str) -> Iterator[Row | Reject]:
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
-            yield Reject(uri, number, "not UTF-8", _excerpt(line))
+            yield Reject(uri, number, "not UTF-8", excerpt(line))
         except (ValueError, RecursionError):
             blank = not line.strip()
-            yield Reject(uri, number, "blank line" if blank else "not JSON", _excerpt(line))
+            yield Reject(uri, number, "blank line" if blank else "not JSON", excerpt(line))
         else:
             yield Row(number, row)
 
@@ -237,12 +237,12 @@ def _parquet(stream: BinaryIO, _uri: str, _field: str) -> Iterator[Row | Reject]
 def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Row | Reject]:
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        yield Reject(uri, 1, "longer than 16 MiB", _excerpt(data[:200]))
+        yield Reject(uri, 1, "longer than 16 MiB", excerpt(data[:200]))
         return
     try:
         yield Row(1, {field: data.decode("utf-8-sig")})
     except UnicodeDecodeError:
-        yield Reject(uri, 1, "not UTF-8", _excerpt(data[:200]))
+        yield Reject(uri, 1, "not UTF-8", excerpt(data[:200]))
 
 
 def _python_dict(stream: BinaryIO, _uri: str, field: str) -> Iterator[Row | Reject]:
@@ -257,20 +257,21 @@ def _python_dict(stream: BinaryIO, _uri: str, field: str) -> Iterator[Row | Reje
 def _document(uri: str, found: Row, field: str) -> Document | Reject:
     line, row = found
     if not isinstance(row, dict) or row.get(field) is None:
-        return Reject(uri, line, f"no field '{field}'", _excerpt(str(row)))
+        return Reject(uri, line, f"no field '{field}'", excerpt(str(row)))
     text = row[field]
     if not isinstance(text, str):
-        return Reject(uri, line, f"field '{field}' is not a string", _excerpt(str(row)))
+        return Reject(uri, line, f"field '{field}' is not a string", excerpt(str(row)))
     if not text.strip():
-        return Reject(uri, line, "empty", _excerpt(str(row)))
+        return Reject(uri, line, "empty", excerpt(str(row)))
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return Reject(uri, line, "lone surrogate in the text", _excerpt(ascii(text)))
+        return Reject(uri, line, "lone surrogate in the text", excerpt(ascii(text)))
     return Document(uri, line, text, {k: v for k, v in row.items() if k != field})
 
 
-def _excerpt(value: str | bytes) -> str:
+def excerpt(value: str | bytes) -> str:
+    """The beginning of what is rejected, as it is kept."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return text[:200].encode("utf-8", "replace").decode("utf-8")
 
@@ -290,12 +291,14 @@ def write_documents(
     sources: Sequence[Source],
     folder: Path,
     progress: Progress = silent,
+    forgotten: Collection[str] = (),
 ) -> dict[str, int]:
     """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
 
-    `files.parquet` says what each file was, by its sha256. `progress` is called with the size of
-    each finished file. Returns counts: documents, chars, bytes, duplicates, rejects. Raises
-    InputError for a file that cannot be read.
+    `files.parquet` says what each file was, by its sha256. Texts whose sha256 is in `forgotten` are
+    rejected, and nothing of them is kept. `progress` is called with the size of each finished file.
+    Returns counts: documents, chars, bytes, duplicates, rejects. Raises InputError for a file that
+    cannot be read.
     """
     by_name = {s.name: s for s in sources}
     counts = dict.fromkeys(("documents", "chars", "bytes", "duplicates", "rejects"), 0)
@@ -311,7 +314,9 @@ def write_documents(
                 if isinstance(item, Document):
                     size = len(item.text.encode("utf-8"))
                     sha256 = text_sha256(item.text)
-                    if bytes.fromhex(sha256) not in seen:
+                    if sha256 in forgotten:
+                        item = Reject(item.file, item.line, "forgotten", "")
+                    elif bytes.fromhex(sha256) not in seen:
                         seen.add(bytes.fromhex(sha256))
                         counts["documents"] += 1
                         counts["chars"] += len(item.text)
@@ -330,10 +335,9 @@ def write_documents(
                             size,
                         )
                         continue
-                    counts["duplicates"] += 1
-                    item = Reject(item.file, item.line, "duplicate", _excerpt(item.text))
-                else:
-                    counts["rejects"] += 1
+                    else:
+                        item = Reject(item.file, item.line, "duplicate", excerpt(item.text))
+                counts["duplicates" if item.reason == "duplicate" else "rejects"] += 1
                 rejects.add(
                     {
                         "source_file": item.file,
@@ -357,6 +361,8 @@ def write_contents(contents: Contents, folder: Path) -> None:
 def read_documents(
     path: Path, columns: Sequence[str] = ("doc_id", "sha256", "text")
 ) -> Iterator[dict[str, Any]]:
-    """Stream rows of a documents table."""
+    """Stream rows of a documents table, less those whose text was withdrawn and is empty."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns)):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            if row.get("text") != "" and row.get("n_chars") != 0:
+                yield row

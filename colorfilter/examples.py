@@ -171,7 +171,7 @@ EXTREMES = """
         FROM documents AS d
         JOIN spans AS s USING (shard, doc_id)
         JOIN color AS c ON c.shard = s.shard AND c.position = s.position AND c.domain = $domain
-        WHERE NOT starts_with(d.shard, '_') AND d.n_tokens >= $length
+        WHERE NOT starts_with(d.shard, '_') AND d.n_tokens >= $length AND d.n_chars > 0
         GROUP BY ALL
     )
     (SELECT 'best' AS place, * FROM per_document ORDER BY color, doc_id LIMIT $n)

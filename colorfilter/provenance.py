@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +97,35 @@ def write_manifest(
     return content(folder)
 
 
+def amend_manifest(folder: Path, names: Collection[str]) -> None:
+    """Enter in the manifest what these files hold since something was withdrawn of them.
+
+    Those that are not there any more are entered as gone. What was made stays on record beside it,
+    and so the fingerprint stays.
+    """
+    manifest = read_manifest(folder)
+    for file in manifest["files"]:
+        path = folder / file["path"]
+        if file["path"] in names and path.exists():
+            file["now"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        elif file["path"] in names:
+            file["now"] = {"bytes": 0, "sha256": None}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    if text != (folder / MANIFEST).read_text(encoding="utf-8"):
+        write_text_atomically(folder / MANIFEST, text)
+
+
+def is_amended(folder: Path) -> bool:
+    """Whether something was withdrawn of a folder since it was made."""
+    return any("now" in file for file in read_manifest(folder)["files"])
+
+
+def present(file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file of a manifest holds now: bytes, and its sha256, None where it was withdrawn."""
+    now: Mapping[str, Any] = file.get("now", file)
+    return now
+
+
 def _file(path: Path, name: str) -> dict[str, Any]:
     facts = {"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     if path.suffix == ".parquet":
@@ -130,10 +159,13 @@ def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stands(folder: Path) -> bool:
-    """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
+    """Whether a folder is whole, by the cheap check: its manifest, and every file's size.
+
+    One that a file was withdrawn from is not.
+    """
     try:
         files = read_manifest(folder)["files"]
-        return all((folder / f["path"]).stat().st_size == f["bytes"] for f in files)
+        return all((folder / f["path"]).stat().st_size == present(f)["bytes"] for f in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -8,9 +8,18 @@ import duckdb
 # A document that occurs in several shards counts once: in the first of them. A sequence that
 # carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
 # Only what repeats by a short hash is compared by sha256: memory does not hold every sha256.
+# A document whose text was withdrawn has 0 characters (colorfilter.withdrawal).
+FORGOTTEN = """
+    INSERT INTO excluded
+    SELECT DISTINCT shard, position, 'forgotten'
+    FROM spans JOIN documents USING (shard, doc_id)
+    WHERE NOT starts_with(shard, '_') AND n_chars = 0
+"""
+
 PADDED = """
     INSERT INTO excluded
-    SELECT shard, position, 'padded' FROM sequences
+    SELECT shard, position, 'padded'
+    FROM sequences ANTI JOIN excluded USING (shard, position)
     WHERE NOT starts_with(shard, '_') AND n_tokens < $length
 """
 
@@ -46,10 +55,12 @@ PAIR = """
 def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
     """Fill `excluded` anew: the corpus sequences that are no candidates, one row each.
 
-    The reason is 'padded', for fewer than `length` real tokens, or 'copy', for any piece of a
-    document that stands in an earlier shard too.
+    The reason is 'forgotten', for any piece of a document whose text was withdrawn; 'padded', for
+    fewer than `length` real tokens; or 'copy', for any piece of a document that stands in an
+    earlier shard too.
     """
     connection.execute("DELETE FROM excluded")
+    connection.execute(FORGOTTEN)
     connection.execute(PADDED, {"length": length})
     connection.execute(COPIES)
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from assets.common import shard_names
 from assets.counted import counts
+from assets.forgetting import remaining
 from assets.published import results, tables, tables_are_current
 from assets.repeated import Rescored, rescore, reselect
 from colorfilter import page
@@ -128,6 +129,7 @@ def audit(
     look("sha256 of the raw files", raw_files(home.root, entries, now, raw))
     show("counts", 0)
     look("counts and contents", counts(home.root, record.lineage, entries))
+    look("what was forgotten", remaining(artifacts))
     show("Dagster's history", 0)
     look("Dagster's history", history(home, artifacts))
     if not any(entry["asset"] == "score_tables" for entry in entries):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from colorfilter.errors import InputError
 from pipelines import settings
-from pipelines.keeping import backup, prune, restore
+from pipelines.keeping import backup, forget, prune, restore
 from pipelines.proving import audit, explain, openlineage
 from pipelines.terminal import (
     DebugOption,
@@ -200,7 +200,7 @@ def status(
     console.print(table)
 
 
-for command in (audit, explain, openlineage, prune, backup, restore):
+for command in (audit, explain, openlineage, prune, forget, backup, restore):
     app.command()(command)
 
 

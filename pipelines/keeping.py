@@ -7,6 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from colorfilter.errors import InputError
 from pipelines import settings
 from pipelines.terminal import (
     HomeOption,
@@ -57,6 +58,47 @@ def prune(
     for left in found:
         remove(left)
     console.print(f"removed {len(found)} folders, {total:,.1f} MB")
+
+
+def forget(
+    documents: Annotated[
+        list[str], typer.Argument(help="DOC_ID (6 digits or more) or FILE:LINE, one or several.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Forget without asking.")] = False,
+    recipe: RecipeOption = settings.DEFAULT_RECIPE,
+    home: HomeOption = Path(settings.DEFAULT_HOME),
+) -> None:
+    """Take documents out of the home for good, with all their copies, and never read them again.
+
+    Says first what holds them and which models learned from them, and asks. Texts are emptied and
+    tokens become end-of-text tokens, in place; datasets that hold them are removed, and selected
+    anew by the standing scores. What was recorded of them stays, without text. Models stay as they
+    are, and `audit` names those that learned from them.
+    """
+    from pipelines.display import show_progress
+    from pipelines.forgetting import forget as take_out
+    from pipelines.forgetting import look_up, print_surveys
+    from pipelines.running import execute
+
+    plan, place = open_home(recipe, home)
+    surveys = look_up(place, documents)
+    print_surveys(console, surveys)
+    if not yes and not typer.confirm(f"Forget {len(surveys)} documents? It cannot be undone."):
+        raise typer.Exit(1)
+    runs = take_out(place, surveys)
+    if runs:
+        console.print(f"removed {runs} runs from Dagster's history, which showed text of them")
+    artifacts = artifacts_of(place)
+    if ("score_tables", None) in artifacts.entries():
+        with show_progress(console) as listener:
+            failure = execute(plan, place, listener, settings.Job.REFRESH)
+        if failure:
+            raise InputError(f"forgotten, but not selected anew: {failure.message}")
+    for found in surveys:
+        for at in sorted(found.document.places):
+            console.print(f"still in its source, take it out there: {at}", soft_wrap=True)
+    console.print("backups still have it until `colorfilter backup` brings them up to date")
+    console.print(f"ledger    {artifacts.ledger.head()}", highlight=False)
 
 
 def backup(

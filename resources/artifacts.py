@@ -9,7 +9,7 @@ hash.
 import contextlib
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,10 @@ from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from resources.home import Home
-from resources.ledger import Entries, Ledger
+from resources.ledger import PART, WHOLE, Entries, Entry, Ledger
 
 RECIPE = "recipe"  # the artefact that a run's recipe is kept as
+HELD = ("manifest", "bytes", "rows", "run")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Artifact:
     @property
     def identity(self) -> dict[str, Any]:
         """What whatever is made from it has on record."""
-        names = ("asset", "partition", "fingerprint", "manifest", "bytes", "rows", "run")
+        names = ("asset", "partition", "fingerprint", *HELD)
         return {name: getattr(self, name) for name in names}
 
 
@@ -267,7 +268,7 @@ class ArtifactStore(dg.ConfigurableResource):
             entry["facts"],
             entry["inputs"],
             reused=True,
-            **{name: entry.get(name) for name in ("manifest", "bytes", "rows", "run")},
+            **{name: entry.get(name) for name in HELD},
         )
 
     def current_from(
@@ -328,6 +329,20 @@ class ArtifactStore(dg.ConfigurableResource):
             "environment": provenance.environment(),
             "ledger": self.ledger.head(),
         }
+
+    def withdraw(self, entry: Entry, names: Collection[str]) -> None:
+        """Enter, in manifest and ledger, that these files of an artefact hold less, or are gone.
+
+        Its fingerprint stays what it was. What lacks a file is no longer current.
+        """
+        folder = self.at.root / entry["path"]
+        provenance.amend_manifest(folder, names)
+        held = provenance.content(folder).manifest
+        if held != entry.get("manifest"):
+            facts = {k: v for k, v in entry.items() if k != "previous"}
+            withdrawn = PART if provenance.stands(folder) else WHOLE
+            amended = {"reused": True, "manifest": held, "withdrawn": withdrawn}
+            self.ledger.append({**facts, **amended})
 
     def record(self, work: Work, artifact: Artifact) -> None:
         """Enter an artefact in the ledger."""

@@ -20,6 +20,7 @@ from colorfilter.provenance import (
     artifact_key,
     canonical_json,
     content,
+    present,
     read_manifest,
 )
 from colorfilter.shards import InputFile
@@ -76,10 +77,13 @@ class Record:
         # By path and fingerprint: the hashes of the manifests that it has had.
         self._manifests: dict[tuple[str, str], set[str]] = {}
         for number, entry in self._entries():
+            held = entry["path"], entry["fingerprint"]
+            if entry.get("withdrawn"):  # what it held before must not come back
+                self._manifests[held] = {entry["manifest"]}
+                continue
             self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
             self._entered[entry["path"]] = number
             if entry.get("manifest"):
-                held = entry["path"], entry["fingerprint"]
                 self._manifests.setdefault(held, set()).add(entry["manifest"])
             if not entry["reused"] or entry["path"] not in self._made:
                 self._made[entry["path"]] = number, entry
@@ -207,16 +211,19 @@ class Record:
         there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
         for extra in sorted(there - listed.keys() - {MANIFEST}):
             yield Finding(name, f"{path}/{extra}", "no file that the manifest lacks", "one")
-        for file, facts in listed.items():
-            where = f"{path}/{file}"
+        for file, made in listed.items():
+            where, facts = f"{path}/{file}", present(made)
             if file not in there:
-                yield Finding(name, where, f"a file of {facts['bytes']:,} bytes", "none")
+                if facts["sha256"] is not None:
+                    yield Finding(name, where, f"a file of {facts['bytes']:,} bytes", "none")
                 continue
             size = (folder / file).stat().st_size
             sha256 = file_sha256(folder / file)
             progress(size)
             if sha256 != facts["sha256"]:
-                wanted = f"{facts['bytes']:,} bytes with the sha256 {facts['sha256'][:16]}"
+                wanted = f"{facts['bytes']:,} bytes with the sha256 {str(facts['sha256'])[:16]}"
+                if facts["sha256"] is None:
+                    wanted = "no file: it held what was forgotten"
                 yield Finding(name, where, wanted, f"{size:,} with {sha256[:16]}")
 
     def orphans(self) -> Iterator[Finding]:

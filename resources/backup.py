@@ -4,8 +4,8 @@ The folder of a backup holds `backup.json`, which says whose it is; `artifacts/`
 and `state-<time>/` with what changes: the ledger, the tables, Dagster's databases. The manifest of
 that, written last, lists the artefacts that the ledger names and the backup has, so a backup that
 is killed leaves the last one whole, and the next goes on from there. An artefact is copied once and
-stays, even when it is pruned in the home. `artifacts/` and what lies in `state-<time>/`, put side
-by side, are a home.
+stays, even when it is pruned in the home; but not what was withdrawn of it there. `artifacts/` and
+what lies in `state-<time>/`, put side by side, are a home.
 """
 
 import contextlib
@@ -59,7 +59,12 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
         copying.changing(file, state / file.relative_to(home.root))
     copying.lines(home.ledger, state / home.ledger.name)
     copying.lines(home.kernel_runs, state / home.kernel_runs.name)
-    named = sorted({entry["path"] for entry in ArtifactStore(home=str(state)).ledger})
+    last = {entry["path"]: entry for entry in ArtifactStore(home=str(state)).ledger}
+    for path, entry in last.items():
+        there = folder / path / MANIFEST
+        if entry.get("withdrawn") and there.exists() and file_sha256(there) != entry["manifest"]:
+            shutil.rmtree(folder / path)
+    named = sorted(last)
     standing = [path for path in named if stands(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
     copying.there = len(standing) - len(missing)

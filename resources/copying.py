@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colorfilter.errors import InputError
-from colorfilter.provenance import MANIFEST, stands
+from colorfilter.provenance import MANIFEST, present, stands
 
 BEGUN = "begun"  # where a folder is copied to, until it is whole
 BLOCK = 1 << 23
@@ -65,7 +65,7 @@ class Copying:
             manifest = (source / path / MANIFEST).read_bytes()
             for file in json.loads(manifest)["files"]:
                 content = self._file(source / path / file["path"], begun / file["path"])
-                if content != file["sha256"]:
+                if content != present(file)["sha256"]:
                     raise DamagedError(source / path)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(source / path) from error
@@ -132,4 +132,4 @@ def is_copied(source: Path, target: Path) -> bool:
 def size(folder: Path) -> int:
     """Bytes of what stands in a folder."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return sum(int(file["bytes"]) for file in files) + (folder / MANIFEST).stat().st_size
+    return sum(int(present(file)["bytes"]) for file in files) + (folder / MANIFEST).stat().st_size

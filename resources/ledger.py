@@ -1,9 +1,11 @@
 """The ledger: what was made from what, exact per partition, in a file that is only appended to.
 
 A line of JSON for every artefact made or taken up again; the last line of an asset's partition says
-what is current. Each entry holds the sha256 of the line before it, so one that is edited, dropped
-or moved breaks the chain. Whoever makes the chain anew from there changes its head, the hash of the
-last line: that is printed, and stands in the manifest of every artefact made after.
+what is current. A line may also say that something was withdrawn of an artefact: that makes nothing
+current, and what was withdrawn as a whole is so no longer. Each entry holds the sha256 of the line
+before it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew
+from there changes its head, the hash of the last line: that is printed, and stands in the manifest
+of every artefact made after.
 """
 
 import contextlib
@@ -21,6 +23,8 @@ Entry = dict[str, Any]
 Entries = dict[tuple[str, str | None], Entry]
 
 NOTHING = "0" * 64  # the hash before the first entry
+# What may have been withdrawn of an artefact.
+PART, WHOLE = "part", "whole"
 
 
 class Link(NamedTuple):
@@ -122,6 +126,16 @@ def _parsed(line: bytes) -> Entry | None:
     return None
 
 
+def _enter(entries: Entries, entry: Entry) -> None:
+    place = entry["asset"], entry["partition"]
+    if not entry.get("withdrawn"):
+        entries[place] = entry
+    elif place in entries and entries[place]["path"] == entry["path"]:
+        entries[place] = entry
+        if entry["withdrawn"] == WHOLE:
+            del entries[place]
+
+
 @dataclass
 class _Reading:
     """How far a ledger was read and when it was written, the bytes before, and what they said."""
@@ -155,7 +169,7 @@ def _current(ledger: Path) -> Entries:
     for line in whole.splitlines():
         entry = _parsed(line)
         if entry is not None:
-            entries[entry["asset"], entry["partition"]] = entry
+            _enter(entries, entry)
     stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
     _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, entries)
     return entries

@@ -1,9 +1,10 @@
 """Which artefact was made from which, by the ledger."""
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from colorfilter.provenance import content, stands
+from colorfilter.provenance import content
 from resources.artifacts import RECIPE, ArtifactStore
 from resources.ledger import Entry
 
@@ -65,12 +66,13 @@ class Lineage:
         asset, _, partition = name.removesuffix("]").partition("[")
         asset, _, folder = asset.rpartition("/")
         found = self._made.get(f"{asset}[{partition}]" if partition else asset, {})
-        return [
-            entry
-            for entry in found.values()
-            if stands(self._root / entry["path"])
-            and content(self._root / entry["path"], folder).fingerprint == fingerprint
-        ]
+        return [e for e in found.values() if self._part(e, folder) == fingerprint]
+
+    def _part(self, entry: Entry, folder: str) -> str | None:
+        """The fingerprint of a folder of an artefact, also of one whose files were withdrawn."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return content(self._root / entry["path"], folder).fingerprint
+        return None
 
     def made_from(self, entry: Entry) -> list[tuple[str, str]]:
         """Names and fingerprints of what something was made from, and of its recipe."""

@@ -68,7 +68,8 @@ CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
     manifest VARCHAR, bytes BIGINT, rows BIGINT, run VARCHAR, reused BOOLEAN, facts VARCHAR,
     inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT, seed BIGINT, precision VARCHAR,
-    experiment VARCHAR, environment VARCHAR, recorded VARCHAR, previous VARCHAR);
+    experiment VARCHAR, environment VARCHAR, recorded VARCHAR, withdrawn VARCHAR,
+    previous VARCHAR);
 """
 
 
@@ -189,6 +190,32 @@ class ScoreStore(dg.ConfigurableResource):
         # The tables as they are: those of an older version stay whole until the next publication.
         with self._next(Home(self.home).scores) as connection:
             enter_selection(connection, selection)
+
+    def forget(self, texts: Sequence[str]) -> None:
+        """Take what documents carried along out of the tables, by the sha256 of their texts.
+
+        The file is written anew: pages that were freed still have what was on them.
+        """
+        path = Home(self.home).scores
+        if not path.exists():
+            return
+        with self._next(path) as connection:
+            connection.execute(
+                "UPDATE documents SET extra = '{}', n_chars = 0 WHERE list_contains(?, sha256)",
+                [list(texts)],
+            )
+        with lock(Home(self.home).leases / path.name):
+            temporary = path.with_suffix(".next")
+            temporary.unlink(missing_ok=True)
+            with contextlib.closing(duckdb.connect()) as connection:
+                limit_memory(connection, path, PUBLISHING_MEMORY)
+                for name, place in (("old", path), ("next", temporary)):
+                    file = str(place).replace("'", "''")
+                    version = f" (STORAGE_VERSION '{STORAGE_VERSION}')" if name == "next" else ""
+                    connection.execute(f"ATTACH '{file}' AS {name}{version}")
+                connection.execute("COPY FROM DATABASE old TO next")
+                connection.execute("DETACH next")
+            write_atomically(temporary, path)
 
     def publish_results(
         self,
