@@ -59,7 +59,7 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
         spans.select(pl.col("n_tokens").sum(), pl.col("doc_id").n_unique()).collect().row(0)
     )
     documents = pl.scan_parquet(_source(sources, "raw_corpus") / "documents.parquet")
-    # What was withdrawn after it was packed still has its spans; before, it has none.
+    # What was withdrawn has its spans still, or was left out, or was gone before it was packed.
     held = documents.join(spans.select("doc_id").unique(), on="doc_id", how="semi")
     unpacked = documents.join(held, on="doc_id", how="anti").filter(pl.col("n_chars") > 0)
     yield "sequences", facts["sequences"], len(sequences)
@@ -67,8 +67,10 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
     yield "tokens", facts["tokens"], int(sequences["n_tokens"].sum())
     yield "tokens of the spans", facts["tokens"], int(spanned)
     yield "documents of the spans", facts["documents"], named
-    read = int(pl.concat([held, unpacked]).select(pl.len()).collect().item())
-    yield "documents read and left out", read, facts["documents"] + facts["left_out"]
+    most = int(documents.select(pl.len()).collect().item())
+    least = int(pl.concat([held, unpacked]).select(pl.len()).collect().item())
+    packed = facts["documents"] + facts["left_out"]
+    yield "documents read and left out", min(max(packed, least), most), packed
 
 
 def _losses(folder: Path, entry: Entry, sources: Sources) -> Compared:

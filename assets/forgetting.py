@@ -173,8 +173,10 @@ def _learned(
         if (holding and asset == "sample_plan") or (in_down and asset == "domain_tokens"):
             taught.add(identity)
         trained = asset == "tokenizer" or {"checkpoint", "checkpoints"} & entry["facts"].keys()
-        of_taught = not taught.isdisjoint(entry["inputs"].items())
-        if trained and (of_taught or _reached(artifacts, lineage, entry, touched)):
+        # A target model is only evaluated on a domain's tokens.
+        only_seen = "domain_tokens" if asset == "target_model" else None
+        by = {i for i in entry["inputs"].items() if i[0].rpartition("/")[2] != only_seen}
+        if trained and (taught & by or _reached(artifacts, lineage, entry, touched)):
             taught.add(identity)
             learned[identity] = entry
     return list(learned.values())

@@ -159,13 +159,18 @@ def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stands(folder: Path) -> bool:
-    """Whether a folder is whole, by the cheap check: its manifest, and every file's size.
+    """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
+    return is_intact(folder) and all(present(f)["sha256"] for f in read_manifest(folder)["files"])
 
-    One that a file was withdrawn from is not.
-    """
+
+def is_intact(folder: Path) -> bool:
+    """Whether it is but for files that were withdrawn, which must not be there."""
     try:
-        files = read_manifest(folder)["files"]
-        return all((folder / f["path"]).stat().st_size == present(f)["bytes"] for f in files)
+        files = {folder / f["path"]: present(f) for f in read_manifest(folder)["files"]}
+        return all(
+            path.stat().st_size == held["bytes"] if held["sha256"] else not path.exists()
+            for path, held in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -41,8 +41,9 @@ class Forgotten:
         if not size:
             return False
         pieces = {known[i : i + size] for i in range(0, len(known) - size + 1, APART)}
-        told = _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))
-        return any(told[i : i + size] in pieces for i in range(len(told) - size + 1))
+        # With what stands in angle brackets, for it may be no markup, and without it.
+        told = [_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))]
+        return any(t[i : i + size] in pieces for t in told for i in range(len(t) - size + 1))
 
 
 def _condensed(text: str) -> str:

@@ -19,7 +19,7 @@ import duckdb
 
 from colorfilter.errors import InputError
 from colorfilter.files import file_sha256, lock, require_space, write_text_atomically
-from colorfilter.provenance import MANIFEST, stands, write_manifest
+from colorfilter.provenance import MANIFEST, is_intact, stands, write_manifest
 from resources.artifacts import ArtifactStore
 from resources.copying import BEGUN, Copying, DamagedError, Listener, is_copied, size
 from resources.home import Home
@@ -65,7 +65,7 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
         if entry.get("withdrawn") and there.exists() and file_sha256(there) != entry["manifest"]:
             shutil.rmtree(folder / path)
     named = sorted(last)
-    standing = [path for path in named if stands(home.root / path)]
+    standing = [path for path in named if is_intact(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
     copying.there = len(standing) - len(missing)
     rest = sum(size(home.root / path) for path in missing)
@@ -75,7 +75,7 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
         try:
             copying.artifact(path, home.root, folder)
         except DamagedError:
-            if stands(home.root / path):  # and was not pruned meanwhile
+            if is_intact(home.root / path):  # and was not pruned meanwhile
                 raise
     manifests = {path: folder / path / MANIFEST for path in named}
     held = {path: file_sha256(file) for path, file in manifests.items() if file.exists()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colorfilter.errors import InputError
-from colorfilter.provenance import MANIFEST, present, stands
+from colorfilter.provenance import MANIFEST, is_intact, present
 
 BEGUN = "begun"  # where a folder is copied to, until it is whole
 BLOCK = 1 << 23
@@ -64,8 +64,10 @@ class Copying:
         try:
             manifest = (source / path / MANIFEST).read_bytes()
             for file in json.loads(manifest)["files"]:
-                content = self._file(source / path / file["path"], begun / file["path"])
-                if content != present(file)["sha256"]:
+                sha256 = present(file)["sha256"]
+                if sha256 and sha256 != self._file(
+                    source / path / file["path"], begun / file["path"]
+                ):
                     raise DamagedError(source / path)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(source / path) from error
@@ -126,7 +128,9 @@ def _copy_database(source: Path, target: Path) -> None:
 
 def is_copied(source: Path, target: Path) -> bool:
     """Whether the target stands and has the manifest of the source."""
-    return stands(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
+    return (
+        is_intact(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
+    )
 
 
 def size(folder: Path) -> int:

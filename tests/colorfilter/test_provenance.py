@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 
 from colorfilter.provenance import (
     MANIFEST,
+    amend_manifest,
     artifact_key,
     canonical_json,
     content,
     environment,
+    is_amended,
+    is_intact,
+    present,
+    read_manifest,
     stands,
     write_manifest,
 )
@@ -175,6 +180,38 @@ def test_a_damaged_folder_does_not_stand(tmp_path: Path, damage: str) -> None:
     else:
         folder = tmp_path / "nothing"
     assert not stands(folder)
+
+
+def test_what_was_withdrawn_is_on_record_beside_what_was_made(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "whole", a="one", sub__b="two", c="three")
+    made = write_manifest(folder, {"fact": 1})
+    (folder / "a").write_text("o")
+    assert not is_intact(folder)
+    amend_manifest(folder, {"a"})
+    assert stands(folder)
+    assert is_amended(folder)
+    now = content(folder)
+    assert (now.fingerprint, now.bytes) == (made.fingerprint, made.bytes)
+    assert now.manifest != made.manifest
+    (folder / "c").unlink()
+    amend_manifest(folder, {"a", "c"})
+    assert is_intact(folder)
+    assert not stands(folder)
+    assert content(folder).fingerprint == made.fingerprint
+    files = {f["path"]: f for f in read_manifest(folder)["files"]}
+    assert present(files["a"]) == {"bytes": 1, "sha256": hashlib.sha256(b"o").hexdigest()}
+    assert present(files["c"])["sha256"] is None
+    assert present(files["sub/b"])["sha256"] == hashlib.sha256(b"two").hexdigest()
+    (folder / "c").write_text("three")  # it must not come back
+    assert not is_intact(folder)
+
+
+def test_only_what_is_named_is_amended(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "whole", a="one", b="two")
+    write_manifest(folder, {})
+    (folder / "b").write_text("other")
+    amend_manifest(folder, {"a"})
+    assert not is_intact(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"files": [{}]}', "\x00"])

@@ -68,6 +68,21 @@ def write_many(path: Path, name: str) -> None:
         Ledger(path).append(entry(name, str(i)))
 
 
+def test_what_is_withdrawn_makes_nothing_current(ledger: Ledger) -> None:
+    ledger.append(entry("one", path="older"))
+    ledger.append(entry("one", path="newer"))
+    ledger.append(entry("one", path="older", withdrawn="part"))
+    assert ledger.current()["one", None]["path"] == "newer"
+    ledger.append(entry("one", path="newer", withdrawn="part", manifest="amended"))
+    assert ledger.current()["one", None]["manifest"] == "amended"
+    ledger.append(entry("one", path="older", withdrawn="whole"))
+    assert ledger.current()["one", None]["path"] == "newer"
+    ledger.append(entry("one", path="newer", withdrawn="whole"))
+    assert ledger.current() == {}
+    ledger.append(entry("one", path="newest"))
+    assert ledger.current()["one", None]["path"] == "newest"
+
+
 def test_writers_at_the_same_time_make_one_chain(ledger: Ledger) -> None:
     spawn = multiprocessing.get_context("spawn")
     writers = [spawn.Process(target=write_many, args=(ledger.path, n)) for n in ("one", "two")]

@@ -393,3 +393,41 @@ def test_publications_wait_for_each_other(store: ScoreStore, tmp_path: Path) -> 
     with store.read() as connection:
         found = fetch(connection, "SELECT selection FROM selections ORDER BY ALL")
     assert found == [(f"s{i}",) for i in range(6)]
+
+
+def test_what_a_forgotten_document_carried_leaves_the_tables_and_the_file(
+    store: ScoreStore, tmp_path: Path
+) -> None:
+    """On pages that were freed it could still be read."""
+    both = [
+        *parts(tmp_path, "a", {"p": [3.0, 2.0], "c": [1.0, 4.0]}),
+        *parts(tmp_path, "b", {"p": [3.0], "c": [1.0]}),
+    ]
+    secret = "written-by-somebody" * 40
+    folder = both[0].documents
+    assert folder is not None
+    table = pl.read_parquet(folder / "documents.parquet")
+    table.with_columns(extra=pl.lit(secret)).write_parquet(folder / "documents.parquet")
+    store.publish(both, MODELS, LENGTH)
+    scored = colors(store)
+    assert secret.encode() in Home(store.home).scores.read_bytes()
+    store.forget(["a"])
+    assert b"written-by-somebody" not in Home(store.home).scores.read_bytes()
+    assert colors(store) == scored
+    with store.read() as connection:
+        rows = fetch(connection, "SELECT shard, n_chars, extra FROM documents ORDER BY shard")
+    assert rows == [("a", 0, "{}"), ("b", 9, "{}")]
+
+
+def test_sequences_that_carry_a_forgotten_document_are_no_candidates(
+    store: ScoreStore, tmp_path: Path
+) -> None:
+    made = parts(tmp_path, "a", {"p": [3.0, 2.0], "c": [1.0, 4.0]})
+    store.publish(made, MODELS, LENGTH)
+    assert made[0].documents is not None
+    path = made[0].documents / "documents.parquet"
+    pl.read_parquet(path).with_columns(n_chars=pl.lit(0, dtype=pl.Int64)).write_parquet(path)
+    store.publish([replace(made[0], fingerprint="text-2"), *made[1:]], MODELS, LENGTH)
+    with store.read() as connection:
+        excluded = fetch(connection, "SELECT * FROM excluded ORDER BY ALL")
+    assert excluded == [("a", 0, "forgotten"), ("a", 1, "forgotten")]

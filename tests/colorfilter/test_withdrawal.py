@@ -1,0 +1,168 @@
+"""A document taken out of tables and tokens, and nothing else with it."""
+
+import hashlib
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from colorfilter import tokens, withdrawal
+from colorfilter.documents import read_documents, text_sha256, write_documents
+from colorfilter.recipe import Source
+from colorfilter.shards import InputFile
+from colorfilter.withdrawal import Forgotten
+
+TEXTS = [f"Document {i}. " + " ".join(f"word{i}x{j}" for j in range(5 + 7 * i)) for i in range(9)]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A shard of documents, the fourth of which stands twice in the file."""
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": t, "author": f"someone {i}"} for i, t in enumerate([*TEXTS, TEXTS[3]])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = InputFile("web", path.name, str(path), path.stat().st_size, "1")
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    write_documents([file], [Source(name="web", files=str(path))], folder)
+    return folder
+
+
+def forgotten(raw: Path, which: int) -> Forgotten:
+    row = pl.read_parquet(raw / "documents.parquet").row(which, named=True)
+    place = f"{row['source_file']}:{row['source_line']}"
+    return Forgotten(row["sha256"], {row["doc_id"]}, {place}, row["text"])
+
+
+def packed(raw: Path, encoder: tokens.Encoder, examples: bool) -> Path:
+    out = raw.parent / "packed"
+    rows = read_documents(raw / "documents.parquet")
+    pack = tokens.pack_examples if examples else tokens.pack
+    out.mkdir()
+    pack(rows, encoder, 16, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tokens.Encoder:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokens.train_tokenizer(TEXTS, 300, folder)
+    return tokens.Encoder(folder)
+
+
+def test_a_table_loses_one_text_and_what_it_carried(raw: Path) -> None:
+    path = raw / "documents.parquet"
+    before, gone = pl.read_parquet(path), forgotten(raw, 3)
+    assert withdrawal.holds_in_table(path, gone)
+    withdrawal.withdraw_from_table(path, gone)
+    after = pl.read_parquet(path)
+    assert after[3, "text"] == ""
+    assert after[3, "extra"] == "{}"
+    assert after[3, "n_chars"] == 0
+    kept = ["doc_id", "source_file", "source_line", "source", "sha256"]
+    assert after.select(kept).equals(before.select(kept))
+    others = pl.int_range(pl.len()) != 3
+    assert after.filter(others).equals(before.filter(others))
+    assert after.schema == before.schema
+    assert not withdrawal.holds_in_table(path, gone)
+    assert [row["text"] for row in read_documents(path)] == TEXTS[:3] + TEXTS[4:]
+
+
+def test_what_was_rejected_as_its_copy_loses_its_beginning(raw: Path) -> None:
+    path = raw / "rejects.parquet"
+    assert pl.read_parquet(path)["excerpt"].to_list() == [TEXTS[3][:200]]
+    assert not withdrawal.holds_in_table(path, forgotten(raw, 4))
+    assert withdrawal.holds_in_table(path, forgotten(raw, 3))
+    withdrawal.withdraw_from_table(path, forgotten(raw, 3))
+    assert pl.read_parquet(path).select("reason", "excerpt").row(0) == ("duplicate", "")
+
+
+@pytest.mark.parametrize("which", [0, 4, 8])
+@pytest.mark.parametrize("examples", [False, True])
+def test_tokens_become_end_of_text_and_no_other_moves(
+    raw: Path, encoder: tokens.Encoder, which: int, examples: bool
+) -> None:
+    out, gone = packed(raw, encoder, examples), forgotten(raw, which)
+    before = np.array(tokens.open_tokens(out))
+    rows = pl.read_parquet(out / "sequences.parquet")
+    spans = pl.read_parquet(out / "spans.parquet")
+    touched = withdrawal.touched_sequences(out, gone)
+    assert withdrawal.holds_in_tokens(out, gone)
+    withdrawal.withdraw_from_tokens(out, gone)
+    assert not withdrawal.holds_in_tokens(out, gone)
+    after = np.array(tokens.open_tokens(out))
+    mine = np.zeros(before.shape, dtype=bool)
+    for row in spans.filter(pl.col("doc_id").is_in(list(gone.doc_ids))).iter_rows(named=True):
+        mine[row["position"], row["offset"] : row["offset"] + row["n_tokens"]] = True
+    assert (after[mine] == encoder.end_of_text).all()
+    assert (after[~mine] == before[~mine]).all()
+    now = pl.read_parquet(out / "sequences.parquet")
+    real = zip(after, now["n_tokens"], strict=True)
+    hashes = [hashlib.sha256(r[:n].astype("<u4").tobytes()).hexdigest() for r, n in real]
+    assert now["sha256"].to_list() == hashes
+    assert set(touched["position"]) == set(np.flatnonzero(mine.any(1)))
+    changed = now.filter(now["sha256"] != rows["sha256"])["position"]
+    assert set(changed) <= set(touched["position"])
+    assert pl.read_parquet(out / "spans.parquet").equals(spans)
+    withdrawal.withdraw_from_tokens(out, gone)  # again changes nothing
+    assert (np.array(tokens.open_tokens(out)) == after).all()
+
+
+def test_a_document_that_is_not_there_is_held_by_nothing(
+    raw: Path, encoder: tokens.Encoder
+) -> None:
+    out = packed(raw, encoder, examples=False)
+    stranger = Forgotten(text_sha256("a stranger"), {"0" * 20}, {"elsewhere:1"}, "a stranger")
+    assert not withdrawal.holds_in_tokens(out, stranger)
+    assert withdrawal.touched_sequences(out, stranger).is_empty()
+    assert not withdrawal.holds_in_table(raw / "documents.parquet", stranger)
+
+
+TEXT = (
+    'def seek(self, "pos"):\n    """Café <go> & see\tthe others.""" # of line 12\n' + "x = y\n" * 20
+)
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        (f"before {TEXT} behind", True),
+        (html.escape(TEXT), True),
+        ("".join(f"<span title='0.1'>{html.escape(c)}</span>" for c in TEXT), True),
+        (json.dumps({"quote": TEXT}), True),
+        (repr(TEXT[:75]), True),
+        (" ".join(TEXT.split()), True),
+        (TEXT[:20], False),
+        ("def seek(self, other): pass", False),
+        ("", False),
+    ],
+)
+def test_a_page_tells_of_a_text_however_it_is_written(page: str, told: bool) -> None:
+    assert Forgotten("", set(), set(), TEXT).is_told_in(page) is told
+
+
+def test_a_short_text_is_told_as_a_whole_and_an_unknown_one_never() -> None:
+    assert Forgotten("", set(), set(), "Hi there").is_told_in("she said: hi, no: Hi there!")
+    assert not Forgotten("", set(), set(), "Hi there").is_told_in("Hi you")
+    assert not Forgotten("", set(), set(), "...").is_told_in("anything...")
+    assert not Forgotten("", set(), set()).is_told_in("anything")
+
+
+def test_a_forgotten_text_is_not_read_again(raw: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    file = InputFile("web", path.name, str(path), path.stat().st_size, "1")
+    folder = tmp_path / "again"
+    folder.mkdir()
+    source = Source(name="web", files=str(path))
+    gone = {text_sha256(TEXTS[3])}
+    counts = write_documents([file], [source], folder, forgotten=gone)
+    assert counts["documents"] == len(TEXTS) - 1
+    assert counts["rejects"] == 2
+    rejects = pl.read_parquet(folder / "rejects.parquet")
+    assert rejects.select("source_line", "reason", "excerpt").rows() == [
+        (4, "forgotten", ""),
+        (10, "forgotten", ""),
+    ]

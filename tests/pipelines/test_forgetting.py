@@ -1,0 +1,422 @@
+"""A document is forgotten: nothing in the home tells of it, and all else is as it was."""
+
+import json
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pytest
+import tokenizers
+
+from assets import forgetting
+from colorfilter import withdrawal
+from colorfilter.errors import InputError
+from colorfilter.files import lock
+from colorfilter.order import training_order
+from colorfilter.tokens import END_OF_TEXT
+from pipelines.auditing import Audit, audit
+from pipelines.forgetting import forget as take_out
+from pipelines.forgetting import look_up
+from pipelines.settings import Job
+from resources.artifacts import ArtifactStore
+from resources.backup import back_up, restore
+from resources.ledger import Ledger
+from resources.score_store import ScoreStore
+from tests.conftest import Project
+from tests.pipelines.program import colorfilter
+
+ARM = "reference/color_tau4"
+PIECE = 30
+HASHES = {"doc_id", "sha256", "model", "shard"}
+BETWEEN = "Q" * PIECE  # texts, so that the end of one and the beginning of another make no piece
+
+
+@pytest.fixture
+def project(movable: Project) -> Project:
+    """The finished project, its runs' history with it."""
+    return movable
+
+
+def store(project: Project) -> ArtifactStore:
+    return ArtifactStore(home=str(project.home.root))
+
+
+def audited(project: Project, **how: object) -> Audit:
+    return audit(project.recipe, project.home, lambda _name, _size: lambda _amount: None, **how)  # type: ignore[arg-type]
+
+
+def lines(project: Project) -> list[str]:
+    """What does not hold."""
+    return [str(f) for f in audited(project).findings if not f.warning]
+
+
+def documents(project: Project) -> pl.DataFrame:
+    """The corpus's documents, each with its shard."""
+    entries = store(project).entries()
+    return pl.concat(
+        pl.read_parquet(project.home.root / e["path"] / "documents.parquet").with_columns(
+            shard=pl.lit(partition)
+        )
+        for (asset, partition), e in sorted(entries.items(), key=str)
+        if asset == "raw_corpus"
+    )
+
+
+def letters(text: str) -> str:
+    return re.sub(r"\\[nrt]|\W|_", "", text)
+
+
+def pieces(text: str) -> set[str]:
+    return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
+
+
+def own_pieces(project: Project, sha256: str) -> set[str]:
+    """Pieces of a text that no other text of the home has."""
+    rows = documents(project).select("sha256", "text").unique("sha256")
+    domain = project.home.artifacts / "reference" / "domain_text"
+    others = [pl.read_parquet(f, columns=["sha256", "text"]) for f in domain.rglob("documents.*")]
+    texts = pl.concat([rows, *others]).rows()
+    (mine,) = {text for sha, text in texts if sha == sha256}
+    own = pieces(letters(mine))
+    for sha, text in texts:
+        if sha != sha256:
+            own -= pieces(letters(text))
+    assert len(own) > 20
+    return own
+
+
+def contents(root: Path) -> Iterator[tuple[Path, str]]:
+    """Everything below a folder as text: columns of tables, decoded tokens, databases, files."""
+    (vocabulary,) = {f.read_bytes() for f in root.rglob("tokenizer.json")}
+    tokenizer = tokenizers.Tokenizer.from_buffer(vocabulary)
+    for path in root.rglob("*"):
+        if path.suffix == ".parquet":
+            table = pl.read_parquet(path)
+            strings = [
+                c for c, kind in table.schema.items() if kind == pl.String and c not in HASHES
+            ]
+            yield path, BETWEEN.join(text or "" for c in strings for text in table[c])
+        elif path.name == "tokens.npy":
+            tokens = np.load(path).ravel().tolist()
+            text = tokenizer.decode(tokens, skip_special_tokens=False)
+            yield path, text.replace(END_OF_TEXT, BETWEEN)
+        elif path.suffix == ".duckdb" and path.stat().st_size:
+            with duckdb.connect(str(path), read_only=True) as connection:
+                query = """
+                    SELECT table_name, column_name FROM duckdb_columns()
+                    WHERE data_type = 'VARCHAR' AND NOT internal
+                """
+                for table, column in connection.execute(query).fetchall():
+                    if column not in HASHES:
+                        rows = connection.execute(f'SELECT "{column}" FROM "{table}"').fetchall()
+                        yield path, BETWEEN.join(str(value) for (value,) in rows)
+        elif path.suffix == ".html":
+            yield path, re.sub(r"<[^>]*>", "", path.read_text())
+        elif path.is_file() and path.suffix != ".safetensors":
+            yield path, path.read_bytes().decode("utf-8", "ignore")
+
+
+def telling(root: Path, own: set[str]) -> list[Path]:
+    """Files that have one of these pieces, found without the code that withdraws."""
+    return [path for path, text in contents(root) if not own.isdisjoint(pieces(letters(text)))]
+
+
+def rows_of(project: Project, name: str = ARM) -> pl.DataFrame:
+    path = store(project).current(f"{name}/filtered_dataset").path
+    return pl.read_parquet(path / "tokens" / "sequences.parquet")
+
+
+def carrying(project: Project, doc_id: str, shard: str) -> list[int]:
+    """Positions of the sequences that carry a document."""
+    with duckdb.connect(str(project.home.scores), read_only=True) as connection:
+        query = "SELECT DISTINCT position FROM spans WHERE shard = ? AND doc_id = ? ORDER BY 1"
+        return [p for (p,) in connection.execute(query, [shard, doc_id]).fetchall()]
+
+
+def selected_document(project: Project) -> dict:
+    """A document of the color arm's dataset that a target model trained on."""
+    rows = rows_of(project)
+    for row in documents(project).sort("n_chars", descending=True).iter_rows(named=True):
+        positions = carrying(project, row["doc_id"], row["shard"])
+        mine = rows.filter(pl.col("shard") == row["shard"], pl.col("position").is_in(positions))
+        if len(mine) and not row["shard"].startswith("_"):
+            return {**row, "positions": positions}
+    raise AssertionError
+
+
+def models_that_reached(project: Project, document: dict) -> set[str]:
+    """Target models whose order of training comes to a sequence of a document."""
+    found = set()
+    for entry in store(project).entries().values():
+        if entry["asset"].endswith("/target_model"):
+            rows = rows_of(project, entry["asset"].removesuffix("/target_model"))
+            here = pl.col("shard") == document["shard"]
+            mine = rows.filter(here, pl.col("position").is_in(document["positions"]))["row"]
+            order = training_order(entry["seed"], len(rows)).tolist()
+            if {order.index(row) for row in mine} & set(range(max(entry["recipe"]["endpoints"]))):
+                found.add(f"{entry['asset']}[{entry['partition']}]")
+    return found
+
+
+def forget(project: Project, what: str) -> None:
+    surveys = look_up(project.home, [what])
+    take_out(project.home, surveys)
+
+
+def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+    told = {path.name for path in telling(project.home.root, own)}
+    assert {"tokens.npy", "documents.parquet"} <= told
+    learned = models_that_reached(project, gone)
+    before, scored = documents(project), len(project.kernel_runs())
+    tokens = {
+        p: np.load(store(project).current("corpus_tokens", p).path / "tokens.npy")
+        for asset, p in store(project).entries()
+        if asset == "corpus_tokens"
+    }
+    last = rows_of(project)
+
+    done = colorfilter(
+        *("forget", gone["doc_id"], "--yes", "--recipe", str(project.path)),
+        *("--home", str(project.home.root)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert telling(project.home.root, own) == []
+    assert gone["source_file"] in done.stdout
+    said = set(re.findall(r"learned from it: (\S+)", done.stdout))
+    assert said == learned
+    assert learned
+
+    assert len(project.kernel_runs()) == scored  # nothing was scored again
+    after = documents(project)
+    others = pl.col("doc_id") != gone["doc_id"]
+    assert after.filter(others).equals(before.filter(others))
+    for shard, was in tokens.items():
+        now = np.load(store(project).current("corpus_tokens", str(shard)).path / "tokens.npy")
+        changed = np.flatnonzero((now != was).any(1)).tolist()
+        assert changed == (gone["positions"] if shard == gone["shard"] else [])
+    kept = rows_of(project)
+    places = set(kept.select("shard", "position").rows())
+    withdrawn = {(gone["shard"], position) for position in gone["positions"]}
+    assert not places & withdrawn
+    had = set(last.select("shard", "position").rows())
+    assert had - places <= withdrawn  # and nothing else left
+    with duckdb.connect(str(project.home.scores), read_only=True) as connection:
+        query = "SELECT shard, position FROM excluded WHERE reason = 'forgotten'"
+        assert set(connection.execute(query).fetchall()) == withdrawn
+
+    found = audited(project, again=True, sample=5)
+    assert [str(f) for f in found.findings if not f.warning] == []
+    warned = {f.asset for f in found.findings if "which was forgotten" in f.expected}
+    assert warned == learned
+    explained = colorfilter(
+        *("explain", gone["doc_id"], "--json", "--recipe", str(project.path)),
+        *("--home", str(project.home.root)),
+    )
+    document = json.loads(explained.stdout)["document"]
+    assert document["became"].startswith("forgotten: ")
+    assert document["text"] == ""
+
+
+def test_a_document_of_d_prior_taught_every_model(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = store(project).current("sample_plan")
+    gone = pl.read_parquet(plan.path / "documents.parquet").sort("n_chars").row(-1, named=True)
+    own = own_pieces(project, gone["sha256"])
+    (found,) = look_up(project.home, [f"{gone['source_file']}:{gone['source_line']}"])
+    models = [e for e in project.ledger() if {"checkpoint", "checkpoints"} & e["facts"].keys()]
+    taught = {(e["asset"], e["fingerprint"]) for e in models if "target" not in e["asset"]}
+    taught.add(("tokenizer", store(project).current("tokenizer").fingerprint))
+    of_plan = {(name.partition("[")[0], made) for name, made in found.learned}
+    assert taught <= of_plan
+    take_out(project.home, [found])
+    assert telling(project.home.root, own) == []
+    assert lines(project) == []
+
+    assert project.run(monkeypatch, Job.RETRAIN) is None
+    drawn = pl.read_parquet(store(project).current("sample_plan").path / "documents.parquet")
+    assert gone["sha256"] not in drawn["sha256"].to_list()
+    now = audited(project)
+    assert [str(f) for f in now.findings if not f.warning] == []
+    warned = {f.asset.partition("[")[0] for f in now.findings if "forgotten" in f.expected}
+    # What `evaluate` makes anew.
+    assert {asset.rpartition("/")[2] for asset in warned} == {"target_model", "cutoff_confidence"}
+
+
+def test_text_of_a_domain(project: Project) -> None:
+    text = store(project).current("reference/domain_text").path
+    largest = {
+        split: pl.read_parquet(text / split / "documents.parquet")
+        .sort("n_chars")
+        .row(-1, named=True)
+        for split in ("down", "held_out", "probe")
+    }
+    own = set().union(*(own_pieces(project, row["sha256"]) for row in largest.values()))
+    surveys = look_up(project.home, [row["doc_id"] for row in largest.values()])
+    learned = [{name for name, _ in found.learned} for found in surveys]
+    of_down = {"reference/conditional_model", "reference/cutoff_confidence[conditional]"}
+    assert learned == [of_down, set(), set()]
+    take_out(project.home, surveys)
+    assert telling(project.home.root, own) == []
+    assert lines(project) == []
+
+
+def test_copies_go_too_and_are_not_read_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+
+    def write(name: str) -> Path:
+        path = project.root / "corpus" / name
+        texts = [gone["text"], *(f"number {i} of what {name} brings " * 9 for i in range(40))]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
+    twin = project.root / "elsewhere" / "twin.jsonl"
+    twin.parent.mkdir()
+    twin.write_text(json.dumps({"text": "what stands elsewhere alone " * 30}) + "\n")
+    more = {"name": "more", "files": str(twin)}
+    project.facts["corpus"]["sources"].append(more)
+    project.write()
+    copy = write("twin.jsonl")
+    assert project.run(monkeypatch, Job.REFRESH) is None
+    with pytest.raises(InputError, match=r"several documents .*twin\.jsonl:1; .*twin\.jsonl:1"):
+        forgetting.find(store(project), "twin.jsonl:1")
+    (found,) = look_up(project.home, [f"{copy}:1"])
+    assert found.document.places == {f"{copy}:1", f"{gone['source_file']}:{gone['source_line']}"}
+    take_out(project.home, [found])
+    assert telling(project.home.root, own) == []
+
+    again = write("again.jsonl")
+    assert project.run(monkeypatch, Job.REFRESH) is None
+    assert telling(project.home.root, own) == []
+    (shard,) = documents(project).filter(pl.col("source_file") == str(again))["shard"].unique()
+    rejects = pl.read_parquet(store(project).current("raw_corpus", shard).path / "rejects.parquet")
+    assert rejects.select("source_line", "reason", "excerpt").row(0) == (1, "forgotten", "")
+    assert lines(project) == []
+
+
+class KilledError(BaseException):
+    """Ends what it is raised in as a kill does."""
+
+
+def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+    steps = 0
+    allowed = 0
+
+    def counted(function):
+        def step(*arguments, **named):
+            nonlocal steps
+            steps += 1
+            if steps > allowed:
+                raise KilledError
+            return function(*arguments, **named)
+
+        return step
+
+    for owner, name in (
+        (withdrawal, "withdraw_from_table"),
+        (withdrawal, "withdraw_from_tokens"),
+        (Ledger, "append"),
+        (ScoreStore, "forget"),
+        (Path, "unlink"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    killed = 0
+    while True:
+        steps = 0
+        try:
+            forget(project, gone["doc_id"])
+            break
+        except KilledError:
+            killed += 1
+            allowed += 1
+    monkeypatch.undo()
+    assert killed > 10
+    assert telling(project.home.root, own) == []
+    found = audited(project)
+    assert [str(f) for f in found.findings if not f.warning] == []
+
+
+def test_the_audit_finds_what_came_back(project: Project) -> None:
+    gone = selected_document(project)
+    raw = store(project).current("raw_corpus", gone["shard"]).path
+    before = project.root / "before"
+    shutil.copytree(raw, before)
+    forget(project, gone["doc_id"])
+    shutil.copy(before / "documents.parquet", raw)
+    name = re.escape(f"raw_corpus[{gone['shard']}]")
+    assert any(re.match(f"{name}: .*documents.parquet: .*sha256", line) for line in lines(project))
+    shutil.copy(before / "manifest.json", raw)
+    there = lines(project)
+    assert any(re.match(f"{name}: .*manifest.json: expected the sha256", line) for line in there)
+    assert any(re.match(f"{name}: .*documents.parquet: .*was forgotten", line) for line in there)
+
+
+def test_a_backup_forgets_with_its_home(project: Project, tmp_path: Path) -> None:
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+    backup = tmp_path / "backup"
+    back_up(project.home, backup, lambda _done, _total: None)
+    assert telling(backup, own)
+    forget(project, gone["doc_id"])
+    back_up(project.home, backup, lambda _done, _total: None)
+    assert telling(backup, own) == []
+    (tmp_path / "restored").mkdir()
+    other = Project(tmp_path / "restored", project.facts)
+    restore(backup, other.home, lambda _done, _total: None)
+    assert telling(other.home.root, own) == []
+    assert lines(other) == []
+
+
+def test_what_the_web_ui_has_shown_of_it_goes(project: Project) -> None:
+    shown = pl.read_parquet(store(project).current(f"{ARM}/selection").path / "samples.parquet")
+    rows = documents(project).join(shown, on="doc_id", how="semi").sort("n_chars")
+    row = rows.row(-1, named=True)
+    own = own_pieces(project, row["sha256"])
+    assert any(path.suffix == ".db" for path in telling(project.home.root, own))
+    forget(project, row["doc_id"])
+    assert telling(project.home.root, own) == []
+    for database in project.home.dagster.rglob("*.db"):
+        with sqlite3.connect(database) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert lines(project) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("abcdef0123", "abcdef0123: no document of this home"),
+        ("nowhere.jsonl:3", "nowhere.jsonl:3: no document of this home"),
+        ("Tom", "'Tom' names no document; give 6 digits of a doc_id, or FILE:LINE"),
+    ],
+)
+def test_what_names_no_document_is_refused(finished: Project, what: str, said: str) -> None:
+    arguments = "--recipe", str(finished.path), "--home", str(finished.home.root)
+    done = colorfilter("forget", what, "--yes", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_nothing_is_forgotten_while_a_run_is_at_work_or_without_consent(project: Project) -> None:
+    gone = selected_document(project)["doc_id"]
+    arguments = "--recipe", str(project.path), "--home", str(project.home.root)
+    before = project.home.ledger.read_bytes()
+    done = colorfilter("forget", gone, *arguments)  # with nobody to say yes
+    assert done.returncode == 1
+    with lock(project.home.run_lease("some")):
+        done = colorfilter("forget", gone, "--yes", *arguments)
+    assert done.returncode == 2
+    assert "a run is at work" in done.stderr
+    assert project.home.ledger.read_bytes() == before
