@@ -5,6 +5,7 @@ tokens become end-of-text tokens, so that every other sequence stays where it is
 already is not done again.
 """
 
+import functools
 import hashlib
 import html
 import re
@@ -36,14 +37,19 @@ class Forgotten:
 
     def is_told_in(self, page: str) -> bool:
         """Whether a page or a record shows a piece of the text, however it is wrapped."""
-        known = _condensed(self.text or "")
-        size = min(PIECE, len(known))
+        size, pieces = self._pieces
         if not size:
             return False
-        pieces = {known[i : i + size] for i in range(0, len(known) - size + 1, APART)}
         # With what stands in angle brackets, for it may be no markup, and without it.
         told = [_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))]
         return any(t[i : i + size] in pieces for t in told for i in range(len(t) - size + 1))
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[int, Set[str]]:
+        """How long the pieces are that the text is known by, and the pieces."""
+        known = _condensed(self.text or "")
+        size = min(PIECE, len(known))
+        return size, {known[i : i + size] for i in range(0, len(known) - size + 1, APART)}
 
 
 def _condensed(text: str) -> str:

@@ -61,7 +61,7 @@ def _forget_runs(home: Home, documents: Sequence[Forgotten]) -> int:
 
     Of each asset Dagster keeps its last event once more, so the history of those is wiped as well.
     """
-    if not (home.dagster / "history").exists():
+    if not home.has_history:
         return 0
     telling: set[str] = set()
     with dg.DagsterInstance.from_config(str(home.dagster)) as instance:
@@ -76,11 +76,10 @@ def _forget_runs(home: Home, documents: Sequence[Forgotten]) -> int:
         instance.wipe_assets(sorted(assets))
         for run_id in telling:
             instance.delete_run(run_id)
-    if telling:
-        for database in sorted(home.dagster.rglob("*.db")):
-            with contextlib.closing(sqlite3.connect(database, timeout=BUSY)) as connection:
-                connection.execute("VACUUM")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for database in sorted(home.dagster.rglob("*.db")):
+        with contextlib.closing(sqlite3.connect(database, timeout=BUSY)) as connection:
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return len(telling)
 
 

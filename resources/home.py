@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from colorfilter.errors import InputError
 from colorfilter.files import is_locked, write_text_atomically
 from colorfilter.shards import Shard
@@ -83,6 +85,13 @@ class Home:
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
+
+    @property
+    def has_history(self) -> bool:
+        """Whether Dagster keeps a history: here, or in a database that its settings name."""
+        settings = self.dagster / "dagster.yaml"
+        elsewhere = settings.exists() and "storage" in yaml.safe_load(settings.read_text())
+        return elsewhere or (self.dagster / "history").exists()
 
     def run_lease(self, run_id: str) -> Path:
         """The file that the process of a Dagster run keeps locked as long as it lives."""
