@@ -12,6 +12,7 @@ import polars as pl
 
 from assets.datasets import Records, leakage_of
 from assets.standing import method_of, packed_for
+from assets.tombstones import forgotten_positions
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.tables import fetch, fetch_frame
@@ -226,7 +227,9 @@ def _made_from(records: Records, made: _Made) -> dict[str, str]:
     return {
         name: made_of
         for name, made_of in named.items()
-        if name in wanted or (name.startswith("corpus_tokens[") and "[_" not in name)
+        if name in wanted
+        or name.startswith("forgotten[")
+        or (name.startswith("corpus_tokens[") and "[_" not in name)
     }
 
 
@@ -251,7 +254,7 @@ def _causes(inputs: list[Difference], recipe: list[Difference], now: _Made) -> l
         decides = difference.name in {"method", "tau", "batch", "seed", "needed"}
         if decides and not (difference.name == "needed" and now.method in BY_SHARE):
             words.append(f"{difference.name} {difference.was} -> {difference.now}")
-    if any(d.name.startswith("corpus_tokens[") for d in inputs):
+    if any(d.name.startswith(("corpus_tokens[", "forgotten[")) for d in inputs):
         words.append("other candidates beside it")
     return words
 
@@ -322,10 +325,13 @@ def _why(
     kept_apart = _selected(records, other).select(PLACE).with_columns(leaked=pl.lit(True))
     copies = _excluded(records, now) if way == "leaving" else kept_apart.clear().drop("leaked")
     copies = copies.with_columns(copy=pl.lit(True))
+    forgotten = _forgotten(records) if way == "leaving" else copies.clear().select(PLACE)
+    forgotten = forgotten.with_columns(forgotten=pl.lit(True))
     because = ", ".join(causes) or "no cause on record"
     return (
         moved.join(kept_apart, on=PLACE, how="left", maintain_order="left")
         .join(copies, on=PLACE, how="left", maintain_order="left")
+        .join(forgotten, on=PLACE, how="left", maintain_order="left")
         .with_columns(
             why=pl.when(pl.col("shard").is_in(gone))
             .then(pl.lit(data))
@@ -333,14 +339,23 @@ def _why(
             .then(pl.lit("its shard was packed anew"))
             .when(OWN)
             .then(pl.lit("documents were drawn and packed anew"))
+            .when(pl.col("forgotten"))
+            .then(pl.lit("it carried a document that was forgotten"))
             .when(pl.col("leaked"))
             .then(pl.lit(leak))
             .when(pl.col("copy"))
             .then(pl.lit("now a copy of what stands in an earlier shard"))
             .otherwise(pl.lit(because))
         )
-        .drop("leaked", "copy")
+        .drop("leaked", "copy", "forgotten")
     )
+
+
+def _forgotten(records: Records) -> pl.DataFrame:
+    """The places of sequences that carried a document which was forgotten."""
+    places = forgotten_positions(records.artifacts)
+    rows = [(shard, position) for shard, positions in places.items() for position in positions]
+    return pl.DataFrame(rows, schema={"shard": pl.String, "position": pl.Int64}, orient="row")
 
 
 def _excluded(records: Records, now: _Made) -> pl.DataFrame:

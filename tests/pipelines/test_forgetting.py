@@ -168,6 +168,11 @@ def forget(project: Project, what: str) -> None:
     take_out(project.home, surveys)
 
 
+def explained(project: Project, what: str) -> dict:
+    arguments = "--json", "--recipe", str(project.path), "--home", str(project.home.root)
+    return json.loads(colorfilter("explain", what, *arguments).stdout)
+
+
 def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     gone = selected_document(project)
     own = own_pieces(project, gone["sha256"])
@@ -215,11 +220,13 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     assert [str(f) for f in found.findings if not f.warning] == []
     warned = {f.asset for f in found.findings if "which was forgotten" in f.expected}
     assert warned == learned
-    explained = colorfilter(
-        *("explain", gone["doc_id"], "--json", "--recipe", str(project.path)),
-        *("--home", str(project.home.root)),
-    )
-    document = json.loads(explained.stdout)["document"]
+    document = explained(project, gone["doc_id"])["document"]
+    change = explained(project, ARM)
+    assert change["leaving"] == [
+        {"why": "it carried a document that was forgotten", "sequences": len(withdrawn & had)}
+    ]
+    assert {c["why"] for c in change["entering"]} <= {"other candidates beside it"}
+    assert [d["name"] for d in change["inputs"]] == [f"forgotten[{gone['sha256'][:20]}]"]
     assert document["became"].startswith("forgotten: ")
     assert document["text"] == ""
 
