@@ -233,7 +233,8 @@ def forget(artifacts: ArtifactStore, found: Survey) -> Artifact:
         for name in holding.removed:
             (folder / name).unlink(missing_ok=True)
         if holding.path in entries and (folder / MANIFEST).exists():
-            artifacts.withdraw(entries[holding.path], {*holding.emptied, *holding.removed})
+            names = {*holding.emptied, *holding.removed}
+            entries[holding.path] = artifacts.withdraw(entries[holding.path], names)
     return tombstone
 
 

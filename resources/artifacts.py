@@ -330,19 +330,22 @@ class ArtifactStore(dg.ConfigurableResource):
             "ledger": self.ledger.head(),
         }
 
-    def withdraw(self, entry: Entry, names: Collection[str]) -> None:
+    def withdraw(self, entry: Entry, names: Collection[str]) -> Entry:
         """Enter, in manifest and ledger, that these files of an artefact hold less, or are gone.
 
-        Its fingerprint stays what it was. What lacks a file is no longer current.
+        `entry` is its last, and returned is what is that then. Its fingerprint stays what it was.
+        What lacks a file is no longer current.
         """
         folder = self.at.root / entry["path"]
         provenance.amend_manifest(folder, names)
         held = provenance.content(folder).manifest
-        if held != entry.get("manifest"):
-            facts = {k: v for k, v in entry.items() if k != "previous"}
-            withdrawn = PART if provenance.stands(folder) else WHOLE
-            amended = {"reused": True, "manifest": held, "withdrawn": withdrawn}
-            self.ledger.append({**facts, **amended})
+        if held == entry.get("manifest"):
+            return entry
+        withdrawn = PART if provenance.stands(folder) else WHOLE
+        amended = {**entry, "reused": True, "manifest": held, "withdrawn": withdrawn}
+        amended.pop("previous", None)
+        self.ledger.append(amended)
+        return amended
 
     def record(self, work: Work, artifact: Artifact) -> None:
         """Enter an artefact in the ledger."""

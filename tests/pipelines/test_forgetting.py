@@ -199,6 +199,8 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     assert learned
 
     assert len(project.kernel_runs()) == scored  # nothing was scored again
+    entered = [e["path"] for e in project.ledger() if e.get("withdrawn")]
+    assert sorted(entered) == sorted(set(entered))
     after = documents(project)
     others = pl.col("doc_id") != gone["doc_id"]
     assert after.filter(others).equals(before.filter(others))
