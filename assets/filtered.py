@@ -12,6 +12,7 @@ from assets.dsir import dsir_selection
 from assets.figures import table
 from assets.online import online_selection
 from assets.selected import GROUP, origins, queried_selection
+from assets.tombstones import forgotten
 from colorfilter import dataset as method
 from colorfilter.croissant import write_croissant
 from colorfilter.errors import InputError
@@ -89,6 +90,8 @@ def make_dataset(
     """
     name = f"{domain.name}/{arm.name}"
     chosen = artifacts.current(f"{name}/selection")
+    if "score_tables" not in chosen.inputs:
+        artifacts.current_from(f"{name}/selection", None, forgotten(artifacts))
     leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
     rows = pl.read_parquet(chosen.path / "selection.parquet")
     leaks = pl.read_parquet(leaking.path / "leakage.parquet")

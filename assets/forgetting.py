@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from assets.tombstones import FORGOTTEN, SEQUENCES, tombstones
+from assets.tombstones import SEQUENCES, tombstones
 from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.order import training_order
@@ -21,7 +21,7 @@ from colorfilter.provenance import MANIFEST
 from colorfilter.withdrawal import Forgotten
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.audit import Finding
-from resources.ledger import Entry
+from resources.ledger import FORGOTTEN, Entry
 from resources.lineage import Lineage, name_of
 from resources.pruning import folders
 
@@ -90,7 +90,8 @@ def find(artifacts: ArtifactStore, what: str) -> Forgotten:
 def _documents(artifacts: ArtifactStore, wanted: pl.Expr) -> pl.DataFrame:
     """Rows of every table of documents: doc_id, source_file, source_line, sha256, text."""
     columns = ["doc_id", "source_file", "source_line", "sha256", "text"]
-    tables = sorted(artifacts.at.artifacts.rglob("documents.parquet"))
+    whole = [f for f in folders(artifacts.at.artifacts) if (f / MANIFEST).exists()]
+    tables = sorted(table for folder in whole for table in folder.rglob("documents.parquet"))
     if not tables:
         raise InputError(f"home {artifacts.at.root}: no text has been read yet")
     found = (pl.scan_parquet(table).filter(wanted).select(columns).collect() for table in tables)
@@ -104,11 +105,21 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
     for folder in _folders(artifacts):
         entry = entries.get(str(folder.relative_to(artifacts.at.root)), {})
         shard = entry.get("partition") if entry.get("asset") == "corpus_tokens" else None
-        for spans in sorted(folder.rglob("spans.parquet")):
+        finished = (folder / MANIFEST).exists()
+        for spans in sorted(folder.rglob("spans.parquet")) if finished else []:
             rows = withdrawal.touched_sequences(spans.parent, document)
             shards = pl.lit(shard, dtype=pl.String).alias("shard")
             tables.append(rows.select(shards, "position", "sha256"))
-    touched = pl.concat(tables).unique(maintain_order=True)
+    here = pl.concat(tables)
+    # What another forgotten document was in has had another sha256, which datasets may have.
+    tables = [pl.read_parquet(made.path / SEQUENCES) for made in tombstones(artifacts)]
+    earlier = [t.join(here, on=["shard", "position"], how="semi") for t in tables]
+    mine = [
+        pl.read_parquet(made.path / SEQUENCES)
+        for made in tombstones(artifacts)
+        if made.facts["sha256"] == document.sha256
+    ]
+    touched = pl.concat([here, *earlier, *mine]).unique(maintain_order=True)
     holdings = list(_holdings(artifacts, document, touched, entries))
     learned = _learned(artifacts, holdings, touched)
     return Survey(document, holdings, touched, [(name_of(e), e["fingerprint"]) for e in learned])
@@ -142,12 +153,16 @@ def _held(folder: Path, document: Forgotten, touched: Set[str]) -> tuple[list[st
     def names(files: Iterable[Path]) -> list[str]:
         return [str(file.relative_to(folder)) for file in files]
 
+    every = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST]
+    if not (folder / MANIFEST).exists():  # an attempt that was stopped: begun anew, but for losses
+        return [], names(f for f in every if not f.match("losses-*.parquet"))
     dataset = folder / "tokens" / "sequences.parquet"
     if dataset.exists():
         carried = pl.read_parquet(dataset, columns=["sha256"])["sha256"]
-        every = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST]
-        return [], [] if touched.isdisjoint(carried) else names(every)
-    tables = sorted(folder.rglob("*.parquet"))
+        # By that table, which has no text, it is known later what was trained on what.
+        return [], [] if touched.isdisjoint(carried) else names(f for f in every if f != dataset)
+    # The texts themselves, by which the rest is known, come last.
+    tables = sorted(folder.rglob("*.parquet"), key=lambda t: (t.name == "documents.parquet", t))
     emptied = names(t for t in tables if withdrawal.holds_in_table(t, document))
     for packed in sorted(spans.parent for spans in folder.rglob("spans.parquet")):
         if withdrawal.holds_in_tokens(packed, document):
@@ -244,10 +259,13 @@ def remaining(artifacts: ArtifactStore) -> Iterator[Finding]:
     current = {(name_of(e), e["fingerprint"]) for e in artifacts.entries().values()}
     for made in tombstones(artifacts):
         facts = made.facts
-        document = Forgotten(facts["sha256"], set(facts["doc_ids"]), set(facts["places"]))
+        # Not by its places: what stands there by now may be another text.
+        document = Forgotten(facts["sha256"], set(facts["doc_ids"]), set())
         what = f"{facts['places'][0]}, which was forgotten"
         touched = pl.read_parquet(made.path / SEQUENCES)
         for holding in _holdings(artifacts, document, touched, entries):
+            if holding.path not in entries:
+                continue  # an attempt, made of what there is by now
             for file in (*holding.emptied, *holding.removed):
                 where = f"{holding.path}/{file}"
                 yield Finding(holding.name, where, f"nothing of {what}", "it")

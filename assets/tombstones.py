@@ -5,8 +5,8 @@ from typing import Any
 import polars as pl
 
 from resources.artifacts import Artifact, ArtifactStore
+from resources.ledger import FORGOTTEN
 
-FORGOTTEN = "forgotten"
 SEQUENCES = "sequences.parquet"
 
 

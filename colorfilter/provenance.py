@@ -103,6 +103,8 @@ def amend_manifest(folder: Path, names: Collection[str]) -> None:
     Those that are not there any more are entered as gone. What was made stays on record beside it,
     and so the fingerprint stays.
     """
+    for left in folder.glob(f".{MANIFEST}.*.tmp"):  # by a kill
+        left.unlink()
     manifest = read_manifest(folder)
     for file in manifest["files"]:
         path = folder / file["path"]
@@ -160,15 +162,15 @@ def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
 
 def stands(folder: Path) -> bool:
     """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
-    return is_intact(folder) and all(present(f)["sha256"] for f in read_manifest(folder)["files"])
+    return is_intact(folder, whole=True)
 
 
-def is_intact(folder: Path) -> bool:
+def is_intact(folder: Path, whole: bool = False) -> bool:
     """Whether it is but for files that were withdrawn, which must not be there."""
     try:
         files = {folder / f["path"]: present(f) for f in read_manifest(folder)["files"]}
         return all(
-            path.stat().st_size == held["bytes"] if held["sha256"] else not path.exists()
+            path.stat().st_size == held["bytes"] if held["sha256"] else not (whole or path.exists())
             for path, held in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError):

@@ -24,6 +24,7 @@ from colorfilter.files import write_atomically
 # any 39 characters of it in a row holds one of them whole.
 PIECE = 24
 APART = 16
+ROWS = 2_048  # of a table that is written anew, in a group: what is held at a time
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Forgotten:
     def is_told_in(self, page: str) -> bool:
         """Whether a page or a record shows a piece of the text, however it is wrapped."""
         size, pieces = self._pieces
-        if not size:
-            return False
+        if size < PIECE:  # too common to be looked for within others
+            cells = re.split(r"<[^>]*>|[\n|`]", page)
+            return any(_condensed(html.unescape(cell)) in pieces for cell in cells if size)
         # With what stands in angle brackets, for it may be no markup, and without it.
         told = [_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))]
         return any(t[i : i + size] in pieces for t in told for i in range(len(t) - size + 1))
@@ -60,7 +62,9 @@ def _condensed(text: str) -> str:
 def holds_in_table(table: Path, forgotten: Forgotten) -> bool:
     """Whether a Parquet table has rows with the text, a quote or the beginning of it."""
     rule = _rule(table, forgotten)
-    return rule is not None and len(pl.scan_parquet(table).filter(rule[0]).head(1).collect()) > 0
+    if rule is None:
+        return False
+    return bool(pl.scan_parquet(table).filter(rule[0]).select(pl.len()).collect().item())
 
 
 def withdraw_from_table(table: Path, forgotten: Forgotten) -> None:
@@ -72,7 +76,9 @@ def withdraw_from_table(table: Path, forgotten: Forgotten) -> None:
         pl.when(rows).then(value).otherwise(pl.col(c)).alias(c) for c, value in empty.items()
     ]
     temporary = table.with_suffix(".withdrawn")
-    pl.scan_parquet(table).with_columns(columns).sink_parquet(temporary, compression="zstd")
+    pl.scan_parquet(table).with_columns(columns).sink_parquet(
+        temporary, compression="zstd", row_group_size=ROWS
+    )
     write_atomically(temporary, table)
 
 

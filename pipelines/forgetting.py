@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from rich.table import Table
 from assets import forgetting
 from assets.forgetting import Survey
 from colorfilter.errors import InputError
-from colorfilter.files import is_locked
 from colorfilter.withdrawal import Forgotten
 from resources.artifacts import ArtifactStore
+from resources.audit import WORKPLACE
 from resources.home import Home
 from resources.score_store import ScoreStore
 
@@ -27,11 +28,8 @@ BUSY = 30  # seconds to wait for a database that others read
 def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
     """Where the documents of these names are, and what learned from them.
 
-    Raises InputError for what names none or several, what is an item of a task, and while a run is
-    at work.
+    Raises InputError for what names none or several, and what is an item of a task.
     """
-    if any(is_locked(lease) for lease in home.leases.glob("run-*")):
-        raise InputError(f"home {home.root}: a run is at work; wait for it or cancel it first")
     artifacts = ArtifactStore(home=str(home.root))
     documents = {found.sha256: found for found in (forgetting.find(artifacts, w) for w in whats)}
     surveys = [forgetting.survey(artifacts, document) for document in documents.values()]
@@ -46,13 +44,18 @@ def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
 
 
 def forget(home: Home, surveys: Sequence[Survey]) -> int:
-    """Take the documents out of all that holds them; returns how many runs of Dagster went too."""
+    """Take the documents out of all that holds them; returns how many runs of Dagster went too.
+
+    Raises InputError while a run is at work.
+    """
     artifacts = ArtifactStore(home=str(home.root))
     documents = [found.document for found in surveys]
-    runs = _forget_runs(home, documents)
-    for found in surveys:
-        forgetting.forget(artifacts, found)
-    ScoreStore(home=str(home.root)).forget([document.sha256 for document in documents])
+    with home.forgetting():
+        runs = _forget_runs(home, documents)
+        shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
+        for found in surveys:
+            forgetting.forget(artifacts, found)
+        ScoreStore(home=str(home.root)).forget([document.sha256 for document in documents])
     return runs
 
 
@@ -68,7 +71,7 @@ def _forget_runs(home: Home, documents: Sequence[Forgotten]) -> int:
         assets = set()
         for run in instance.get_runs():
             for event in instance.all_logs(run.run_id):
-                page = " ".join(_words(json.loads(dg.serialize_value(event))))
+                page = "\n".join(_words(json.loads(dg.serialize_value(event))))
                 if any(document.is_told_in(page) for document in documents):
                     telling.add(run.run_id)
                     if event.dagster_event and event.dagster_event.asset_key:

@@ -87,7 +87,7 @@ def forget(
         raise typer.Exit(1)
     runs = take_out(place, surveys)
     if runs:
-        console.print(f"removed {runs} runs from Dagster's history, which showed text of them")
+        console.print(f"removed from Dagster's history, where text of them was shown: {runs} runs")
     artifacts = artifacts_of(place)
     if ("score_tables", None) in artifacts.entries():
         with show_progress(console) as listener:

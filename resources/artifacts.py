@@ -172,6 +172,7 @@ class ArtifactStore(dg.ConfigurableResource):
         if context.run:
             self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))
+            self.at.refuse_forgetting()
         if self.recipe:
             work = Work(RECIPE, recipe={"text": self.recipe})
             self._recipe = self.make(work, self._write_recipe).fingerprint

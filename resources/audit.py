@@ -31,6 +31,7 @@ from resources.lineage import Lineage, name_of
 from resources.pruning import at_work, folders
 
 THREADS = 4
+WORKPLACE = "auditing"  # the folder for what an audit makes
 READ = ("raw_corpus", "domain_text")  # the assets that read raw files
 # What an entry of the ledger and the manifest that it is for both have.
 IDENTITY = (
@@ -241,7 +242,7 @@ class Record:
 @contextlib.contextmanager
 def workplace(home: Home) -> Iterator[Path]:
     """A folder for what an audit makes, one audit at a time; what a killed one has left goes."""
-    folder = home.root / "auditing"
+    folder = home.root / WORKPLACE
     with lock(home.leases / folder.name):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

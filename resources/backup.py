@@ -11,7 +11,7 @@ what lies in `state-<time>/`, put side by side, are a home.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from colorfilter.provenance import MANIFEST, is_intact, stands, write_manifest
 from resources.artifacts import ArtifactStore
 from resources.copying import BEGUN, Copying, DamagedError, Listener, is_copied, size
 from resources.home import Home
+from resources.ledger import FORGOTTEN, Entry
 
 OWNER = "backup.json"
 # What changes in a home, beside the files that are appended to.
@@ -33,9 +34,10 @@ JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's; a copy of the database has 
 def back_up(home: Home, folder: Path, listener: Listener) -> Copying:
     """Copy a home into a folder, of its artefacts those that are not there yet.
 
-    Raises InputError for a folder that is no backup of this recipe's home, and for an artefact
-    that is damaged.
+    Raises InputError for a folder that is no backup of this recipe's home, for an artefact that is
+    damaged, and while a document is being forgotten.
     """
+    home.refuse_forgetting()
     copying = Copying(listener)
     with _failures_told(folder):
         _claim(folder, home)
@@ -59,12 +61,9 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
         copying.changing(file, state / file.relative_to(home.root))
     copying.lines(home.ledger, state / home.ledger.name)
     copying.lines(home.kernel_runs, state / home.kernel_runs.name)
-    last = {entry["path"]: entry for entry in ArtifactStore(home=str(state)).ledger}
-    for path, entry in last.items():
-        there = folder / path / MANIFEST
-        if entry.get("withdrawn") and there.exists() and file_sha256(there) != entry["manifest"]:
-            shutil.rmtree(folder / path)
-    named = sorted(last)
+    ledger = list(ArtifactStore(home=str(state)).ledger)
+    _forget(home, folder, ledger)
+    named = sorted({entry["path"] for entry in ledger})
     standing = [path for path in named if is_intact(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
     copying.there = len(standing) - len(missing)
@@ -82,6 +81,21 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
     write_manifest(state, {"home": str(home.root), "artifacts": held})
     for left in {*folder.glob("state-*"), folder / BEGUN} - {state}:
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _forget(home: Home, folder: Path, ledger: Sequence[Entry]) -> None:
+    """Remove from a backup what may hold what was forgotten since: it has no amended manifest.
+
+    So is what was pruned in the home before, where nobody looked through it.
+    """
+    lines = {entry["path"]: number for number, entry in enumerate(ledger)}
+    last = max((n for n, entry in enumerate(ledger) if entry["asset"] == FORGOTTEN), default=-1)
+    for path, number in lines.items():
+        there, withdrawn = folder / path / MANIFEST, ledger[number].get("withdrawn")
+        amended = withdrawn and there.exists() and file_sha256(there) != ledger[number]["manifest"]
+        pruned = number < last and not (home.root / path / MANIFEST).exists()
+        if amended or pruned:
+            shutil.rmtree(folder / path, ignore_errors=True)
 
 
 def restore(folder: Path, home: Home, listener: Listener) -> Copying:

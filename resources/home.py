@@ -1,14 +1,15 @@
 """The home: the one folder under which everything that a recipe produces lies."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from colorfilter.errors import InputError
-from colorfilter.files import is_locked, write_text_atomically
+from colorfilter.files import is_locked, lock, write_text_atomically
 from colorfilter.shards import Shard
 
 DAGSTER_YAML = """\
@@ -41,6 +42,7 @@ class Home:
         self.results = self.root / "results.duckdb"
         self._shards = self.root / "shards.json"
         self._owner = self.root / "home.json"
+        self._forgetting = self.root / "forgetting"
 
     def claim(self, recipe: str) -> "Home":
         """Make the home for a recipe, or check that it belongs to it.
@@ -85,6 +87,28 @@ class Home:
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
+
+    @contextlib.contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """While a document is taken out nothing runs, and not after either where that was stopped.
+
+        Raises InputError while a run is at work.
+        """
+        with lock(self.leases / self._forgetting.name):
+            write_text_atomically(self._forgetting, "")
+            if any(is_locked(lease) for lease in self.leases.glob("run-*")):
+                self._forgetting.unlink()
+                raise InputError(f"home {self.root}: a run is at work; wait for it or cancel it")
+            yield
+            self._forgetting.unlink()
+
+    def refuse_forgetting(self) -> None:
+        """Raise InputError where `forgetting` was begun and has not come to its end."""
+        if self._forgetting.exists():
+            raise InputError(
+                f"home {self.root}: a document is being forgotten; wait for that or, where it was "
+                "stopped, run the same `colorfilter forget` again"
+            )
 
     @property
     def has_history(self) -> bool:

@@ -23,6 +23,7 @@ Entry = dict[str, Any]
 Entries = dict[tuple[str, str | None], Entry]
 
 NOTHING = "0" * 64  # the hash before the first entry
+FORGOTTEN = "forgotten"  # the asset of what is left of a document that was forgotten
 # What may have been withdrawn of an artefact.
 PART, WHOLE = "part", "whole"
 

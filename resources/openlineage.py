@@ -11,7 +11,7 @@ those that no run of Dagster is on record for.
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from openlineage.client import OpenLineageClient, set_producer
 from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
 from openlineage.client.facet_v2 import (
     DatasetFacet,
+    InputDatasetFacet,
     RunFacet,
     data_quality_metrics_input_dataset,
     dataset_version_dataset,
@@ -137,7 +138,17 @@ class _Telling:
                     name, fingerprint = name_of(whole), whole["fingerprint"]  # noqa: PLW2901
                 if (name, fingerprint) not in inputs:
                     inputs[name, fingerprint] = self._input(name, fingerprint, whole)
-        return list(inputs.values())
+        return [*inputs.values(), *(file for entry in entries for file in self._raw_files(entry))]
+
+    def _raw_files(self, entry: Entry) -> Iterator[InputDataset]:
+        """The files that text was read from, where they lie, each with its sha256 as version."""
+        record = self._root / entry["path"] / "files.parquet"
+        for file in pq.read_table(record).to_pylist() if record.exists() else []:
+            yield InputDataset(
+                *_address(file["uri"]),
+                facets=self._dataset_facets(file["sha256"], None),
+                inputFacets=_amount(None, file["bytes"]),
+            )
 
     def _whole(self, name: str, fingerprint: str, before: str) -> Entry | None:
         """The entry of an input: of several that have it as a part, the last one before then."""
@@ -154,13 +165,7 @@ class _Telling:
             self._namespace, name, facets=self._dataset_facets(fingerprint, entry)
         )
         if entry:
-            dataset.inputFacets = {
-                "dataQualityMetrics": (
-                    data_quality_metrics_input_dataset.DataQualityMetricsInputDatasetFacet(
-                        columnMetrics={}, rowCount=entry.get("rows"), bytes=entry.get("bytes")
-                    )
-                )
-            }
+            dataset.inputFacets = _amount(entry.get("rows"), entry.get("bytes"))
         return dataset
 
     def _output(self, entry: Entry) -> OutputDataset:
@@ -185,6 +190,23 @@ class _Telling:
             if self._schemas[path]:
                 facets["schema"] = schema_dataset.SchemaDatasetFacet(self._schemas[path])
         return facets
+
+
+def _address(uri: str) -> tuple[str, str]:
+    """A file's namespace and name, as OpenLineage names files on a disk and in buckets."""
+    scheme, remote, rest = uri.partition("://")
+    if not remote:
+        return "file", uri
+    bucket, _, name = rest.partition("/")
+    return f"{scheme}://{bucket}", name
+
+
+def _amount(rows: int | None, size: int | None) -> dict[str, InputDatasetFacet]:
+    """How much an input is."""
+    facet = data_quality_metrics_input_dataset.DataQualityMetricsInputDatasetFacet(
+        columnMetrics={}, rowCount=rows, bytes=size
+    )
+    return {"dataQualityMetrics": facet}
 
 
 def _schema(folder: Path) -> list[Field]:

@@ -207,12 +207,15 @@ class ScoreStore(dg.ConfigurableResource):
         with lock(Home(self.home).leases / path.name):
             temporary = path.with_suffix(".next")
             temporary.unlink(missing_ok=True)
+            require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
             with contextlib.closing(duckdb.connect()) as connection:
                 limit_memory(connection, path, PUBLISHING_MEMORY)
-                for name, place in (("old", path), ("next", temporary)):
+                for name, place, how in (
+                    ("old", path, "READ_ONLY"),
+                    ("next", temporary, f"STORAGE_VERSION '{STORAGE_VERSION}'"),
+                ):
                     file = str(place).replace("'", "''")
-                    version = f" (STORAGE_VERSION '{STORAGE_VERSION}')" if name == "next" else ""
-                    connection.execute(f"ATTACH '{file}' AS {name}{version}")
+                    connection.execute(f"ATTACH '{file}' AS {name} ({how})")
                 connection.execute("COPY FROM DATABASE old TO next")
                 connection.execute("DETACH next")
             write_atomically(temporary, path)

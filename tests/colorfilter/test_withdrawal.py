@@ -145,8 +145,11 @@ def test_a_page_tells_of_a_text_however_it_is_written(page: str, told: bool) -> 
 
 
 def test_a_short_text_is_told_as_a_whole_and_an_unknown_one_never() -> None:
-    assert Forgotten("", set(), set(), "Hi there").is_told_in("she said: hi, no: Hi there!")
-    assert not Forgotten("", set(), set(), "Hi there").is_told_in("Hi you")
+    short = Forgotten("", set(), set(), "Hi there")
+    assert short.is_told_in("excerpt | Hi there! | 7")
+    assert short.is_told_in("<td>1</td><td><b>Hi there</b></td>")
+    assert not short.is_told_in("She said Hi there to all")  # other texts will have it too
+    assert not short.is_told_in("Hi you")
     assert not Forgotten("", set(), set(), "...").is_told_in("anything...")
     assert not Forgotten("", set(), set()).is_told_in("anything")
 

@@ -1,5 +1,6 @@
 """A document is forgotten: nothing in the home tells of it, and all else is as it was."""
 
+import itertools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import tokenizers
 
 from assets import forgetting
+from assets.common import shard_names
 from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.files import lock
@@ -26,6 +28,7 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.backup import back_up, restore
 from resources.ledger import Ledger
+from resources.pruning import leftovers, remove
 from resources.score_store import ScoreStore
 from tests.conftest import Project
 from tests.pipelines.program import colorfilter
@@ -138,15 +141,18 @@ def carrying(project: Project, doc_id: str, shard: str) -> list[int]:
         return [p for (p,) in connection.execute(query, [shard, doc_id]).fetchall()]
 
 
-def selected_document(project: Project) -> dict:
-    """A document of the color arm's dataset that a target model trained on."""
+def selected_documents(project: Project) -> Iterator[dict]:
+    """Documents of the color arm's dataset, the longest first, with their sequences."""
     rows = rows_of(project)
     for row in documents(project).sort("n_chars", descending=True).iter_rows(named=True):
         positions = carrying(project, row["doc_id"], row["shard"])
         mine = rows.filter(pl.col("shard") == row["shard"], pl.col("position").is_in(positions))
         if len(mine) and not row["shard"].startswith("_"):
-            return {**row, "positions": positions}
-    raise AssertionError
+            yield {**row, "positions": positions}
+
+
+def selected_document(project: Project) -> dict:
+    return next(selected_documents(project))
 
 
 def models_that_reached(project: Project, document: dict) -> set[str]:
@@ -174,11 +180,12 @@ def explained(project: Project, what: str) -> dict:
 
 
 def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
-    gone = selected_document(project)
+    gone, next_ = itertools.islice(selected_documents(project), 2)
     own = own_pieces(project, gone["sha256"])
     told = {path.name for path in telling(project.home.root, own)}
     assert {"tokens.npy", "documents.parquet"} <= told
     learned = models_that_reached(project, gone)
+    learned_next = models_that_reached(project, next_)
     before, scored = documents(project), len(project.kernel_runs())
     tokens = {
         p: np.load(store(project).current("corpus_tokens", p).path / "tokens.npy")
@@ -218,10 +225,13 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
         query = "SELECT shard, position FROM excluded WHERE reason = 'forgotten'"
         assert set(connection.execute(query).fetchall()) == withdrawn
 
-    found = audited(project, again=True, sample=5)
-    assert [str(f) for f in found.findings if not f.warning] == []
-    warned = {f.asset for f in found.findings if "which was forgotten" in f.expected}
+    held = audited(project, again=True, sample=5)
+    assert [str(f) for f in held.findings if not f.warning] == []
+    warned = {f.asset for f in held.findings if "which was forgotten" in f.expected}
     assert warned == learned
+    # The datasets that they trained on are gone, and it is known all the same.
+    (found,) = look_up(project.home, [next_["doc_id"]])
+    assert {name for name, _ in found.learned} == learned_next
     document = explained(project, gone["doc_id"])["document"]
     change = explained(project, ARM)
     assert change["leaving"] == [
@@ -285,7 +295,10 @@ def test_copies_go_too_and_are_not_read_again(
 
     def write(name: str) -> Path:
         path = project.root / "corpus" / name
-        texts = [gone["text"], *(f"number {i} of what {name} brings " * 9 for i in range(40))]
+        texts = [
+            *[gone["text"]] * 2,
+            *(f"number {i} of what {name} brings " * 9 for i in range(40)),
+        ]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         return path
 
@@ -309,7 +322,10 @@ def test_copies_go_too_and_are_not_read_again(
     assert telling(project.home.root, own) == []
     (shard,) = documents(project).filter(pl.col("source_file") == str(again))["shard"].unique()
     rejects = pl.read_parquet(store(project).current("raw_corpus", shard).path / "rejects.parquet")
-    assert rejects.select("source_line", "reason", "excerpt").row(0) == (1, "forgotten", "")
+    assert rejects.select("source_line", "reason", "excerpt").rows() == [
+        (1, "forgotten", ""),
+        (2, "forgotten", ""),
+    ]
     assert lines(project) == []
 
 
@@ -320,6 +336,11 @@ class KilledError(BaseException):
 def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = selected_document(project)
     own = own_pieces(project, gone["sha256"])
+    losses = project.home.artifacts / "prior_scores" / "some" / ("0" * 16) / "losses-1.parquet"
+    unfinished = project.home.artifacts / "prior_model" / ("1" * 16) / "d_prior" / "spans.parquet"
+    for path in (losses, unfinished):
+        path.parent.mkdir(parents=True)
+        path.write_text("cut off")
     steps = 0
     allowed = 0
 
@@ -350,7 +371,15 @@ def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.Mon
         except KilledError:
             killed += 1
             allowed += 1
+            if killed == 5:  # meanwhile nothing runs that could take it up again
+                with pytest.raises(InputError, match="a document is being forgotten"):
+                    project.run(monkeypatch, Job.REFRESH)
+                with pytest.raises(InputError, match="a document is being forgotten"):
+                    back_up(project.home, project.root / "backup", lambda _done, _total: None)
     monkeypatch.undo()
+    assert losses.exists()
+    assert not unfinished.exists()
+    losses.unlink()
     assert killed > 10
     assert telling(project.home.root, own) == []
     found = audited(project)
@@ -372,12 +401,20 @@ def test_the_audit_finds_what_came_back(project: Project) -> None:
     assert any(re.match(f"{name}: .*documents.parquet: .*was forgotten", line) for line in there)
 
 
-def test_a_backup_forgets_with_its_home(project: Project, tmp_path: Path) -> None:
+def test_a_backup_forgets_with_its_home(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = selected_document(project)
     own = own_pieces(project, gone["sha256"])
     backup = tmp_path / "backup"
     back_up(project.home, backup, lambda _done, _total: None)
     assert telling(backup, own)
+    # A dataset that nobody looks through, for it was pruned.
+    project.facts["filtered"] = {"whole_documents_from": 0.2}
+    project.write()
+    assert project.run(monkeypatch, Job.RESELECT) is None
+    for left in leftovers(store(project), shard_names(store(project), project.recipe)):
+        remove(left)
     forget(project, gone["doc_id"])
     back_up(project.home, backup, lambda _done, _total: None)
     assert telling(backup, own) == []
