@@ -71,9 +71,9 @@ def forget(
     """Take documents out of the home for good, with all their copies, and never read them again.
 
     Says first what holds them and which models learned from them, and asks. Texts are emptied and
-    tokens become end-of-text tokens, in place; datasets that hold them are removed, and selected
-    anew by the standing scores. What was recorded of them stays, without text. Models stay as they
-    are, and `audit` names those that learned from them.
+    tokens become end-of-text tokens, in place; datasets that hold them are removed, and unfinished
+    work but for losses. In the end the job `refresh` selects anew. What was recorded of them stays,
+    without text. Models stay as they are, and `audit` names those that learned from them.
     """
     from pipelines.display import show_progress
     from pipelines.forgetting import forget as take_out
