@@ -105,21 +105,19 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
     for folder in _folders(artifacts):
         entry = entries.get(str(folder.relative_to(artifacts.at.root)), {})
         shard = entry.get("partition") if entry.get("asset") == "corpus_tokens" else None
-        finished = (folder / MANIFEST).exists()
-        for spans in sorted(folder.rglob("spans.parquet")) if finished else []:
+        if not (folder / MANIFEST).exists():
+            continue
+        for spans in sorted(folder.rglob("spans.parquet")):
             rows = withdrawal.touched_sequences(spans.parent, document)
             shards = pl.lit(shard, dtype=pl.String).alias("shard")
             tables.append(rows.select(shards, "position", "sha256"))
     here = pl.concat(tables)
-    # What another forgotten document was in has had another sha256, which datasets may have.
-    tables = [pl.read_parquet(made.path / SEQUENCES) for made in tombstones(artifacts)]
-    earlier = [t.join(here, on=["shard", "position"], how="semi") for t in tables]
-    mine = [
-        pl.read_parquet(made.path / SEQUENCES)
-        for made in tombstones(artifacts)
-        if made.facts["sha256"] == document.sha256
-    ]
-    touched = pl.concat([here, *earlier, *mine]).unique(maintain_order=True)
+    # Before another document was taken out of them, some had another sha256, by which datasets may
+    # hold them; and where this one was begun to be taken out, all had.
+    before = {m.facts["sha256"]: pl.read_parquet(m.path / SEQUENCES) for m in tombstones(artifacts)}
+    earlier = [t.join(here, on=["shard", "position"], how="semi") for t in before.values()]
+    mine = before.get(document.sha256, here)
+    touched = pl.concat([here, *earlier, mine]).unique(maintain_order=True)
     holdings = list(_holdings(artifacts, document, touched, entries))
     learned = _learned(artifacts, holdings, touched)
     return Survey(document, holdings, touched, [(name_of(e), e["fingerprint"]) for e in learned])
