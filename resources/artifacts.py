@@ -172,7 +172,11 @@ class ArtifactStore(dg.ConfigurableResource):
         if context.run:
             self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))
-            self.at.refuse_forgetting()
+            try:
+                self.at.refuse_forgetting()  # which looks at the lease after it was begun
+            except InputError:
+                self.teardown_after_execution(context)
+                raise
         if self.recipe:
             work = Work(RECIPE, recipe={"text": self.recipe})
             self._recipe = self.make(work, self._write_recipe).fingerprint

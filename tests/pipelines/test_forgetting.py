@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import numpy as np
@@ -15,7 +16,6 @@ import pytest
 import tokenizers
 
 from assets import forgetting
-from assets.common import shard_names
 from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.files import lock
@@ -28,7 +28,6 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.backup import back_up, restore
 from resources.ledger import Ledger
-from resources.pruning import leftovers, remove
 from resources.score_store import ScoreStore
 from tests.conftest import Project
 from tests.pipelines.program import colorfilter
@@ -372,8 +371,13 @@ def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.Mon
             killed += 1
             allowed += 1
             if killed == 5:  # meanwhile nothing runs that could take it up again
+                steps = -1_000
                 with pytest.raises(InputError, match="a document is being forgotten"):
                     project.run(monkeypatch, Job.REFRESH)
+                # Nor a run of the web UI, whose process begins with its resources.
+                context = SimpleNamespace(run=SimpleNamespace(run_id="of-the-ui"))
+                with pytest.raises(InputError, match="a document is being forgotten"):
+                    store(project).setup_for_execution(context)  # type: ignore[arg-type]
                 with pytest.raises(InputError, match="a document is being forgotten"):
                     back_up(project.home, project.root / "backup", lambda _done, _total: None)
     monkeypatch.undo()
@@ -407,14 +411,17 @@ def test_a_backup_forgets_with_its_home(
     gone = selected_document(project)
     own = own_pieces(project, gone["sha256"])
     backup = tmp_path / "backup"
-    back_up(project.home, backup, lambda _done, _total: None)
-    assert telling(backup, own)
-    # A dataset that nobody looks through, for it was pruned.
+    # A dataset that nobody looks through in the home, for it is pruned there.
     project.facts["filtered"] = {"whole_documents_from": 0.2}
     project.write()
     assert project.run(monkeypatch, Job.RESELECT) is None
-    for left in leftovers(store(project), shard_names(store(project), project.recipe)):
-        remove(left)
+    whole = store(project).current(f"{ARM}/filtered_dataset").path
+    back_up(project.home, backup, lambda _done, _total: None)
+    del project.facts["filtered"]
+    project.write()
+    assert project.run(monkeypatch, Job.RESELECT) is None
+    shutil.rmtree(whole)
+    assert any(whole.name in path.parts for path in telling(backup, own))
     forget(project, gone["doc_id"])
     back_up(project.home, backup, lambda _done, _total: None)
     assert telling(backup, own) == []
