@@ -13,15 +13,12 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
-import tokenizers
 
 from assets import forgetting
 from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from colorfilter.order import training_order
-from colorfilter.tokens import END_OF_TEXT
-from pipelines.auditing import Audit, audit
 from pipelines.forgetting import forget as take_out
 from pipelines.forgetting import look_up
 from pipelines.settings import Job
@@ -31,11 +28,10 @@ from resources.ledger import Ledger
 from resources.score_store import ScoreStore
 from tests.conftest import Project
 from tests.pipelines.program import colorfilter
+from tests.pipelines.tampering import audited, lines
+from tests.pipelines.traces import letters, pieces, telling
 
 ARM = "reference/color_tau4"
-PIECE = 30
-HASHES = {"doc_id", "sha256", "model", "shard"}
-BETWEEN = "Q" * PIECE  # texts, so that the end of one and the beginning of another make no piece
 
 
 @pytest.fixture
@@ -48,15 +44,6 @@ def store(project: Project) -> ArtifactStore:
     return ArtifactStore(home=str(project.home.root))
 
 
-def audited(project: Project, **how: object) -> Audit:
-    return audit(project.recipe, project.home, lambda _name, _size: lambda _amount: None, **how)  # type: ignore[arg-type]
-
-
-def lines(project: Project) -> list[str]:
-    """What does not hold."""
-    return [str(f) for f in audited(project).findings if not f.warning]
-
-
 def documents(project: Project) -> pl.DataFrame:
     """The corpus's documents, each with its shard."""
     entries = store(project).entries()
@@ -67,14 +54,6 @@ def documents(project: Project) -> pl.DataFrame:
         for (asset, partition), e in sorted(entries.items(), key=str)
         if asset == "raw_corpus"
     )
-
-
-def letters(text: str) -> str:
-    return re.sub(r"\\[nrt]|\W|_", "", text)
-
-
-def pieces(text: str) -> set[str]:
-    return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
 
 
 def own_pieces(project: Project, sha256: str) -> set[str]:
@@ -90,42 +69,6 @@ def own_pieces(project: Project, sha256: str) -> set[str]:
             own -= pieces(letters(text))
     assert len(own) > 20
     return own
-
-
-def contents(root: Path) -> Iterator[tuple[Path, str]]:
-    """Everything below a folder as text: columns of tables, decoded tokens, databases, files."""
-    (vocabulary,) = {f.read_bytes() for f in root.rglob("tokenizer.json")}
-    tokenizer = tokenizers.Tokenizer.from_buffer(vocabulary)
-    for path in root.rglob("*"):
-        if path.suffix == ".parquet":
-            table = pl.read_parquet(path)
-            strings = [
-                c for c, kind in table.schema.items() if kind == pl.String and c not in HASHES
-            ]
-            yield path, BETWEEN.join(text or "" for c in strings for text in table[c])
-        elif path.name == "tokens.npy":
-            tokens = np.load(path).ravel().tolist()
-            text = tokenizer.decode(tokens, skip_special_tokens=False)
-            yield path, text.replace(END_OF_TEXT, BETWEEN)
-        elif path.suffix == ".duckdb" and path.stat().st_size:
-            with duckdb.connect(str(path), read_only=True) as connection:
-                query = """
-                    SELECT table_name, column_name FROM duckdb_columns()
-                    WHERE data_type = 'VARCHAR' AND NOT internal
-                """
-                for table, column in connection.execute(query).fetchall():
-                    if column not in HASHES:
-                        rows = connection.execute(f'SELECT "{column}" FROM "{table}"').fetchall()
-                        yield path, BETWEEN.join(str(value) for (value,) in rows)
-        elif path.suffix == ".html":
-            yield path, re.sub(r"<[^>]*>", "", path.read_text())
-        elif path.is_file() and path.suffix != ".safetensors":
-            yield path, path.read_bytes().decode("utf-8", "ignore")
-
-
-def telling(root: Path, own: set[str]) -> list[Path]:
-    """Files that have one of these pieces, found without the code that withdraws."""
-    return [path for path, text in contents(root) if not own.isdisjoint(pieces(letters(text)))]
 
 
 def rows_of(project: Project, name: str = ARM) -> pl.DataFrame:
