@@ -5,7 +5,6 @@ stopped on the way goes on when it is asked for again: the tables that have the 
 which the rest is known, come last.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from assets.explained import DOC_ID, PLACE
 from assets.tombstones import SEQUENCES, tombstones
 from colorfilter import withdrawal
 from colorfilter.errors import InputError
@@ -25,8 +25,6 @@ from resources.ledger import FORGOTTEN, Entry
 from resources.lineage import Lineage, name_of
 from resources.pruning import folders
 
-PLACE = re.compile(r"(.+):(\d+)")
-DOC_ID = re.compile(r"[0-9a-f]{6,20}")
 TEXTS = {"raw_corpus", "sample_plan", "domain_text"}  # the assets that have texts themselves
 TOUCHED = {"shard": pl.String, "position": pl.Int64, "sha256": pl.String}
 
@@ -100,7 +98,7 @@ def _documents(artifacts: ArtifactStore, wanted: pl.Expr) -> pl.DataFrame:
 
 def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
     """Everything that holds a document or learned from it."""
-    entries = {entry["path"]: entry for entry in artifacts.ledger}
+    entries = artifacts.ledger.by_path()
     tables = [pl.DataFrame(schema=TOUCHED)]
     for folder in _folders(artifacts):
         entry = entries.get(str(folder.relative_to(artifacts.at.root)), {})
@@ -235,7 +233,7 @@ def forget(artifacts: ArtifactStore, found: Survey) -> Artifact:
     tombstone = artifacts.make(work, build)
     # What an attempt that was stopped has taken out, and may not have entered, is in its tombstone.
     before = [Holding(**facts) for facts in tombstone.facts["held"]]
-    entries = {entry["path"]: entry for entry in artifacts.ledger}
+    entries = artifacts.ledger.by_path()
     for holding in [*found.holdings, *before]:
         folder = artifacts.at.root / holding.path
         for file in [folder / name for name in holding.emptied]:
@@ -253,7 +251,7 @@ def forget(artifacts: ArtifactStore, found: Survey) -> Artifact:
 
 def remaining(artifacts: ArtifactStore) -> Iterator[Finding]:
     """What still holds a forgotten document and, as warnings, what learned from one."""
-    entries = {entry["path"]: entry for entry in artifacts.ledger}
+    entries = artifacts.ledger.by_path()
     current = {(name_of(e), e["fingerprint"]) for e in artifacts.entries().values()}
     for made in tombstones(artifacts):
         facts = made.facts

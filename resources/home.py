@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from colorfilter.errors import InputError
 from colorfilter.files import is_locked, lock, write_text_atomically
 from colorfilter.shards import Shard
@@ -109,13 +107,6 @@ class Home:
                 f"home {self.root}: a document is being forgotten; wait for that or, where it was "
                 "stopped, run the same `colorfilter forget` again"
             )
-
-    @property
-    def has_history(self) -> bool:
-        """Whether Dagster keeps a history: here, or in a database that its settings name."""
-        settings = self.dagster / "dagster.yaml"
-        elsewhere = settings.exists() and "storage" in yaml.safe_load(settings.read_text())
-        return elsewhere or (self.dagster / "history").exists()
 
     def run_lease(self, run_id: str) -> Path:
         """The file that the process of a Dagster run keeps locked as long as it lives."""

@@ -67,6 +67,10 @@ class Ledger:
         """The current entry of every asset's partition. What has been read is not read again."""
         return _current(self.path)
 
+    def by_path(self) -> dict[str, Entry]:
+        """The last entry of every artefact's folder."""
+        return {entry["path"]: entry for entry in self}
+
     def head(self) -> str:
         """The hash of the last entry: with all before in it."""
         if not self.path.exists():

@@ -199,26 +199,19 @@ class ScoreStore(dg.ConfigurableResource):
         path = Home(self.home).scores
         if not path.exists():
             return
-        with self._next(path) as connection:
-            connection.execute(
-                "UPDATE documents SET extra = '{}', n_chars = 0 WHERE list_contains(?, sha256)",
-                [list(texts)],
-            )
-        with lock(Home(self.home).leases / path.name):
-            temporary = path.with_suffix(".next")
-            temporary.unlink(missing_ok=True)
-            require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
-            with contextlib.closing(duckdb.connect()) as connection:
-                limit_memory(connection, path, PUBLISHING_MEMORY)
-                for name, place, how in (
-                    ("old", path, "READ_ONLY"),
-                    ("next", temporary, f"STORAGE_VERSION '{STORAGE_VERSION}'"),
-                ):
-                    file = str(place).replace("'", "''")
-                    connection.execute(f"ATTACH '{file}' AS {name} ({how})")
-                connection.execute("COPY FROM DATABASE old TO next")
-                connection.execute("DETACH next")
-            write_atomically(temporary, path)
+        require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
+        carried = (
+            "* REPLACE (CASE WHEN list_contains($texts, sha256) THEN '{}' ELSE extra END AS extra, "
+            "CASE WHEN list_contains($texts, sha256) THEN 0 ELSE n_chars END AS n_chars)"
+        )
+        with self._next(path, SCHEMA, fresh=True) as connection:
+            place = str(path).replace("'", "''")
+            connection.execute(f"ATTACH '{place}' AS old (READ_ONLY)")
+            tables = "SELECT table_name FROM duckdb_tables() WHERE database_name = 'old'"
+            for (table,) in fetch(connection, tables):
+                columns = carried if table == "documents" else "*"
+                query = f"INSERT INTO {table} BY NAME SELECT {columns} FROM old.{table}"
+                connection.execute(query, {"texts": list(texts)} if columns == carried else {})
 
     def publish_results(
         self,

@@ -53,15 +53,3 @@ def test_settings_of_dagster_are_written_once(tmp_path: Path) -> None:
     settings.write_text("mine: true")
     home.claim("one")
     assert settings.read_text() == "mine: true"
-
-
-def test_dagsters_history_may_be_kept_elsewhere(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    assert not home.has_history
-    home.claim("one")
-    assert not home.has_history
-    (home.dagster / "history").mkdir()
-    assert home.has_history
-    (home.dagster / "history").rmdir()
-    (home.dagster / "dagster.yaml").write_text("storage: {postgres: {postgres_url: x}}")
-    assert home.has_history
