@@ -1,10 +1,13 @@
 """What is done in a worker process that has a device: chunks scored, models trained, evaluated."""
 
+import contextlib
 import functools
+import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +15,8 @@ from transformers import PreTrainedModel
 
 from colorfilter import body, models, scoring, token_losses, training, workers
 from colorfilter.scoring import Losses, Receipt, Scorer
-from colorfilter.tokens import Encoder, open_tokens, real_tokens
+from colorfilter.storage import Kept, Place, borrowed, here
+from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
 
 # What is tried in turn where a precision is asked for.
@@ -52,45 +56,69 @@ def own_device() -> torch.device:
     return torch.device(kind())
 
 
-def score(
-    checkpoints: Mapping[str, Path],
-    tokens: Path,
-    shard: str,
-    start: int,
-    stop: int,
-    outs: Mapping[str, Path],
-    precision: str,
-    boundary: int | None,
-) -> list[Receipt]:
-    """Score and commit a chunk, by models given as fingerprint -> checkpoint."""
+@dataclass(frozen=True)
+class Chunk:
+    """Sequences [start, stop) of packed tokens, to score by models: fingerprint -> checkpoint, and
+    -> place of its losses. `boundary` as in labels.shifted_labels.
+    """
+
+    models: Mapping[str, Place]
+    tokens: Place
+    shard: str
+    start: int
+    stop: int
+    outs: Mapping[str, Place]
+    precision: str
+    boundary: int | None
+
+    def __str__(self) -> str:
+        return f"sequences {self.start:,} to {self.stop:,} of shard {self.shard}"
+
+
+class Took(NamedTuple):
+    """What a piece of work took: tokens, seconds, on which kind of device, on which machine."""
+
+    tokens: int
+    seconds: float
+    device: str
+    node: str
+
+
+def _took(tokens: int, begun: float) -> Took:
+    return Took(tokens, time.perf_counter() - begun, kind(), workers.node())
+
+
+def score(chunk: Chunk) -> list[Receipt]:
+    """Score and commit a chunk."""
     torch.set_num_threads(1)
-    for gone in _loaded.keys() - {(m, precision) for m in checkpoints}:
+    for gone in _loaded.keys() - {(m, chunk.precision) for m in chunk.models}:
         del _loaded[gone]
-    sample = open_tokens(tokens)[:1]
-    scorers = {m: _scorer(m, path, precision, sample) for m, path in checkpoints.items()}
+    sample = read_tokens(chunk.tokens, 0, 1)
+    checkpoints = {m: here(place) for m, place in chunk.models.items()}
+    scorers = {m: _scorer(m, path, chunk.precision, sample) for m, path in checkpoints.items()}
     receipts = scoring.score_chunk(
         scorers,
-        tokens,
-        shard,
-        start,
-        stop,
-        outs,
-        boundary,
+        chunk.tokens,
+        chunk.shard,
+        chunk.start,
+        chunk.stop,
+        chunk.outs,
+        chunk.boundary,
         exact=lambda model: _scorer(model, checkpoints[model], "float32", sample),
         progress=workers.report,
     )
     return [replace(r, matrix_share=_matrix_share(scorers[r.model], r)) for r in receipts]
 
 
-def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
-    """Train as the spec says, on so many CPU threads; also the tokens and seconds it took.
+def train(
+    spec: TrainSpec, threads: int, places: Mapping[Path, Place]
+) -> tuple[list[Checkpoint], Took]:
+    """Train as the spec says, on so many CPU threads; also what it took.
 
-    On fewer where a step has little to divide between them.
+    On fewer where a step has little to divide between them. `places` says where the spec's folders
+    lie for all machines.
     """
     _loaded.clear()
-    step = spec.training.batch_sequences * open_tokens(spec.tokens).shape[1]
-    torch.set_num_threads(max(1, min(threads, step // TOKENS_PER_THREAD)))
-    body.prefer_onednn()
     tokens = 0
 
     def count(amount: int) -> None:
@@ -99,45 +127,88 @@ def train(spec: TrainSpec, threads: int) -> tuple[list[Checkpoint], int, float]:
         workers.report(amount)
 
     begun = time.perf_counter()
-    checkpoints = training.train(spec, own_device(), count)
-    return checkpoints, tokens, time.perf_counter() - begun
+    with _on_this_machine(spec, places) as (own, keep):
+        step = own.training.batch_sequences * open_tokens(own.tokens).shape[1]
+        torch.set_num_threads(max(1, min(threads, step // TOKENS_PER_THREAD)))
+        body.prefer_onednn()
+        checkpoints = training.train(own, own_device(), count, keep)
+    made = [replace(c, path=spec.out / c.path.name) for c in checkpoints]
+    return made, _took(tokens, begun)
 
 
-def evaluate(checkpoint: Path, tokens: Path) -> tuple[Losses, int, float]:
-    """Losses of packed tokens by one checkpoint, in float32; also the tokens and seconds."""
+@contextlib.contextmanager
+def _on_this_machine(
+    spec: TrainSpec, places: Mapping[Path, Place]
+) -> Iterator[tuple[TrainSpec, Callable[[], None]]]:
+    """The spec with its folders on this machine, and what keeps what was made so far elsewhere."""
+    with contextlib.ExitStack() as until_trained:
+
+        @functools.cache
+        def lent(folder: Path) -> Path:
+            return until_trained.enter_context(borrowed(places[folder]))
+
+        out, keep = places[spec.out], training.keep_nothing
+        if not isinstance(out, Path):
+            scratch = until_trained.enter_context(
+                tempfile.TemporaryDirectory(prefix="colorfilter-")
+            )
+            kept = Kept(Path(scratch), out)
+            out, keep = kept.folder, kept.push
+        start, online = spec.start, spec.online
+        if isinstance(start, str) and Path(start) in places:
+            start = str(lent(Path(start)))
+        if online:
+            pool = lent(online.conditional.parent)
+            online = replace(online, conditional=pool / online.conditional.name)
+        own = replace(
+            spec,
+            start=start,
+            tokens=lent(spec.tokens),
+            tokenizer=lent(spec.tokenizer),
+            held_out=spec.held_out and lent(spec.held_out),
+            online=online,
+            out=out,
+        )
+        yield own, keep
+
+
+def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Took]:
+    """Losses of packed tokens by one checkpoint, in float32; also what it took."""
     torch.set_num_threads(1)
-    scorers = [Scorer(_load(checkpoint, "float32"))]
+    scorers = [Scorer(_load(here(checkpoint), "float32"))]
     begun = time.perf_counter()
-    rows, n_tokens = open_tokens(tokens), real_tokens(tokens)
+    rows, n_tokens = read_tokens(tokens), real_tokens(tokens)
     (losses,) = scoring.sequence_losses(scorers, rows, n_tokens, progress=workers.report)
-    return losses, int(n_tokens.sum()), time.perf_counter() - begun
+    return losses, _took(int(n_tokens.sum()), begun)
 
 
-def evaluate_tasks(checkpoint: Path, items: Path) -> tuple[dict[str, float], int, float]:
-    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them; also the
-    tokens and seconds.
+def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], Took]:
+    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them; also what it
+    took.
     """
     from colorfilter import harness
 
     torch.set_num_threads(1)
-    model = _load(checkpoint, "float32")
-    scored = harness.ScoredModel(model, Encoder(checkpoint), workers.report)
+    folder = here(checkpoint)
+    model = _load(folder, "float32")
+    scored = harness.ScoredModel(model, Encoder(folder), workers.report)
     begun = time.perf_counter()
-    metrics = harness.evaluate(scored, items)
-    return metrics, scored.tokens, time.perf_counter() - begun
+    with borrowed(items) as folder_of_items:
+        metrics = harness.evaluate(scored, folder_of_items)
+    return metrics, _took(scored.tokens, begun)
 
 
 def losses_by_token(
-    checkpoint: Path, tokens: np.ndarray, boundary: int | None
-) -> tuple[np.ndarray, int, float]:
-    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses; also the
-    tokens and seconds.
+    checkpoint: Place, tokens: np.ndarray, boundary: int | None
+) -> tuple[np.ndarray, Took]:
+    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses; also what it
+    took.
     """
     torch.set_num_threads(1)
-    model = models.to_device(models.load(checkpoint), own_device())
+    model = models.to_device(models.load(here(checkpoint)), own_device())
     begun = time.perf_counter()
     losses = token_losses.token_losses(model, tokens, boundary)
-    return losses, tokens.size, time.perf_counter() - begun
+    return losses, _took(tokens.size, begun)
 
 
 def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:

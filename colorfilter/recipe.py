@@ -317,6 +317,36 @@ class Refresh(Section):
     limits: Limits = Limits.model_validate({})
 
 
+class Compute(Section):
+    """Where models are run. It decides no result: nothing is computed again when it changes."""
+
+    backend: Literal["local", "ray"] = Field("local", description="this machine or a Ray cluster")
+    address: str | None = Field(
+        None, description="of the cluster; by default RAY_ADDRESS, else one is started here"
+    )
+    storage: str | None = Field(
+        None,
+        description="folder or URI (s3://, gs://) that all nodes read and write; by default the "
+        "home lies on a file system that all see",
+    )
+    workers: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many, to be asked for (default: one per device there is)"
+    )
+
+    @model_validator(mode="after")
+    def of_a_cluster(self) -> Self:
+        set_ = [n for n in ("address", "storage", "workers") if getattr(self, n) is not None]
+        if set_ and self.backend == "local":
+            raise ValueError(f"{set_[0]} belongs to backend: ray")
+        if self.storage and not self.storage.startswith("/") and "://" not in self.storage:
+            raise ValueError("storage: give an absolute folder or a URI such as s3://bucket/folder")
+        if self.storage and ("@" in self.storage or "?" in self.storage):
+            raise ValueError(
+                "storage: no credentials in a recipe; its library finds them in the environment"
+            )
+        return self
+
+
 class Recipe(Section):
     """The whole experiment."""
 
@@ -333,6 +363,7 @@ class Recipe(Section):
     evaluation: Evaluation
     filtered: Filtered = Filtered(whole_documents_from=None)
     refresh: Refresh = Refresh.model_validate({})
+    compute: Compute = Compute.model_validate({})
 
     @model_validator(mode="after")
     def parts_fit(self) -> Self:

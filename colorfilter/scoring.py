@@ -16,12 +16,13 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import body, loss
-from colorfilter.files import file_sha256, write_atomically
+from colorfilter import body, loss, storage, workers
+from colorfilter.files import file_sha256
 from colorfilter.labels import shifted_labels
 from colorfilter.models import head_weight, weights_per_token
 from colorfilter.progress import Progress, silent
-from colorfilter.tokens import open_tokens, real_tokens
+from colorfilter.storage import Place
+from colorfilter.tokens import read_tokens, real_tokens
 
 # Tokens in a batch by kind of device: what stays in a core's cache, or fills a device.
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
@@ -38,7 +39,8 @@ class Receipt:
 
     `unscored` of the sequences have no label and so no row. `seconds` is this model's share of the
     time, 0 for a chunk found standing. `kernel` is the form that was used, `matrix_share` the rate
-    of the products with the model's weights as a share of that of one large product.
+    of the products with the model's weights as a share of that of one large product; `device` and
+    `node` say where.
     """
 
     model: str
@@ -53,6 +55,8 @@ class Receipt:
     kernel: str | None = None
     precision: str | None = None
     matrix_share: float | None = None
+    device: str | None = None
+    node: str | None = None
 
 
 class Scorer:
@@ -184,41 +188,54 @@ def plan_chunks(
     """The receipts of each model's chunks that stand in its folder of `outs`, and the ranges of
     those that are missing, each with the models it is missing of.
 
-    What a killed run left half-written, and chunks that were damaged since, are removed.
+    Chunks of any size stand, such as those of another kind of device. What a killed run left
+    half-written, and chunks that were damaged since, are removed.
     """
     n_tokens = real_tokens(tokens)
-    standing: dict[str, list[Receipt]] = {m: [] for m in outs}
+    standing: dict[str, list[Receipt]] = {}
     missing: dict[Range, list[str]] = {}
     for model, out in outs.items():
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
-        for start in range(0, len(n_tokens), chunk):
-            stop = min(start + chunk, len(n_tokens))
-            receipt = _standing(model, out, start, stop, n_tokens[start:stop])
-            if receipt:
-                standing[model].append(receipt)
-            else:
-                missing.setdefault((start, stop), []).append(model)
+        standing[model] = _standing(model, out, n_tokens)
+        stops = [0, *(r.stop for r in standing[model])]
+        starts = [*(r.start for r in standing[model]), len(n_tokens)]
+        for first, last in zip(stops, starts, strict=True):
+            for start in range(first - first % chunk, last, chunk):
+                piece = max(first, start), min(start + chunk, last)
+                if first < last:
+                    missing.setdefault(piece, []).append(model)
     return standing, missing
 
 
-def _standing(model: str, out: Path, start: int, stop: int, n_tokens: np.ndarray) -> Receipt | None:
-    for path in sorted(out.glob(f"{_stem(start, stop)}-*.parquet")):
+def _standing(model: str, out: Path, n_tokens: np.ndarray) -> list[Receipt]:
+    """The chunks in a folder, in order; those that are damaged or overlap are removed."""
+    receipts: list[Receipt] = []
+    for path in sorted(out.glob("losses-*.parquet")):
+        start, stop = chunk_range(path.name)
         sha256 = file_sha256(path)
-        if sha256.startswith(path.stem.rpartition("-")[2]):
-            return _receipt(model, path, sha256, start, stop, n_tokens)
-        path.unlink()
-    return None
+        whole = sha256.startswith(path.stem.rpartition("-")[2]) and stop <= len(n_tokens)
+        if whole and start >= (receipts[-1].stop if receipts else 0):
+            receipts.append(_receipt(model, path, path.name, sha256, n_tokens[start:stop]))
+        else:
+            path.unlink()
+    return receipts
+
+
+def chunk_range(name: str) -> Range:
+    """The sequences whose losses a chunk of this name holds."""
+    _, start, stop, _ = name.split("-")
+    return int(start), int(stop)
 
 
 def score_chunk(
     scorers: Mapping[str, Scorer],
-    tokens: Path,
+    tokens: Place,
     shard: str,
     start: int,
     stop: int,
-    outs: Mapping[str, Path],
+    outs: Mapping[str, Place],
     boundary: int | None = None,
     exact: Callable[[str], Scorer] | None = None,
     progress: Progress = silent,
@@ -232,7 +249,7 @@ def score_chunk(
     `progress` as in sequence_losses.
     """
     begun = time.perf_counter()
-    rows = open_tokens(tokens)[start:stop]
+    rows = read_tokens(tokens, start, stop)
     n_tokens = real_tokens(tokens)[start:stop]
     tables = []
     losses = sequence_losses(list(scorers.values()), rows, n_tokens, boundary, progress)
@@ -256,26 +273,28 @@ def score_chunk(
     seconds = (time.perf_counter() - begun) / len(scorers)
     receipts = []
     for model, table in tables:
-        temporary = outs[model] / f"{_stem(start, stop)}.tmp"
-        table.write_parquet(temporary, compression="zstd")
-        sha256 = file_sha256(temporary)
-        path = outs[model] / f"{_stem(start, stop)}-{sha256[:16]}.parquet"
-        write_atomically(temporary, path)
-        receipt = _receipt(model, path, sha256, start, stop, n_tokens)
-        scorer = scorers[model]
+        out, scorer = outs[model], scorers[model]
+        with storage.begun(out) as temporary:
+            table.write_parquet(temporary, compression="zstd")
+            sha256 = file_sha256(temporary)
+            name = f"losses-{start:010d}-{stop:010d}-{sha256[:16]}.parquet"
+            receipt = _receipt(model, temporary, name, sha256, n_tokens)
+            storage.commit(temporary, out, name)
         receipts.append(
-            replace(receipt, seconds=seconds, kernel=scorer.form, precision=scorer.precision)
+            replace(
+                receipt,
+                seconds=seconds,
+                kernel=scorer.form,
+                precision=scorer.precision,
+                device=scorer.device.type,
+                node=workers.node(),
+            )
         )
     return receipts
 
 
-def _receipt(
-    model: str, path: Path, sha256: str, start: int, stop: int, n_tokens: np.ndarray
-) -> Receipt:
+def _receipt(model: str, path: Path, name: str, sha256: str, n_tokens: np.ndarray) -> Receipt:
     scored = pl.scan_parquet(path).select(pl.len()).collect().item()
-    n = stop - start
-    return Receipt(model, path.name, sha256, start, stop, n, n - scored, int(n_tokens.sum()))
-
-
-def _stem(start: int, stop: int) -> str:
-    return f"losses-{start:010d}-{stop:010d}"
+    n = len(n_tokens)
+    start, stop = chunk_range(name)
+    return Receipt(model, name, sha256, start, stop, n, n - scored, int(n_tokens.sum()))

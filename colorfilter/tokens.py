@@ -24,14 +24,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 
 from colorfilter.errors import InputError, one_line
 from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
+from colorfilter.storage import Place, open_file, read_rows
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 250_000
+TOKENS = "tokens.npy"
+SEQUENCES_FILE = "sequences.parquet"
 
 SEQUENCES = pa.schema([("position", pa.int64()), ("n_tokens", pa.int32()), ("sha256", pa.string())])
 SPANS = pa.schema(
@@ -201,8 +205,8 @@ class _Packer:
     """Appends documents to the three files of a packed folder."""
 
     def __init__(self, folder: Path, length: int, dtype: type, end_of_text: int) -> None:
-        self._tokens = _GrowingArray(folder / "tokens.npy", length, dtype)
-        self._sequences = TableWriter(folder / "sequences.parquet", SEQUENCES)
+        self._tokens = _GrowingArray(folder / TOKENS, length, dtype)
+        self._sequences = TableWriter(folder / SEQUENCES_FILE, SEQUENCES)
         self._spans = TableWriter(folder / "spans.parquet", SPANS)
         self._row: np.ndarray = np.full(length, end_of_text, dtype=dtype)
         self._used = 0
@@ -297,11 +301,22 @@ class _GrowingArray:
 
 def open_tokens(folder: Path) -> np.ndarray:
     """The packed sequences of a folder, memory-mapped: [n_sequences, T]."""
-    tokens: np.ndarray = np.load(folder / "tokens.npy", mmap_mode="r")
+    tokens: np.ndarray = np.load(folder / TOKENS, mmap_mode="r")
     return tokens
 
 
-def real_tokens(folder: Path) -> np.ndarray:
+def read_tokens(place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The packed sequences [start, stop) of a place: [n, T]. Of a URI only their bytes are read."""
+    if isinstance(place, Path):
+        return open_tokens(place)[start:stop]
+    return read_rows(place, TOKENS, start, stop)
+
+
+def real_tokens(place: Place) -> np.ndarray:
     """How many real tokens each packed sequence has, int64 [n_sequences]."""
-    column = pl.read_parquet(folder / "sequences.parquet", columns=["n_tokens"])["n_tokens"]
+    if isinstance(place, Path):
+        column = pl.read_parquet(place / SEQUENCES_FILE, columns=["n_tokens"])["n_tokens"]
+    else:
+        with open_file(place, SEQUENCES_FILE) as stream:
+            column = pl.Series(pq.read_table(stream, columns=["n_tokens"])["n_tokens"])
     return column.cast(pl.Int64).to_numpy(writable=True)

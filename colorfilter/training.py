@@ -14,7 +14,7 @@ from it and ends with the same bits as an undisturbed one on the same machine.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from colorfilter.tokens import Encoder, open_tokens, real_tokens
 # By kind of device. A CPU gains nothing from more, and keeps every layer's attention weights.
 MICRO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 CHECKPOINT_SECONDS = 30.0
+SAVING_PAUSE = 20.0  # times what it took to write and keep the last state, at least
 CURVE_POINTS = 5
 
 
@@ -57,6 +58,9 @@ class TrainSpec:
     out: Path
     held_out: Path | None = None  # packed sequences, for the learning curve
     online: Online | None = None  # choose from `tokens` while learning; one end point
+
+    def __str__(self) -> str:
+        return f"training in {self.out}"
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,25 @@ class _Phase:
     branch: bool
 
 
+def keep_nothing() -> None:
+    """For a folder that lasts."""
+
+
 def train(
     spec: TrainSpec,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    keep: Callable[[], None] = keep_nothing,
 ) -> list[Checkpoint]:
     """Train as the spec says and return a checkpoint per end point, `<out>/tokens-<n>/`.
 
     `<out>/curve.parquet` holds endpoint, step, tokens, loss (nats per token), learning_rate and,
     at some steps, held_out_loss. `progress` is called with the tokens of every finished step.
-    A run that was killed goes on from its last state. Raises OSError where the disk has no room for
-    its states and checkpoints.
+    A run that was killed goes on from its last state; `keep` is called when one was written, and in
+    the end, where the folder does not outlive the process. Raises OSError where the disk has no
+    room for its states and checkpoints.
     """
-    return _Run(spec, torch.device(device), progress).run()
+    return _Run(spec, torch.device(device), progress, keep).run()
 
 
 def planned_tokens(spec: TrainSpec) -> int:
@@ -159,8 +169,11 @@ def learning_rate(training: Training, step: int, first_end: int, end: int, branc
 
 
 class _Run:
-    def __init__(self, spec: TrainSpec, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self, spec: TrainSpec, device: torch.device, progress: Progress, keep: Callable[[], None]
+    ) -> None:
         self.spec = spec
+        self.keep = keep
         self.device = device
         self.progress = progress
         self.phases = _phases(spec.training, spec.endpoints)
@@ -176,7 +189,7 @@ class _Run:
             self.chooser = Chooser(spec.online, spec.tokens, spec.out, progress)
         self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._begin()
-        self.saved = time.monotonic()
+        self.saved, self.saving = time.monotonic(), 0.0
 
     def _begin(self) -> None:
         self.model = models.to_device(self._initial_model(), self.device).train()
@@ -238,6 +251,7 @@ class _Run:
         write_atomically(out / "curve.tmp", out / "curve.parquet")
         for left in out.glob("*.safetensors"):
             left.unlink()
+        self.keep()
         return list(checkpoints.values())
 
     def _bytes_on_disk(self) -> int:
@@ -283,7 +297,8 @@ class _Run:
                 }
             )
             self.progress(int(self.n_tokens[rows].sum()))
-            if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            pause = max(CHECKPOINT_SECONDS, SAVING_PAUSE * self.saving)
+            if time.monotonic() - self.saved > pause:
                 self._save(running, state)
 
     def _rows(self, first: int, stop: int) -> np.ndarray:
@@ -347,6 +362,7 @@ class _Run:
         return value
 
     def _save(self, path: Path, state: _State) -> None:
+        begun = time.monotonic()
         if self.chooser:
             self.chooser.sync()
         names = dict(self.model.named_parameters())
@@ -359,7 +375,9 @@ class _Run:
         cpu = {n: t.cpu().contiguous() for n, t in tensors.items()}
         safetensors.torch.save_file(cpu, temporary, metadata={"state": json.dumps(scalars)})
         write_atomically(temporary, path)
+        self.keep()
         self.saved = time.monotonic()
+        self.saving = self.saved - begun
 
     def _restore(self, path: Path, curve: list[Any] | None = None) -> _State:
         """Load a state. A trunk's own curve is older than the run's: `curve` stands in for it."""

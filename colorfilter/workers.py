@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, Protocol
 
 from colorfilter.progress import Progress, silent
 
@@ -93,6 +94,15 @@ class Workers:
                 self._stop.clear()
 
 
+class Inside(Protocol):
+    """What a worker knows: which one of its machine's it is, on which, and who listens to it."""
+
+    index: int
+    node: str
+
+    def report(self, amount: int) -> None: ...
+
+
 @dataclass
 class _Inside:
     """What a worker knows of its pool."""
@@ -100,9 +110,21 @@ class _Inside:
     index: int
     done: "Synchronized[int]"
     stop: Event
+    node: str = platform.node()
+
+    def report(self, amount: int) -> None:
+        if self.stop.is_set():
+            raise StoppedError
+        with self.done.get_lock():
+            self.done.value += amount
 
 
-_inside: list[_Inside] = []
+_inside: list[Inside] = []
+
+
+def become(inside: Inside) -> None:
+    """Make this process a worker."""
+    _inside[:] = [inside]
 
 
 def report(amount: int) -> None:
@@ -111,20 +133,22 @@ def report(amount: int) -> None:
     Raises StoppedError if the work is no longer wanted.
     """
     for inside in _inside:
-        if inside.stop.is_set():
-            raise StoppedError
-        with inside.done.get_lock():
-            inside.done.value += amount
+        inside.report(amount)
 
 
 def index() -> int:
-    """In a worker: which one it is, counted from 0."""
+    """In a worker: which one of its machine's it is, counted from 0."""
     return _inside[0].index
+
+
+def node() -> str:
+    """In a worker: the machine that it is on."""
+    return _inside[0].node if _inside else platform.node()
 
 
 def _begin(done: "Synchronized[int]", stop: Event, begun: "Synchronized[int]") -> None:
     with begun.get_lock():
-        _inside[:] = [_Inside(begun.value, done, stop)]
+        become(_Inside(begun.value, done, stop))
         begun.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and decides
     threading.Thread(target=_die_with_parent, daemon=True).start()

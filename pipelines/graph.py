@@ -50,7 +50,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
         ],
         resources={
             "artifacts": ArtifactStore(home=home, recipe=as_text(recipe)),
-            "gpu": Gpu(home=home),
+            "gpu": Gpu(home=home, **recipe.compute.model_dump()),
             "score_store": ScoreStore(home=home),
             # Dagster's own would pickle what an op returns.
             "io_manager": dg.mem_io_manager,

@@ -6,11 +6,13 @@ not stand still when another program takes one of them. Every kernel run leaves 
 `kernel_runs.jsonl` of the home, with the folder of the artefact that it was for.
 """
 
+import contextlib
 import json
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +20,26 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from colorfilter import provenance
+from colorfilter import provenance, storage
 from colorfilter.files import append_line, require_space
 from colorfilter.progress import Progress, silent
+from colorfilter.storage import Alone, Place, Shared
 from colorfilter.workers import Workers, cores
 from resources.home import Home
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from colorfilter.cluster import Cluster
+    from colorfilter.device import Took
     from colorfilter.scoring import Losses, Receipt
     from colorfilter.training import Checkpoint, TrainSpec
 
 
 # Of a sequence's loss in a Parquet chunk, at most.
 BYTES_PER_LOSS = 16
+TALLY_SECONDS = 10.0
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,16 @@ class ScoreJob:
 
 
 class Gpu(dg.ConfigurableResource):
-    """The devices that run the loss kernel: CUDA, else MPS, else CPU."""
+    """The devices that run the loss kernel: CUDA, else MPS, else CPU.
+
+    `backend` and what is beside it are the recipe's (colorfilter.recipe.Compute).
+    """
 
     home: str
+    backend: str = "local"
+    address: str | None = None
+    storage: str | None = None
+    workers: int | None = None
 
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
@@ -75,37 +89,47 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter.scoring import chunk_sequences, plan_chunks
         from colorfilter.tokens import open_tokens
 
+        places, crew = self._places(), self._crew(begin_twice=True)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
-        calls: list[tuple[Any, ...]] = []
+        calls: list[tuple[device.Chunk]] = []
         jobs_of_calls: list[int] = []
         left: Counter[tuple[int, str]] = Counter()
         for i, job in enumerate(jobs):
             length = int(open_tokens(job.tokens).shape[1])
-            chunk = chunk_sequences(job.parameters, length, device.kind())
+            chunk = chunk_sequences(job.parameters, length, crew.kind)
+            for out in job.outs.values():
+                _take_over(places, out)
             standing, missing = plan_chunks(job.tokens, job.outs, chunk)
             for model, found in standing.items():
                 receipts[i, model] = found
                 progress(sum(r.tokens for r in found))
+            tokens = places.share(job.tokens) if missing else job.tokens
             for (start, stop), names in missing.items():
-                models = {m: job.models[m] for m in names}
-                outs = {m: job.outs[m] for m in names}
-                place = (job.tokens, job.shard, start, stop)
-                calls.append((models, *place, outs, job.precision, job.boundary))
+                models = {m: places.share(job.models[m]) for m in names}
+                outs = {m: places.staged(job.outs[m]) for m in names}
+                place = (job.shard, start, stop)
+                calls.append(
+                    (device.Chunk(models, tokens, *place, outs, job.precision, job.boundary),)
+                )
                 jobs_of_calls.append(i)
                 left.update((i, m) for m in names)
-        unscored = sum((stop - start) * len(models) for models, _, _, start, stop, *_ in calls)
+        unscored = sum((chunk.stop - chunk.start) * len(chunk.models) for (chunk,) in calls)
         require_space(Home(self.home).root, BYTES_PER_LOSS * unscored, "scoring")
         for (i, model), found in receipts.items():
             if not left[i, model]:
                 yield jobs[i], model, found
-        for call, done in _workers().run(device.score, calls, progress):
+        tally = _Tally([chunk.shard for (chunk,) in calls])
+        for call, done in crew.run(device.score, calls, progress):
             i = jobs_of_calls[call]
+            tally.add(jobs[i].shard, done[0].node)
             for receipt in done:
                 whole = i, receipt.model
+                places.take(jobs[i].outs[receipt.model], receipt.file)
                 self._record_chunk(jobs[i], receipt)
                 receipts[whole].append(receipt)
                 left[whole] -= 1
                 if not left[whole]:
+                    places.clear(jobs[i].outs[receipt.model])
                     yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
 
     def train(
@@ -118,10 +142,12 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        threads = max(1, cores() // share)
-        calls = [(spec, threads) for spec in specs]
-        for i, (checkpoints, tokens, seconds) in _workers().run(device.train, calls, progress):
-            self._record("train", specs[i].out, tokens, seconds, {"seed": specs[i].seed})
+        places, crew = self._places(), self._crew()
+        threads = max(1, crew.threads // share)
+        calls = [(spec, threads, _lent(places, spec)) for spec in specs]
+        for i, (checkpoints, took) in crew.run(device.train, calls, progress):
+            places.take_all(specs[i].out)
+            self._record("train", specs[i].out, took, {"seed": specs[i].seed})
             yield i, checkpoints
 
     def evaluate(self, checkpoints: Sequence[Path], tokens: Path, folder: Path) -> list["Losses"]:
@@ -131,8 +157,9 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        calls = [(checkpoint, tokens) for checkpoint in checkpoints]
-        losses: list[Losses] = self._evaluated("evaluate", folder, device.evaluate, calls)
+        losses: list[Losses] = self._evaluated(
+            "evaluate", folder, device.evaluate, checkpoints, (self._places().share(tokens),)
+        )
         return losses
 
     def evaluate_tasks(
@@ -149,9 +176,9 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        calls = [(checkpoint, items) for checkpoint in checkpoints]
+        by = (self._places().share(items),)
         metrics: list[dict[str, float]] = self._evaluated(
-            "evaluate_tasks", folder, device.evaluate_tasks, calls, progress
+            "evaluate_tasks", folder, device.evaluate_tasks, checkpoints, by, progress
         )
         return metrics
 
@@ -169,9 +196,8 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        calls = [(checkpoint, tokens, boundary) for checkpoint in checkpoints]
         losses: list[np.ndarray] = self._evaluated(
-            "token_losses", folder, device.losses_by_token, calls
+            "token_losses", folder, device.losses_by_token, checkpoints, (tokens, boundary)
         )
         return losses
 
@@ -180,18 +206,38 @@ class Gpu(dg.ConfigurableResource):
         verb: str,
         folder: Path,
         work: Callable[..., Any],
-        calls: Sequence[tuple[Any, ...]],
+        checkpoints: Sequence[Path],
+        by: tuple[Any, ...],
         progress: Progress = silent,
     ) -> list[Any]:
-        """What `work(checkpoint, ...)` gives of each call, in their order."""
+        """What `work(checkpoint, *by)` gives of each checkpoint, in their order."""
+        places = self._places()
         results: dict[int, Any] = {}
-        for i, (found, tokens, seconds) in _workers().run(work, calls, progress):
-            checkpoint = calls[i][0].relative_to(Home(self.home).root)
-            self._record(verb, folder, tokens, seconds, {"model": str(checkpoint)})
+        calls = [(places.share(checkpoint), *by) for checkpoint in checkpoints]
+        for i, (found, took) in self._crew().run(work, calls, progress):
+            model = checkpoints[i].relative_to(Home(self.home).root)
+            self._record(verb, folder, took, {"model": str(model)})
             results[i] = found
         return [results[i] for i in range(len(calls))]
 
+    def _places(self) -> Alone:
+        """Where the folders of the home lie for those that work."""
+        if self.backend == "local":
+            return Alone()
+        return Shared(Home(self.home).root, self.storage)
+
+    def _crew(self, *, begin_twice: bool = False) -> "Machine | Cluster":
+        """Who works. `begin_twice` where a call that takes long may be begun a second time."""
+        if self.backend == "local":
+            return _machine()
+        from colorfilter.cluster import Cluster
+
+        _connect(self.address)
+        return Cluster(self.workers, begin_twice, dg.get_dagster_logger().warning)
+
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
+        from colorfilter.device import Took
+
         facts = {
             "model": receipt.model,
             "shard": job.shard,
@@ -201,14 +247,10 @@ class Gpu(dg.ConfigurableResource):
             "kernel": receipt.kernel,
             "matrix_share": receipt.matrix_share,
         }
-        folder = job.outs[receipt.model]
-        self._record("score", folder, receipt.tokens, receipt.seconds, facts)
+        took = Took(receipt.tokens, receipt.seconds, str(receipt.device), str(receipt.node))
+        self._record("score", job.outs[receipt.model], took, facts)
 
-    def _record(
-        self, verb: str, folder: Path, tokens: int, seconds: float, facts: Mapping[str, Any]
-    ) -> None:
-        from colorfilter import device
-
+    def _record(self, verb: str, folder: Path, took: "Took", facts: Mapping[str, Any]) -> None:
         home = Home(self.home)
         line = {
             "run_id": self._run_id,
@@ -217,9 +259,8 @@ class Gpu(dg.ConfigurableResource):
             "model": None,
             "shard": None,
             "chunk": None,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "device": device.kind(),
+            **took._asdict(),
+            "seconds": round(took.seconds, 3),
             "precision": "float32",
             "kernel": None,
             "matrix_share": None,
@@ -230,23 +271,103 @@ class Gpu(dg.ConfigurableResource):
         append_line(home.kernel_runs, json.dumps(line, ensure_ascii=False, default=str))
 
 
+class _Tally:
+    """Says from time to time which shards' chunks are done, and by which machines."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self._size = Counter(shards)
+        self._done: Counter[str] = Counter()
+        self._nodes: Counter[str] = Counter()
+        self._said = time.monotonic()
+
+    def add(self, shard: str, node: str | None) -> None:
+        self._done[shard] += 1
+        self._nodes[str(node)] += 1
+        whole = self._done.total() == self._size.total()
+        if whole or time.monotonic() - self._said >= TALLY_SECONDS:
+            self._said = time.monotonic()
+            begun = [s for s, n in self._done.items() if whole or n < self._size[s]]
+            shards = ", ".join(f"{s} {self._done[s]} of {self._size[s]}" for s in begun[:SHOWN])
+            more = f", {len(begun) - SHOWN} more" if len(begun) > SHOWN else ""
+            nodes = ", ".join(f"{node} {n}" for node, n in self._nodes.most_common(SHOWN))
+            dg.get_dagster_logger().info(
+                f"chunks: {self._done.total():,} of {self._size.total():,}; by shard: "
+                f"{shards}{more}; by node: {nodes}"
+            )
+
+
+def _take_over(places: Alone, out: Path) -> None:
+    """Bring in the chunks that workers committed for a run which was killed."""
+    from colorfilter.scoring import chunk_range
+
+    staged = places.staged(out)
+    if staged == out:
+        return
+    there = {chunk_range(path.name) for path in out.glob("losses-*.parquet")}
+    for name in storage.names(staged):
+        if chunk_range(name) not in there:
+            places.take(out, name)
+            there.add(chunk_range(name))
+
+
+def _lent(places: Alone, spec: "TrainSpec") -> dict[Path, Place]:
+    """Where the folders that a training reads and writes lie for those that work."""
+    folders = [spec.tokens, spec.tokenizer]
+    if spec.held_out:
+        folders.append(spec.held_out)
+    if spec.online:
+        folders.append(spec.online.conditional.parent)
+    if isinstance(spec.start, str) and Path(spec.start).is_dir():
+        folders.append(Path(spec.start))
+    return {**{f: places.share(f) for f in folders}, spec.out: places.begun(spec.out)}
+
+
 def release() -> None:
     """End the workers of this process, for one that ends without its interpreter's teardown."""
     while _standing:
         with _standing.pop():
             pass
+    _connection.close()
 
 
-_standing: list[Workers] = []
+@dataclass(frozen=True)
+class Machine:
+    """The devices of this machine: a worker on each, kept from call to call."""
+
+    kind: str
+    workers: Workers
+    threads: int = field(default_factory=cores)
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        progress: Progress = silent,
+    ) -> Iterator[tuple[int, Any]]:
+        """As of Workers."""
+        return self.workers.run(function, arguments, progress)
 
 
-def _workers() -> Workers:
-    """The workers of this process, kept from call to call: to load torch takes seconds."""
+def _machine() -> Machine:
+    """To load torch takes seconds, so the workers are those of this process."""
     import torch
 
     from colorfilter import device
 
+    kind = device.kind()
     if not _standing or _standing[-1].broken:
         counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores()}
-        _standing[:] = [Workers(counts[device.kind()])]
-    return _standing[-1]
+        _standing[:] = [Workers(counts[kind])]
+    return Machine(kind, _standing[-1])
+
+
+def _connect(address: str | None) -> None:
+    """Be connected to the cluster from now on, as long as this process lives."""
+    from colorfilter.cluster import connected, is_connected
+
+    if not is_connected():
+        _connection.enter_context(connected(address))
+
+
+_standing: list[Workers] = []
+_connection = contextlib.ExitStack()

@@ -62,7 +62,8 @@ CREATE TABLE evaluations(
     domain VARCHAR, arm VARCHAR, seed BIGINT, tokens BIGINT, metric VARCHAR, value DOUBLE);
 CREATE TABLE kernel_runs(
     run_id VARCHAR, verb VARCHAR, folder VARCHAR, model VARCHAR, shard VARCHAR, chunk VARCHAR,
-    sequences BIGINT, tokens BIGINT, seconds DOUBLE, device VARCHAR, precision VARCHAR,
+    sequences BIGINT, tokens BIGINT, seconds DOUBLE, device VARCHAR, node VARCHAR,
+    precision VARCHAR,
     kernel VARCHAR, matrix_share DOUBLE, recorded VARCHAR, versions VARCHAR);
 CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,

@@ -1,0 +1,327 @@
+"""Folders that every machine of a cluster reads and writes.
+
+A place is a folder: a Path where all machines see one file system, else the URI of one that fsspec
+knows (`s3://`, `gs://`, ...). Credentials come from each machine's own environment, as the
+filesystem's library reads them, and from nowhere else. Files in a place are whole or not there: an
+object store shows none before its last byte, and on a file system they are renamed.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from colorfilter.errors import InputError, one_line
+from colorfilter.files import lock, write_atomically
+
+Place = Path | str
+
+WHOLE = ".whole"  # written last
+CACHE_SECONDS = 24 * 3600.0  # that a folder is kept on a machine after it was last asked for
+HEADER_BYTES = 4_096  # more than the header of a .npy file takes
+
+
+def here(place: Place) -> Path:
+    """The folder on this machine; of a URI a copy, fetched once and kept for a day of no use."""
+    if isinstance(place, Path):
+        return place
+    cache = _cache()
+    folder = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
+    with lock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            _forget_unused(cache)
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            fetch(place, part)
+            part.rename(folder)
+        os.utime(folder)
+    return folder
+
+
+def _cache() -> Path:
+    """A folder of this user alone: what lies in it is loaded as a model."""
+    cache = Path(tempfile.gettempdir()) / f"colorfilter-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    status = cache.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or cache.is_symlink():
+        raise InputError(f"{cache}: others may write there; remove it or set TMPDIR")
+    return cache
+
+
+def _forget_unused(cache: Path) -> None:
+    for folder in cache.iterdir():
+        if folder.is_dir() and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch(place: Place, folder: Path) -> None:
+    """Copy all files of a place into a folder."""
+    for name in names(place):
+        fetch_file(place, name, folder / name)
+
+
+def fetch_file(place: Place, name: str, path: Path) -> None:
+    """Copy a file of a place to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(place, Path):
+        shutil.copyfile(place / name, temporary)
+    else:
+        filesystem, root = fsspec.core.url_to_fs(place)
+        filesystem.get_file(f"{root}/{name}", str(temporary))
+    write_atomically(temporary, path)
+
+
+def put_file(path: Path, place: Place, name: str) -> None:
+    """Copy a file into a place under a name, whole or not at all."""
+    if isinstance(place, Path):
+        fetch_file(path.parent, path.name, place / name)
+    else:
+        filesystem, root = fsspec.core.url_to_fs(place)
+        filesystem.put_file(str(path), f"{root}/{name}")
+
+
+@contextlib.contextmanager
+def begun(place: Place) -> Iterator[Path]:
+    """A temporary file for what is to be committed to a place, on its file system if it has one."""
+    folder = place if isinstance(place, Path) else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def commit(temporary: Path, place: Place, name: str) -> None:
+    """Put a file that was begun in its place, whole or not at all."""
+    if isinstance(place, Path):
+        write_atomically(temporary, place / name)
+    else:
+        put_file(temporary, place, name)
+
+
+def names(place: Place) -> list[str]:
+    """The files of a place, relative to it, in order; none where it is not there."""
+    if isinstance(place, Path):
+        found = [p.relative_to(place) for p in place.rglob("*") if p.is_file()]
+        return sorted(str(p) for p in found if not p.name.endswith(".tmp"))
+    filesystem, root = fsspec.core.url_to_fs(place)
+    filesystem.invalidate_cache()  # other machines write there
+    try:
+        found = filesystem.find(root)
+    except FileNotFoundError:
+        return []
+    return sorted(path[len(root) :].lstrip("/") for path in found)
+
+
+def remove_file(place: Place, name: str) -> None:
+    """Remove a file of a place."""
+    if isinstance(place, Path):
+        (place / name).unlink(missing_ok=True)
+    else:
+        filesystem, root = fsspec.core.url_to_fs(place)
+        filesystem.rm_file(f"{root}/{name}")
+
+
+def remove(place: Place) -> None:
+    """Remove a place and all in it."""
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)
+        return
+    filesystem, root = fsspec.core.url_to_fs(place)
+    filesystem.invalidate_cache()
+    if filesystem.exists(root):
+        filesystem.rm(root, recursive=True)
+
+
+def read_rows(place: str, name: str, start: int, stop: int | None = None) -> np.ndarray:
+    """Rows [start, stop) of a .npy file of a URI; no other bytes of it are read, but its header."""
+    filesystem, root = fsspec.core.url_to_fs(place)
+    path = f"{root}/{name}"
+    header = io.BytesIO(filesystem.cat_file(path, 0, HEADER_BYTES))
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    first, last, _ = slice(start, stop).indices(shape[0])
+    size = dtype.itemsize * int(np.prod(shape[1:]))
+    begin, end = (header.tell() + row * size for row in (first, max(first, last)))
+    content = filesystem.cat_file(path, begin, end) if end > begin else b""
+    return np.frombuffer(content, dtype).reshape(-1, *shape[1:])
+
+
+def open_file(place: str, name: str) -> Any:
+    """A file of a URI, to be read by range."""
+    filesystem, root = fsspec.core.url_to_fs(place)
+    return filesystem.open(f"{root}/{name}", "rb")
+
+
+@contextlib.contextmanager
+def borrowed(place: Place) -> Iterator[Path]:
+    """The folder on this machine for as long as it is needed, and no copy of it after that."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="colorfilter-") as folder:
+        fetch(place, Path(folder))
+        yield Path(folder)
+
+
+class Kept:
+    """A folder of this machine whose files are kept in a place too: what was there is here."""
+
+    def __init__(self, folder: Path, place: Place) -> None:
+        self.folder = folder
+        self._place = place
+        fetch(place, folder)
+        self._known = self._signs()
+
+    def push(self) -> None:
+        """Bring the place to hold what the folder holds."""
+        signs = self._signs()
+        for name in sorted(signs.keys() - {n for n, s in signs.items() if self._known.get(n) == s}):
+            put_file(self.folder / name, self._place, name)
+        for name in self._known.keys() - signs.keys():
+            remove_file(self._place, name)
+        self._known = signs
+
+    def _signs(self) -> dict[str, tuple[int, int]]:
+        files = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
+        found = ((str(p.relative_to(self.folder)), p.stat()) for p in files)
+        return {name: (status.st_size, status.st_mtime_ns) for name, status in found}
+
+
+def write_file(content: bytes, place: Place, name: str) -> None:
+    """Write a small file of a place."""
+    if isinstance(place, Path):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    else:
+        filesystem, root = fsspec.core.url_to_fs(place)
+        filesystem.pipe_file(f"{root}/{name}", content)
+
+
+class Alone:
+    """A home that one machine works in: what it reads and writes lies where it belongs."""
+
+    def check(self) -> None: ...
+
+    def share(self, folder: Path) -> Place:
+        return folder
+
+    def staged(self, folder: Path) -> Place:
+        return folder
+
+    def begun(self, folder: Path) -> Place:
+        return folder
+
+    def take(self, folder: Path, name: str) -> None: ...
+
+    def clear(self, folder: Path) -> None: ...
+
+    def take_all(self, folder: Path) -> None: ...
+
+    def withdraw(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shared(Alone):
+    """What of a home the machines of a cluster read and write, as the one that has it sees it.
+
+    With `storage`, a URI or a folder that all see, folders are copied there before they are read.
+    Without, the home itself lies on a file system that all see.
+    """
+
+    home: Path
+    storage: str | None = None
+
+    def check(self) -> None:
+        """Raise InputError where the storage cannot be written."""
+        if self.storage is None:
+            return
+        try:
+            probe = self._place(self.home, "@probe")
+            write_file(b"", probe, WHOLE)
+            remove(probe)
+        except Exception as error:  # what each library makes of a wrong name, key or network
+            raise InputError(
+                f"compute.storage: cannot write to {self.storage} ({one_line(error)}); correct it, "
+                "or let its library find credentials in the environment"
+            ) from error
+
+    def share(self, folder: Path) -> Place:
+        """A folder of the home as all machines read it; copied there where it is not yet."""
+        if self.storage is None:
+            return folder
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        signs = [
+            (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files
+        ]
+        sign = hashlib.sha256(repr(signs).encode()).hexdigest()[:12]
+        place = self._place(folder, f"@{sign}")
+        if WHOLE not in names(place):
+            for name, *_ in signs:
+                put_file(folder / name, place, name)
+            write_file(b"", place, WHOLE)
+        return place
+
+    def staged(self, folder: Path) -> Place:
+        """Where workers commit files that belong in a folder of the home, for `take`.
+
+        A place of its own, so that a worker which is late, or was given up, changes nothing that
+        stands.
+        """
+        if self.storage is None:
+            return self.home / "staged" / folder.relative_to(self.home)
+        return self._place(folder, "@staged")
+
+    def begun(self, folder: Path) -> Place:
+        """Where one worker makes what a folder of the home will hold, for `take_all`."""
+        return folder if self.storage is None else self._place(folder, "@begun")
+
+    def take(self, folder: Path, name: str) -> None:
+        """Bring a committed file into its folder of the home."""
+        fetch_file(self.staged(folder), name, folder / name)
+
+    def clear(self, folder: Path) -> None:
+        """Remove what was committed for a folder: what counts of it was taken."""
+        remove(self.staged(folder))
+
+    def take_all(self, folder: Path) -> None:
+        """Bring all that was made into its folder of the home, and remove it where it was made."""
+        place = self.begun(folder)
+        if place != folder:
+            fetch(place, folder)
+            remove(place)
+
+    def withdraw(self, folder: Path) -> None:
+        """Remove every copy of a folder of the home and of what is in it."""
+        remove(self.staged(folder))
+        if self.storage is None:
+            return
+        root = self._place(folder, "")
+        if isinstance(root, Path):
+            copies: list[Place] = [root, *root.parent.glob(f"{root.name}@*")]
+        else:
+            filesystem, path = fsspec.core.url_to_fs(root)
+            filesystem.invalidate_cache()
+            found = filesystem.glob(f"{path}@*")
+            copies = [root, *(filesystem.unstrip_protocol(copy) for copy in found)]
+        for copy in copies:
+            remove(copy)
+
+    def _place(self, folder: Path, suffix: str) -> Place:
+        """Where a folder of the home lies in the storage."""
+        assert self.storage is not None
+        place = f"{self.storage.rstrip('/')}/{folder.relative_to(self.home)}{suffix}"
+        return place if "://" in place else Path(place)

@@ -1,0 +1,193 @@
+"""Calls on a real Ray cluster of three nodes: each once, whatever dies."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colorfilter.errors import InputError
+from tests.three_nodes import ray, three_nodes
+
+pytest.importorskip("ray")
+
+from colorfilter import cluster
+from colorfilter.cluster import LOSSES, Cluster, connected
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    with three_nodes() as nodes, connected(nodes.address):
+        yield nodes
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def three(nodes: Any, said: list[str]) -> Cluster:
+    return Cluster(notice=said.append)
+
+
+def calls() -> tuple[Call, Call]:
+    """Made here, for Ray to send by value: the nodes have no tests."""
+
+    def twice(name: str, n: int) -> tuple[int, int]:
+        from colorfilter import workers
+
+        for _ in range(n):
+            workers.report(1)
+        time.sleep(0.05)
+        return 2 * n, os.getpid()
+
+    def killed_once(name: str, begun: str) -> str:
+        from colorfilter import workers
+
+        workers.report(1)
+        path = Path(begun)
+        if not path.exists():
+            path.touch()
+            time.sleep(1.5)  # so that what it reported is told
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name
+
+    return twice, killed_once
+
+
+def test_every_call_is_made_once_on_every_node_and_all_progress_is_told(three: Cluster) -> None:
+    told: list[int] = []
+    found = list(three.run(calls()[0], [(f"call {n}", n) for n in range(40)], told.append))
+    assert sorted((i, doubled) for i, (doubled, _) in found) == [(n, 2 * n) for n in range(40)]
+    assert len({process for _, (_, process) in found}) == 3
+    assert sum(told) == sum(range(40))
+
+
+def test_no_call_needs_no_worker(three: Cluster) -> None:
+    assert list(three.run(calls()[0], [])) == []
+
+
+def test_no_more_workers_than_asked_for(nodes: Any) -> None:
+    found = Cluster(most=1).run(calls()[0], [("", n) for n in range(6)])
+    assert len({process for _, (_, process) in found}) == 1
+
+
+def test_a_call_lost_with_its_worker_is_made_again(
+    three: Cluster, said: list[str], tmp_path: Path
+) -> None:
+    told: list[int] = []
+    arguments = [(f"call {n}", str(tmp_path / f"{n}")) for n in range(6)]
+    for n in (0, 1, 2, 3, 5):
+        (tmp_path / f"{n}").touch()
+    found = list(three.run(calls()[1], arguments, told.append))
+    assert sorted(found) == [(n, f"call {n}") for n in range(6)]
+    assert sum(told) == 6
+    assert len(said) == 1
+    assert said[0].startswith("call 4: lost with its worker on 127.0.0.1/")
+
+
+def test_a_call_that_kills_its_workers_is_given_up(three: Cluster) -> None:
+    def kill_itself(name: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=f"call 0: its worker was lost {LOSSES} times"):
+        list(three.run(kill_itself, [("call 0",)]))
+
+
+def test_what_a_call_raises_is_raised_here(three: Cluster) -> None:
+    def refuse(name: str) -> None:
+        from colorfilter.errors import InputError
+
+        raise InputError(f"{name}: no good")
+
+    with pytest.raises(InputError, match="call 0: no good") as caught:
+        list(three.run(refuse, [("call 0",)]))
+    assert type(caught.value) is InputError
+
+
+def test_a_straggler_is_begun_again_where_that_is_wanted(
+    nodes: Any, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_at_first(name: str, begun: str) -> str:
+        from colorfilter import workers
+
+        workers.report(10)
+        path = Path(begun)
+        if name == "call 0" and not path.exists():
+            path.touch()
+            time.sleep(30)
+            return "too late"
+        return name
+
+    monkeypatch.setattr(cluster, "STRAGGLE_SECONDS", 1.0)
+    told: list[int] = []
+    arguments = [(f"call {n}", str(tmp_path / "begun")) for n in range(5)]
+    begun = time.monotonic()
+    both = Cluster(begin_twice=True, notice=said.append)
+    found = list(both.run(slow_at_first, arguments, told.append))
+    assert time.monotonic() - begun < 25
+    assert sorted(found) == [(n, f"call {n}") for n in range(5)]
+    assert len(said) == 1
+    assert "begun elsewhere too" in said[0]
+    assert sum(told) - 50 in {0, 10}  # of the one that was given up too
+
+
+def test_workers_end_where_the_caller_leaves(three: Cluster) -> None:
+    def process(name: str) -> int:
+        return os.getpid()
+
+    run = three.run(process, [(f"call {n}",) for n in range(100)])
+    _, one = next(run)
+    run.close()
+    gone(one)
+    assert ray.available_resources()["CPU"] >= 1
+
+
+def gone(process: int) -> None:
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{process}/cmdline").exists() and "ray::" in Path(
+        f"/proc/{process}/cmdline"
+    ).read_text(encoding="utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_node_that_is_lost_is_done_without_and_one_that_comes_is_used(
+    nodes: Any, said: list[str]
+) -> None:
+    def where(name: str) -> str:
+        from colorfilter import workers
+
+        time.sleep(0.4)
+        return workers.node()
+
+    used: list[str] = []
+    run = Cluster(notice=said.append).run(where, [(f"call {n}",) for n in range(80)])
+    seen: set[int] = set()
+    added = None
+    for i, node in run:
+        assert i not in seen
+        seen.add(i)
+        used.append(node)
+        if len(seen) == 12:
+            assert len(set(used)) == 3
+            nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+        if len(seen) == 20:
+            added = nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    assert seen == set(range(80))
+    assert any("lost with its worker" in line for line in said)
+    assert added is not None
+    assert any(node.endswith(added.node_id[:8]) for node in used)
+
+
+def test_where_there_is_no_cluster_is_said_in_a_line() -> None:
+    ray.shutdown()
+    said = r"compute\.address: no Ray cluster at 127\.0\.0\.1:1 "
+    with pytest.raises(InputError, match=said), connected("127.0.0.1:1"):
+        pass
