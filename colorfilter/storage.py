@@ -150,13 +150,13 @@ def read_rows(place: str, name: str, start: int, stop: int | None = None) -> np.
     """Rows [start, stop) of a .npy file of a URI; no other bytes of it are read, but its header."""
     filesystem, root = fsspec.core.url_to_fs(place)
     path = f"{root}/{name}"
-    header = io.BytesIO(filesystem.cat_file(path, 0, HEADER_BYTES))
+    header = io.BytesIO(filesystem.cat_file(path, start=0, end=HEADER_BYTES))
     np.lib.format.read_magic(header)
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     first, last, _ = slice(start, stop).indices(shape[0])
     size = dtype.itemsize * int(np.prod(shape[1:]))
     begin, end = (header.tell() + row * size for row in (first, max(first, last)))
-    content = filesystem.cat_file(path, begin, end) if end > begin else b""
+    content = filesystem.cat_file(path, start=begin, end=end) if end > begin else b""
     return np.frombuffer(content, dtype).reshape(-1, *shape[1:])
 
 

@@ -7,6 +7,7 @@ not stand still when another program takes one of them. Every kernel run leaves 
 """
 
 import contextlib
+import functools
 import json
 import time
 import uuid
@@ -90,6 +91,7 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter.tokens import open_tokens
 
         places, crew = self._places(), self._crew(begin_twice=True)
+        shared = functools.cache(places.share)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
         calls: list[tuple[device.Chunk]] = []
         jobs_of_calls: list[int] = []
@@ -105,7 +107,7 @@ class Gpu(dg.ConfigurableResource):
                 progress(sum(r.tokens for r in found))
             tokens = places.share(job.tokens) if missing else job.tokens
             for (start, stop), names in missing.items():
-                models = {m: places.share(job.models[m]) for m in names}
+                models = {m: shared(job.models[m]) for m in names}
                 outs = {m: places.staged(job.outs[m]) for m in names}
                 place = (job.shard, start, stop)
                 calls.append(
@@ -200,6 +202,10 @@ class Gpu(dg.ConfigurableResource):
             "token_losses", folder, device.losses_by_token, checkpoints, (tokens, boundary)
         )
         return losses
+
+    def withdraw(self, folder: Path) -> None:
+        """Remove every copy that a cluster has of a folder of the home."""
+        self._places().withdraw(folder)
 
     def _evaluated(
         self,

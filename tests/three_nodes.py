@@ -6,6 +6,7 @@ of its own that has the loopback interface alone. Making one takes root.
 
 import ctypes
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec.asyn
 import pytest
 
 CLONE_NEWNET = 0x40000000
@@ -43,14 +45,39 @@ def three_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with loopback_only():
-        node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-            cluster.wait_for_nodes()
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch, bucket: str) -> Iterator[str]:
+    """An S3 server with a bucket; gives the bucket's URI. What it holds lives in memory."""
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    fsspec.asyn.iothread[:] = fsspec.asyn.loop[:] = [None]  # a thread of another network
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # which logs every request
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    try:
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        yield f"s3://{bucket}"
+    finally:
+        server.stop()
+        fsspec.asyn.iothread[:] = fsspec.asyn.loop[:] = [None]

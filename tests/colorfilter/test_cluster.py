@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from colorfilter.errors import InputError
-from tests.three_nodes import ray, three_nodes
+from tests.three_nodes import loopback_only, ray, three_nodes
 
 pytest.importorskip("ray")
 
@@ -22,7 +22,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    with three_nodes() as nodes, connected(nodes.address):
+    with loopback_only(), three_nodes() as nodes, connected(nodes.address):
         yield nodes
 
 

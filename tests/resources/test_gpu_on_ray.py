@@ -1,0 +1,291 @@
+"""The verbs of the resource on a real Ray cluster: what one machine gives, whatever dies."""
+
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+
+from colorfilter import scoring
+from colorfilter.files import file_sha256
+from resources import gpu as resource
+from resources.gpu import Gpu, ScoreJob
+from resources.home import Home
+from tests.three_nodes import loopback_only, s3_server, three_nodes
+
+LENGTH, VOCAB, BATCH, CHUNKS = 128, 2048, 16, 24
+MODELS = ("one", "two")
+PARAMETERS = 10**6
+CONFIG = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": LENGTH,
+}
+FLOPS = {"cpu": 6.5 * 2 * PARAMETERS * BATCH * LENGTH}  # six batches to a chunk
+DRIVER = """
+import sys
+from pathlib import Path
+from colorfilter import scoring
+from resources.gpu import Gpu, ScoreJob
+
+root, address, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+scoring.FLOPS_PER_CHUNK = {"cpu": float(sys.argv[4])}
+at = root / "home" / "artifacts"
+job = ScoreJob(
+    {m: at / m for m in ("one", "two")}, {m: at / name / m for m in ("one", "two")}, 10**6,
+    at / "tokens", "web", "float32",
+)
+gpu = Gpu(home=str(root / "home"), backend="ray", address=address)
+list(gpu.score([job], lambda n: print(n, flush=True)))
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with packed tokens, two models and a tokenizer in it."""
+    from colorfilter import models
+    from colorfilter.recipe import Model
+
+    root = tmp_path_factory.mktemp("ray")
+    at = Home(root / "home").claim("tests").artifacts
+    for seed, name in enumerate(MODELS):
+        built = models.build(Model(type="gpt_neox", config=CONFIG), VOCAB, LENGTH, seed)
+        built.save_pretrained(at / name)
+    n = CHUNKS * 6 * BATCH - 5
+    (at / "tokens").mkdir()
+    rows = np.random.default_rng(0).integers(0, VOCAB, (n, LENGTH)).astype(np.uint16)
+    np.save(at / "tokens" / "tokens.npy", rows)
+    n_tokens = np.r_[np.full(n - 1, LENGTH), 50]
+    pl.DataFrame({"position": np.arange(n), "n_tokens": n_tokens}).write_parquet(
+        at / "tokens" / "sequences.parquet"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(scoring, "FLOPS_PER_CHUNK", FLOPS)
+        # Before the nodes, which have their environment.
+        with (
+            loopback_only(),
+            s3_server(monkeypatch, "colorfilter") as bucket,
+            three_nodes() as found,
+        ):
+            found.bucket = bucket
+            yield found
+            resource.release()
+
+
+def job(root: Path, name: str) -> ScoreJob:
+    at = root / "home" / "artifacts"
+    outs = {m: at / name / m for m in MODELS}
+    models = {m: at / m for m in MODELS}
+    return ScoreJob(models, outs, PARAMETERS, at / "tokens", "web", "float32")
+
+
+def on_ray(root: Path, nodes: Any, **more: Any) -> Gpu:
+    return Gpu(home=str(root / "home"), backend="ray", address=nodes.address, **more)
+
+
+def files(root: Path, name: str) -> dict[str, str]:
+    """sha256 of all chunks by model and name."""
+    at = root / "home" / "artifacts" / name
+    return {str(p.relative_to(at)): file_sha256(p) for p in sorted(at.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def local(root: Path, nodes: Any) -> dict[str, str]:
+    """What this machine alone gives."""
+    list(Gpu(home=str(root / "home")).score([job(root, "local")]))
+    made = files(root, "local")
+    assert len(made) == CHUNKS * len(MODELS)
+    return made
+
+
+def test_scores_are_those_of_one_machine(
+    root: Path, nodes: Any, local: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+    caplog.set_level(logging.INFO)
+    found = list(on_ray(root, nodes).score([job(root, "three")], told.append))
+    assert files(root, "three") == local
+    assert sorted(model for _, model, _ in found) == list(MODELS)
+    receipts = [r for _, _, rs in found for r in rs]
+    assert sum(told) == sum(r.tokens for r in receipts)
+    at_work = {str(r.node) for r in receipts}
+    assert len(at_work) == 3
+    *_, last = [r.getMessage() for r in caplog.records if "by node" in r.getMessage()]
+    assert f"chunks: {CHUNKS} of {CHUNKS}; by shard: web {CHUNKS} of {CHUNKS}" in last
+    assert all(node in last for node in at_work)
+    lines = (root / "home" / "kernel_runs.jsonl").read_text().splitlines()
+    assert sum('"artifacts/three/' in line and '"node": "127.0.0.1/' in line for line in lines) == (
+        CHUNKS * len(MODELS)
+    )
+    again = list(on_ray(root, nodes).score([job(root, "three")]))
+    assert all(r.seconds == 0 for _, _, rs in again for r in rs)
+
+
+def test_a_node_that_is_killed_changes_nothing(
+    root: Path, nodes: Any, local: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    done = 0
+
+    def kill_one(amount: int) -> None:
+        nonlocal done
+        done += amount
+        if done > 0 and not killed:
+            node = next(iter(nodes.worker_nodes))
+            killed.append(node.node_id)
+            nodes.remove_node(node, allow_graceful=False)
+
+    killed: list[str] = []
+    list(on_ray(root, nodes).score([job(root, "killed")], kill_one))
+    nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    assert killed
+    assert files(root, "killed") == local
+    assert "done again" in caplog.text
+
+
+def test_a_driver_that_is_killed_loses_no_chunk_that_was_committed(
+    root: Path, nodes: Any, local: dict[str, str]
+) -> None:
+    name, flops = "driver", str(FLOPS["cpu"])
+    command = [sys.executable, "-c", DRIVER, str(root), nodes.address, name, flops]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        staged = root / "home" / "staged" / "artifacts" / name
+        deadline = time.monotonic() + 60
+        while len(list(staged.rglob("*.parquet"))) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGSTOP)  # which takes nothing in any more
+        time.sleep(2)
+        driver.kill()
+    committed = {p.name for p in (root / "home").rglob(f"{name}/*/losses-*.parquet")}
+    assert len(committed) >= 6
+    found = list(on_ray(root, nodes).score([job(root, name)]))
+    scored = {r.file for _, _, rs in found for r in rs if r.seconds}
+    assert files(root, name) == local
+    assert not scored & committed
+    assert not list(staged.rglob("*.parquet"))
+    ended_with_it = [p for p in psutil.process_iter(["cmdline"]) if name in str(p.info["cmdline"])]
+    assert not ended_with_it
+
+
+def test_what_a_late_worker_commits_is_not_taken(
+    root: Path, nodes: Any, local: dict[str, str]
+) -> None:
+    """One that was given up, on a device that gives other bits."""
+    work = job(root, "late")
+    staged = root / "home" / "staged" / "artifacts" / "late" / "one"
+    staged.mkdir(parents=True)
+    first = min(local)
+    assert first.startswith("one/")
+    table = pl.read_parquet(root / "home" / "artifacts" / "local" / first)
+
+    def commit_late(amount: int) -> None:
+        other = table.with_columns(loss=pl.col("loss") + 1)
+        other.write_parquet(staged / f"{Path(first).stem[:-16]}{'0' * 16}.parquet")
+
+    list(on_ray(root, nodes).score([work], commit_late))
+    assert files(root, "late") == local
+
+
+def test_a_run_goes_on_where_chunks_of_another_size_stand(
+    root: Path, nodes: Any, local: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = root / "home" / "artifacts" / "other" / "one"
+    out.mkdir(parents=True)
+    for path in sorted((root / "home" / "artifacts" / "local" / "one").iterdir())[3:9]:
+        (out / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setitem(scoring.FLOPS_PER_CHUNK, "cpu", 3 * FLOPS["cpu"])
+    found = list(on_ray(root, nodes).score([job(root, "other")]))
+    assert len(files(root, "other")) < len(local)
+    for _, model, receipts in found:
+        edges = [(r.start, r.stop) for r in receipts]
+        assert edges[0][0] == 0
+        assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(edges))
+        mine, theirs = (
+            pl.read_parquet(root / "home" / "artifacts" / name / model).sort("position")
+            for name in ("other", "local")
+        )
+        assert mine.equals(theirs)
+
+
+def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) -> None:
+    import fsspec
+
+    gpu = on_ray(root, nodes, storage=f"{nodes.bucket}/pool")
+    list(gpu.score([job(root, "s3")]))
+    assert files(root, "s3") == local
+    there = fsspec.filesystem("s3").find("colorfilter/pool")
+    assert any("artifacts/tokens@" in path and path.endswith("tokens.npy") for path in there)
+    assert not any("@staged" in path for path in there)
+    at = root / "home" / "artifacts"
+    alone = Gpu(home=str(root / "home"))
+    checkpoints = [at / m for m in MODELS]
+    for (nll, n), (nll_alone, n_alone) in zip(
+        gpu.evaluate(checkpoints, at / "tokens", at / "s3"),
+        alone.evaluate(checkpoints, at / "tokens", at / "s3"),
+        strict=True,
+    ):
+        assert np.array_equal(nll, nll_alone, equal_nan=True)
+        assert np.array_equal(n, n_alone)
+    for place in ("tokens", *MODELS):
+        gpu.withdraw(at / place)
+    assert not fsspec.filesystem("s3").find("colorfilter/pool/artifacts")
+
+
+@pytest.mark.parametrize("storage", [None, "s3"])
+def test_training_gives_the_bits_of_one_machine(
+    root: Path, nodes: Any, storage: str | None, tmp_path: Path
+) -> None:
+    from colorfilter.recipe import Model, Training
+    from colorfilter.tokens import train_tokenizer
+    from colorfilter.training import TrainSpec
+
+    at = root / "home" / "artifacts"
+    if not (at / "tokenizer").exists():
+        (at / "tokenizer").mkdir()
+        train_tokenizer([f"{i} word" for i in range(3000)], 300, at / "tokenizer")
+        (at / "few").mkdir()
+        np.save(at / "few" / "tokens.npy", np.load(at / "tokens" / "tokens.npy")[:100])
+        facts = pl.read_parquet(at / "tokens" / "sequences.parquet")
+        facts[:100].write_parquet(at / "few" / "sequences.parquet")
+    spec = TrainSpec(
+        start=str(at / "one"),
+        tokens=at / "few",
+        tokenizer=at / "tokenizer",
+        training=Training(learning_rate=1e-3, batch_sequences=8),
+        seed=3,
+        endpoints=(48, 64),
+        out=at / "trained" / str(storage),
+        held_out=at / "few",
+    )
+    assert isinstance(spec.start, str | Model)
+    specs = [spec, replace(spec, seed=4, out=spec.out / "4")]
+    more = {"storage": f"{nodes.bucket}/trained"} if storage else {}
+    there = dict(on_ray(root, nodes, **more).train(specs))
+    alone = [replace(s, out=at / "alone" / str(storage) / str(s.seed)) for s in specs]
+    here = dict(Gpu(home=str(root / "home")).train(alone, share=os.cpu_count() or 1))
+    for i in range(2):
+        assert [c.tokens for c in there[i]] == [c.tokens for c in here[i]]
+        for one, other in zip(there[i], here[i], strict=True):
+            assert one.path.parent == specs[i].out
+            for name in ("model.safetensors", "tokenizer.json"):
+                assert file_sha256(one.path / name) == file_sha256(other.path / name)
+        curves = [pl.read_parquet(s.out / "curve.parquet") for s in (specs[i], alone[i])]
+        assert curves[0].equals(curves[1])
