@@ -1,6 +1,7 @@
 """Stage 3: losses of every sequence by every model that is asked for, and the score tables."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -199,7 +200,14 @@ def _score(
                 )
                 missing |= {(shard, name): a for name, a in wanted.items()}
         for job, model, receipts in gpu.score(jobs, progress):
-            missing[job.shard, model].commit(_facts(receipts))
+            attempt = missing[job.shard, model]
+            attempt.commit(_facts(receipts))
+            nodes = Counter(str(r.node) for r in receipts if r.node)
+            context.add_asset_metadata(
+                {"chunks by node": dg.MetadataValue.json(dict(nodes))},
+                asset_key=dg.AssetKey(attempt.work.asset.split("/")),
+                partition_key=job.shard,
+            )
         return [a.artifact for a in attempts]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from colorfilter import workers
+from colorfilter import data_parallel, workers
 from colorfilter.errors import InputError, one_line
 from colorfilter.progress import Progress, silent
 
@@ -156,19 +156,25 @@ class Cluster:
     `most` is how many workers to ask for at most, be there as many or not (a cluster that grows
     on demand grows by what is asked for); by default there is one per device that is there. With
     `begin_twice` an idle worker begins a call that takes several times as long as the others did a
-    second time, and the first result counts. `notice` is called with what was lost and is done
-    again.
+    second time, and the first result counts. `together` is how many devices make each call, as the
+    processes of one group. `notice` is called with what was lost and is done again.
     """
 
     most: int | None = None
     begin_twice: bool = False
+    together: int = 1
     notice: Notice = field(default=lambda _: None)
     threads = 1
 
     @property
     def kind(self) -> str:
         """The kind of device: cuda where the cluster has any, else cpu."""
-        return "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+        return "cuda" if self.resource == "GPU" else "cpu"
+
+    @property
+    def resource(self) -> str:
+        """Ray's name of it."""
+        return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
     def run(
         self,
@@ -181,7 +187,11 @@ class Cluster:
         As workers.Workers.run. A call that is lost with its worker is made again on another. Raises
         RuntimeError where one was lost LOSSES times.
         """
-        if arguments:
+        if self.together > 1:
+            yield from data_parallel.run(
+                function, arguments, self.together, self.resource, progress
+            )
+        elif arguments:
             yield from _Run(self, function, arguments, progress).results()
 
 
@@ -204,7 +214,7 @@ class _Run:
         self.failures = 0  # of workers that ended before they had begun
         self.seconds: list[float] = []
         self.looked = -HIRE_SECONDS
-        self.resource = "GPU" if cluster.kind == "cuda" else "CPU"
+        self.resource = cluster.resource
 
     def results(self) -> Iterator[tuple[int, Any]]:
         try:

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import distributed
 from transformers import PreTrainedModel
 
 from colorfilter import body, models, scoring, token_losses, training, workers
+from colorfilter.group import Group, Single
 from colorfilter.scoring import Losses, Receipt, Scorer
 from colorfilter.storage import Kept, Place, borrowed, here
 from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
@@ -116,7 +118,7 @@ def train(
     """Train as the spec says, on so many CPU threads; also what it took.
 
     On fewer where a step has little to divide between them. `places` says where the spec's folders
-    lie for all machines.
+    lie for all machines. Where torch has a process group, its processes train the model together.
     """
     _loaded.clear()
     tokens = 0
@@ -127,20 +129,23 @@ def train(
         workers.report(amount)
 
     begun = time.perf_counter()
-    with _on_this_machine(spec, places) as (own, keep):
+    group = Group() if distributed.is_initialized() else Single()
+    with _on_this_machine(spec, places, group.rank == 0) as (own, keep):
         step = own.training.batch_sequences * open_tokens(own.tokens).shape[1]
         torch.set_num_threads(max(1, min(threads, step // TOKENS_PER_THREAD)))
         body.prefer_onednn()
-        checkpoints = training.train(own, own_device(), count, keep)
+        checkpoints = training.train(own, own_device(), count, keep, group)
     made = [replace(c, path=spec.out / c.path.name) for c in checkpoints]
     return made, _took(tokens, begun)
 
 
 @contextlib.contextmanager
 def _on_this_machine(
-    spec: TrainSpec, places: Mapping[Path, Place]
+    spec: TrainSpec, places: Mapping[Path, Place], first: bool
 ) -> Iterator[tuple[TrainSpec, Callable[[], None]]]:
-    """The spec with its folders on this machine, and what keeps what was made so far elsewhere."""
+    """The spec with its folders on this machine, and what keeps what was made so far elsewhere,
+    which is for the first process of a group.
+    """
     with contextlib.ExitStack() as until_trained:
 
         @functools.cache
@@ -152,8 +157,9 @@ def _on_this_machine(
             scratch = until_trained.enter_context(
                 tempfile.TemporaryDirectory(prefix="colorfilter-")
             )
-            kept = Kept(Path(scratch), out)
-            out, keep = kept.folder, kept.push
+            out = Path(scratch)
+            if first:
+                keep = Kept(out, places[spec.out]).push
         start, online = spec.start, spec.online
         if isinstance(start, str) and Path(start) in places:
             start = str(lent(Path(start)))

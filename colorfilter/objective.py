@@ -15,6 +15,30 @@ from colorfilter.labels import IGNORED
 CHUNK = LinearCrossEntropyOptions(batch_chunk_size=256)
 
 
+class Objective(torch.nn.Module):
+    """Tokens and labels of a batch -> its summed loss, and what is minimized.
+
+    `head_weight` as in summed_nll, `z_loss` the weight of the squared log-sum-exp.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, head_weight: torch.Tensor | None, z_loss: float
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._head_weight = (head_weight,)  # a parameter of the model, and not another one of this
+        self._z_loss = z_loss
+
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._z_loss:
+            nll, z = summed_z(self.model, tokens, labels)
+            return nll, nll + self._z_loss * z
+        nll = summed_nll(self.model, self._head_weight[0], tokens, labels)
+        return nll, nll
+
+
 def summed_nll(
     model: PreTrainedModel,
     head_weight: torch.Tensor | None,

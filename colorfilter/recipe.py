@@ -326,18 +326,25 @@ class Compute(Section):
     )
     storage: str | None = Field(
         None,
-        description="folder or URI (s3://, gs://) that all nodes read and write; by default the "
-        "home lies on a file system that all see",
+        description="folder or URI (s3://, gs://) that all nodes read and write (default: the home "
+        "lies on a file system that all see)",
     )
     workers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many, to be asked for (default: one per device there is)"
     )
 
+    devices_per_model: int = Field(
+        1,
+        ge=1,
+        description="train each model on so many devices, which divide every batch between them; "
+        "the sum over a batch then has another order, and a loss other last digits",
+    )
+
     @model_validator(mode="after")
     def of_a_cluster(self) -> Self:
-        set_ = [n for n in ("address", "storage", "workers") if getattr(self, n) is not None]
-        if set_ and self.backend == "local":
-            raise ValueError(f"{set_[0]} belongs to backend: ray")
+        of_ray = next(iter(self.facts(without=("backend",))), None)
+        if of_ray and self.backend == "local":
+            raise ValueError(f"{of_ray} belongs to backend: ray")
         if self.storage and not self.storage.startswith("/") and "://" not in self.storage:
             raise ValueError("storage: give an absolute folder or a URI such as s3://bucket/folder")
         if self.storage and ("@" in self.storage or "?" in self.storage):

@@ -181,7 +181,7 @@ class Kept:
     """A folder of this machine whose files are kept in a place too: what was there is here."""
 
     def __init__(self, folder: Path, place: Place) -> None:
-        self.folder = folder
+        self._folder = folder
         self._place = place
         fetch(place, folder)
         self._known = self._signs()
@@ -190,14 +190,14 @@ class Kept:
         """Bring the place to hold what the folder holds."""
         signs = self._signs()
         for name in sorted(signs.keys() - {n for n, s in signs.items() if self._known.get(n) == s}):
-            put_file(self.folder / name, self._place, name)
+            put_file(self._folder / name, self._place, name)
         for name in self._known.keys() - signs.keys():
             remove_file(self._place, name)
         self._known = signs
 
     def _signs(self) -> dict[str, tuple[int, int]]:
-        files = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
-        found = ((str(p.relative_to(self.folder)), p.stat()) for p in files)
+        files = (p for p in self._folder.rglob("*") if p.is_file() and p.suffix != ".tmp")
+        found = ((str(p.relative_to(self._folder)), p.stat()) for p in files)
         return {name: (status.st_size, status.st_mtime_ns) for name, status in found}
 
 

@@ -11,6 +11,7 @@ is one safetensors file, scalars as JSON in its header, replaced atomically; a k
 from it and ends with the same bits as an undisturbed one on the same machine.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -29,8 +30,9 @@ from transformers import PreTrainedModel
 from colorfilter import body, models
 from colorfilter.evaluation import mean_loss
 from colorfilter.files import require_space, write_atomically
+from colorfilter.group import Single
 from colorfilter.labels import IGNORED, shifted_labels
-from colorfilter.objective import summed_nll, summed_z
+from colorfilter.objective import Objective
 from colorfilter.online import Chooser, Online
 from colorfilter.order import training_order
 from colorfilter.progress import Progress, silent
@@ -99,16 +101,18 @@ def train(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
     keep: Callable[[], None] = keep_nothing,
+    group: Single | None = None,
 ) -> list[Checkpoint]:
     """Train as the spec says and return a checkpoint per end point, `<out>/tokens-<n>/`.
 
     `<out>/curve.parquet` holds endpoint, step, tokens, loss (nats per token), learning_rate and,
     at some steps, held_out_loss. `progress` is called with the tokens of every finished step.
     A run that was killed goes on from its last state; `keep` is called when one was written, and in
-    the end, where the folder does not outlive the process. Raises OSError where the disk has no
-    room for its states and checkpoints.
+    the end, where the folder does not outlive the process. The processes of a `group` each take
+    their share of every batch, and the first one of them reads and writes what is in the folder.
+    Raises OSError where the disk has no room for its states and checkpoints.
     """
-    return _Run(spec, torch.device(device), progress, keep).run()
+    return _Run(spec, torch.device(device), progress, keep, group or Single()).run()
 
 
 def planned_tokens(spec: TrainSpec) -> int:
@@ -170,7 +174,12 @@ def learning_rate(training: Training, step: int, first_end: int, end: int, branc
 
 class _Run:
     def __init__(
-        self, spec: TrainSpec, device: torch.device, progress: Progress, keep: Callable[[], None]
+        self,
+        spec: TrainSpec,
+        device: torch.device,
+        progress: Progress,
+        keep: Callable[[], None],
+        group: Single,
     ) -> None:
         self.spec = spec
         self.keep = keep
@@ -188,13 +197,17 @@ class _Run:
             spec.out.mkdir(parents=True, exist_ok=True)
             self.chooser = Chooser(spec.online, spec.tokens, spec.out, progress)
         self.amp = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.group = group
         self._begin()
         self.saved, self.saving = time.monotonic(), 0.0
 
     def _begin(self) -> None:
         self.model = models.to_device(self._initial_model(), self.device).train()
         body.attend_by_blocks(self.model)
-        self.head_weight = None if self.amp else models.head_weight(self.model)
+        head_weight = None if self.amp else models.head_weight(self.model)
+        self.objective = self.group.averaging(
+            Objective(self.model, head_weight, self.spec.training.z_loss)
+        )
         self.optimizer = self._optimizer()
 
     def _initial_model(self) -> PreTrainedModel:
@@ -224,11 +237,12 @@ class _Run:
         out.mkdir(parents=True, exist_ok=True)
         running = out / "running.safetensors"
         checkpoints = {i: self._checkpoint(i) for i in range(len(self.spec.endpoints))}
-        if (out / "curve.parquet").exists():
+        if self.group.said_by_first((out / "curve.parquet").exists()):
             return list(checkpoints.values())
-        if not running.exists():
+        begun = self.group.said_by_first(running.exists())
+        if not begun and self.first:
             require_space(out, self._bytes_on_disk(), "training")
-        state = self._restore(running) if running.exists() else _State()
+        state = self._restore(running) if begun else _State()
         if self.chooser:
             self.chooser.go_on_from(state.step * self.spec.training.batch_sequences)
         for index in range(state.phase, len(self.phases)):
@@ -240,19 +254,25 @@ class _Run:
                     self._begin()
                 state.phase, state.step = index, phase.start
             self._advance(phase, state, running)
-            if phase.branch:
-                models.save(self.model, checkpoints[phase.target].path, self.spec.tokenizer)
-            else:
+            if not phase.branch:
                 self._save(self._trunk(phase.target), state)
+            elif self.first:
+                models.save(self.model, checkpoints[phase.target].path, self.spec.tokenizer)
         if self.chooser:
             self.chooser.sync()
-        curve = pl.DataFrame(state.curve, schema=_CURVE)
-        curve.write_parquet(out / "curve.tmp", compression="zstd")
-        write_atomically(out / "curve.tmp", out / "curve.parquet")
-        for left in out.glob("*.safetensors"):
-            left.unlink()
-        self.keep()
+        if self.first:
+            curve = pl.DataFrame(state.curve, schema=_CURVE)
+            curve.write_parquet(out / "curve.tmp", compression="zstd")
+            write_atomically(out / "curve.tmp", out / "curve.parquet")
+            for left in out.glob("*.safetensors"):
+                left.unlink()
+            self.keep()
         return list(checkpoints.values())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process reads and writes what is in the folder."""
+        return self.group.rank == 0
 
     def _bytes_on_disk(self) -> int:
         """A model and two moments in the running state, the next one and every trunk's, and a
@@ -285,7 +305,8 @@ class _Run:
             loss = self._step(rows, rate, state.step)
             state.step += 1
             finished = phase.branch and state.step == phase.stop
-            held_out = self._held_out() if finished or state.step % every == 0 else None
+            measured = self.first and (finished or state.step % every == 0)
+            held_out = self._held_out() if measured else None
             state.curve.append(
                 {
                     "endpoint": self._checkpoint(phase.target).tokens if phase.branch else None,
@@ -320,27 +341,24 @@ class _Run:
         labels = shifted_labels(tokens_BxT, n_tokens)
         n_labels = int((labels != IGNORED).sum())
         micro = max(1, MICRO_BATCH_TOKENS.get(self.device.type, 4_096) // tokens_BxT.shape[1])
+        mine, share = self.group.share(len(rows))
+        idle = share - len(mine)  # none may be without a row where others have one
+        tokens_BxT = torch.cat([tokens_BxT[mine], tokens_BxT[:idle]])
+        labels = torch.cat([labels[mine], torch.full_like(labels[:idle], IGNORED)])
         losses = []
-        for part in torch.arange(len(rows)).split(micro):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                nll, objective = self._objective(tokens_BxT[part], labels[part])
-            (objective / max(1, n_labels)).backward()
+        parts = torch.arange(share).split(micro)
+        for part in parts:
+            last = part is parts[-1]
+            with contextlib.nullcontext() if last else self.group.not_yet(self.objective):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    nll, objective = self.objective(tokens_BxT[part], labels[part])
+                (objective * self.group.size / max(1, n_labels)).backward()
             losses.append(nll.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return sum(nll.item() for nll in losses) / max(1, n_labels)
-
-    def _objective(
-        self, tokens: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of a batch, and what is minimized."""
-        weight = self.spec.training.z_loss
-        if weight:
-            nll, z = summed_z(self.model, tokens, labels)
-            return nll, nll + weight * z
-        nll = summed_nll(self.model, self.head_weight, tokens, labels)
-        return nll, nll
+        here = sum(nll.item() for nll in losses)
+        return self.group.total(here, self.device) / max(1, n_labels)
 
     def _seed_dropout(self, step: int) -> None:
         """Fix a step's random numbers.
@@ -348,7 +366,7 @@ class _Run:
         On the device that is used alone: torch.manual_seed notes the call for every other kind,
         with a trace of the stack, which takes time and is never forgotten.
         """
-        seed = self.spec.seed * 1_000_003 + step
+        seed = self.spec.seed * 1_000_003 + step + self.group.rank * 2**40
         if self.device.type in {"cuda", "mps"}:
             getattr(torch, self.device.type).manual_seed(seed)
         else:
@@ -362,6 +380,8 @@ class _Run:
         return value
 
     def _save(self, path: Path, state: _State) -> None:
+        if not self.first:
+            return
         begun = time.monotonic()
         if self.chooser:
             self.chooser.sync()
@@ -381,16 +401,29 @@ class _Run:
 
     def _restore(self, path: Path, curve: list[Any] | None = None) -> _State:
         """Load a state. A trunk's own curve is older than the run's: `curve` stands in for it."""
-        with safetensors.safe_open(path, "pt") as file:
-            scalars = json.loads(file.metadata()["state"])
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(file.get_tensor(f"model.{name}"))
-                    self.optimizer.state[parameter] = {
-                        key: file.get_tensor(f"optimizer.{name}.{key}").to(self.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                        if f"optimizer.{name}.{key}" in file.keys()  # noqa: SIM118
-                    }
+        read: dict[str, torch.Tensor] = {}
+        scalars: dict[str, Any] = {}
+        if self.first:
+            with safetensors.safe_open(path, "pt") as file:
+                scalars = json.loads(file.metadata()["state"])
+                read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        scalars = self.group.said_by_first(scalars)
+        shapes = self.group.said_by_first({name: tuple(t.shape) for name, t in read.items()})
+        tensors = {
+            name: read[name].to(self.device)
+            if self.first
+            else torch.empty(shape, device=self.device)
+            for name, shape in shapes.items()
+        }
+        self.group.copied_from_first(tensors.values())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{name}.{key}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"optimizer.{name}.{key}" in tensors
+                }
         return _State(
             scalars["phase"], scalars["step"], scalars["curve"] if curve is None else curve
         )

@@ -19,6 +19,7 @@ from colorfilter.errors import InputError
 from colorfilter.withdrawal import Forgotten
 from resources.artifacts import ArtifactStore
 from resources.audit import WORKPLACE
+from resources.gpu import Gpu
 from resources.home import Home
 from resources.score_store import ScoreStore
 
@@ -43,8 +44,9 @@ def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
     return surveys
 
 
-def forget(home: Home, surveys: Sequence[Survey]) -> int:
-    """Take the documents out of all that holds them; returns how many runs of Dagster went too.
+def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
+    """Take the documents out of all that holds them, and of the copies that `gpu` works from;
+    returns how many runs of Dagster went too.
 
     Raises InputError while a run is at work.
     """
@@ -54,6 +56,8 @@ def forget(home: Home, surveys: Sequence[Survey]) -> int:
         runs = _forget_runs(home, documents)
         shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
         for found in surveys:
+            for holding in found.holdings:
+                gpu.withdraw(home.root / holding.path)
             forgetting.forget(artifacts, found)
         ScoreStore(home=str(home.root)).forget([document.sha256 for document in documents])
     return runs

@@ -50,7 +50,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
         ],
         resources={
             "artifacts": ArtifactStore(home=home, recipe=as_text(recipe)),
-            "gpu": Gpu(home=home, **recipe.compute.model_dump()),
+            "gpu": gpu_of(recipe, home),
             "score_store": ScoreStore(home=home),
             # Dagster's own would pickle what an op returns.
             "io_manager": dg.mem_io_manager,
@@ -60,3 +60,8 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
         schedules=[refresh_schedule(recipe)],
         executor=dg.in_process_executor,
     )
+
+
+def gpu_of(recipe: Recipe, home: str) -> Gpu:
+    """The devices that a recipe runs its models on."""
+    return Gpu(home=home, **recipe.compute.model_dump())

@@ -36,6 +36,7 @@ def prune(
     The ledger keeps its record of what was.
     """
     from assets.common import shard_names
+    from pipelines.graph import gpu_of
     from pipelines.running import bring_in
     from resources.pruning import leftovers, remove
 
@@ -55,8 +56,10 @@ def prune(
     total = sum(left.size for left in found) / 1e6
     if not yes and not typer.confirm(f"Remove {len(found)} folders, {total:,.1f} MB?"):
         raise typer.Exit(1)
+    gpu = gpu_of(plan, str(place.root))
     for left in found:
         remove(left)
+        gpu.withdraw(left.path)
     console.print(f"removed {len(found)} folders, {total:,.1f} MB")
 
 
@@ -78,6 +81,7 @@ def forget(
     from pipelines.display import show_progress
     from pipelines.forgetting import forget as take_out
     from pipelines.forgetting import look_up, print_surveys
+    from pipelines.graph import gpu_of
     from pipelines.running import execute
 
     plan, place = open_home(recipe, home)
@@ -85,7 +89,7 @@ def forget(
     print_surveys(console, surveys)
     if not yes and not typer.confirm(f"Forget {len(surveys)} documents? It cannot be undone."):
         raise typer.Exit(1)
-    runs = take_out(place, surveys)
+    runs = take_out(place, surveys, gpu_of(plan, str(place.root)))
     if runs:
         console.print(f"removed from Dagster's history, where text of them was shown: {runs} runs")
     artifacts = artifacts_of(place)

@@ -1,5 +1,6 @@
 """Run the graph through Dagster from a program, in this process."""
 
+import importlib.util
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ def refuse_missing_packages(recipe: Recipe) -> None:
         dsir.refuse_without_package()
     if any(domain.tasks for domain in recipe.domains):
         tasks.refuse_without_harness()
+    if recipe.compute.backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise InputError(
+            "compute.backend: ray is a package that is not installed: "
+            "pip install 'colorfilter[ray]'"
+        )
 
 
 def bring_in(recipe: Recipe, home: Home, *, keep_vanished: bool = True) -> Arrivals:

@@ -70,6 +70,7 @@ class Gpu(dg.ConfigurableResource):
     address: str | None = None
     storage: str | None = None
     workers: int | None = None
+    devices_per_model: int = 1
 
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
@@ -144,7 +145,9 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        places, crew = self._places(), self._crew()
+        alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
+        places = self._places()
+        crew = self._crew(together=1 if alone else self.devices_per_model)
         threads = max(1, crew.threads // share)
         calls = [(spec, threads, _lent(places, spec)) for spec in specs]
         for i, (checkpoints, took) in crew.run(device.train, calls, progress):
@@ -232,14 +235,17 @@ class Gpu(dg.ConfigurableResource):
             return Alone()
         return Shared(Home(self.home).root, self.storage)
 
-    def _crew(self, *, begin_twice: bool = False) -> "Machine | Cluster":
-        """Who works. `begin_twice` where a call that takes long may be begun a second time."""
+    def _crew(self, *, begin_twice: bool = False, together: int = 1) -> "Machine | Cluster":
+        """Who works. `begin_twice` where a call that takes long may be begun a second time,
+        `together` devices of a cluster on each call.
+        """
         if self.backend == "local":
             return _machine()
         from colorfilter.cluster import Cluster
 
-        _connect(self.address)
-        return Cluster(self.workers, begin_twice, dg.get_dagster_logger().warning)
+        if _connect(self.address):
+            self._places().check()
+        return Cluster(self.workers, begin_twice, together, dg.get_dagster_logger().warning)
 
     def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
         from colorfilter.device import Took
@@ -367,12 +373,14 @@ def _machine() -> Machine:
     return Machine(kind, _standing[-1])
 
 
-def _connect(address: str | None) -> None:
-    """Be connected to the cluster from now on, as long as this process lives."""
+def _connect(address: str | None) -> bool:
+    """Be connected to the cluster as long as this process lives; whether it was not before."""
     from colorfilter.cluster import connected, is_connected
 
-    if not is_connected():
-        _connection.enter_context(connected(address))
+    if is_connected():
+        return False
+    _connection.enter_context(connected(address))
+    return True
 
 
 _standing: list[Workers] = []

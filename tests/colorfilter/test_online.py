@@ -124,6 +124,7 @@ def test_a_killed_run_chooses_the_same(
     fast = replace(spec, training=spec.training.model_copy(update={"learning_rate": 0.05}))
     train(replace(fast, out=tmp_path / "undisturbed"))
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     killed(fast, after)
     train(fast)
     assert_same_result(fast.out, tmp_path / "undisturbed")

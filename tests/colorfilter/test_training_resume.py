@@ -44,6 +44,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     after: int,
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
     killed(run, after)
     done: list[int] = []
@@ -56,6 +57,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(
     spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
     for _ in range(5):
         killed(run, 4)
@@ -75,6 +77,7 @@ def test_a_run_killed_long_after_its_last_state_ends_with_the_same_bits(
     """Whose trunk has gone past a fork that the state has still to come to."""
     run = replace(spec, out=tmp_path)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     steps = []
 
     def progress(tokens: int) -> None:
@@ -111,6 +114,7 @@ def test_a_run_killed_while_it_saves_its_state_ends_with_the_same_bits(
     nth: int,
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
     left = nth
 
@@ -140,6 +144,7 @@ def test_a_run_killed_while_it_writes_a_model_ends_with_the_same_bits(
     nth: int,
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
     left = nth
 
@@ -164,6 +169,7 @@ def test_a_cosine_run_killed_in_its_second_half_ends_with_the_same_bits(
     spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     cosine = spec.training.model_copy(update={"schedule": "cosine"})
     run = replace(spec, training=cosine, endpoints=(20, 32), out=tmp_path / "whole")
     train(run)
@@ -190,6 +196,7 @@ def test_no_pickle_is_written_and_no_state_is_left(
     spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
     killed(run, 9)
     assert {p.name for p in tmp_path.iterdir()} == {"running.safetensors", "trunk-0.safetensors"}
@@ -203,6 +210,7 @@ def test_saving_states_changes_nothing(
     spec: TrainSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     train(replace(spec, out=tmp_path))
     assert_same_result(tmp_path, undisturbed)
 
@@ -211,6 +219,7 @@ def test_a_run_asks_for_the_room_that_it_takes(
     spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     asked: list[int] = []
     monkeypatch.setattr(training, "require_space", lambda _, size, __: asked.append(size))
     taken: list[int] = []

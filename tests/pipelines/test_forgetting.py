@@ -24,6 +24,7 @@ from pipelines.forgetting import look_up
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.backup import back_up, restore
+from resources.gpu import Gpu
 from resources.ledger import Ledger
 from resources.score_store import ScoreStore
 from tests.conftest import Project
@@ -113,7 +114,7 @@ def models_that_reached(project: Project, document: dict) -> set[str]:
 
 def forget(project: Project, what: str) -> None:
     surveys = look_up(project.home, [what])
-    take_out(project.home, surveys)
+    take_out(project.home, surveys, Gpu(home=str(project.home.root)))
 
 
 def explained(project: Project, what: str) -> dict:
@@ -197,7 +198,7 @@ def test_a_document_of_d_prior_taught_every_model(
     taught.add(("tokenizer", store(project).current("tokenizer").fingerprint))
     of_plan = {(name.partition("[")[0], made) for name, made in found.learned}
     assert taught <= of_plan
-    take_out(project.home, [found])
+    take_out(project.home, [found], Gpu(home=str(project.home.root)))
     assert telling(project.home.root, own) == []
     assert lines(project) == []
 
@@ -224,7 +225,7 @@ def test_text_of_a_domain(project: Project) -> None:
     learned = [{name for name, _ in found.learned} for found in surveys]
     of_down = {"reference/conditional_model", "reference/cutoff_confidence[conditional]"}
     assert learned == [of_down, set(), set()]
-    take_out(project.home, surveys)
+    take_out(project.home, surveys, Gpu(home=str(project.home.root)))
     assert telling(project.home.root, own) == []
     assert lines(project) == []
 
@@ -256,7 +257,7 @@ def test_copies_go_too_and_are_not_read_again(
         forgetting.find(store(project), "twin.jsonl:1")
     (found,) = look_up(project.home, [f"{copy}:1"])
     assert found.document.places == {f"{copy}:1", f"{gone['source_file']}:{gone['source_line']}"}
-    take_out(project.home, [found])
+    take_out(project.home, [found], Gpu(home=str(project.home.root)))
     assert telling(project.home.root, own) == []
 
     again = write("again.jsonl")

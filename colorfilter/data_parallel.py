@@ -1,0 +1,117 @@
+"""Calls that several devices of a Ray cluster make together, by Ray Train and torch.distributed."""
+
+import concurrent.futures
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from colorfilter import workers
+from colorfilter.errors import InputError, one_line
+from colorfilter.progress import Progress, silent
+
+POLL_SECONDS = 1.0
+FAILURES = 3  # of a group, until it is given up
+
+
+class _Counter:
+    """Where the first process of a group says how far it is."""
+
+    def __init__(self) -> None:
+        self._counted = 0
+
+    def add(self, amount: int) -> None:
+        self._counted += amount
+
+    def counted(self) -> int:
+        return self._counted
+
+
+class _Process:
+    """A process of a group."""
+
+    def __init__(self, counter: Any) -> None:
+        context = ray.train.get_context()
+        self.index = context.get_local_rank()
+        self.node = f"{ray.util.get_node_ip_address()}, group of {context.get_world_size()}"
+        self._counter = counter if context.get_world_rank() == 0 else None
+
+    def report(self, amount: int) -> None:
+        if self._counter:
+            self._counter.add.remote(amount)
+
+
+def _call(config: dict[str, Any]) -> Any:
+    workers.become(_Process(config["counter"]))
+    return config["function"](*config["arguments"])
+
+
+def run(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    size: int,
+    resource: str,
+    progress: Progress = silent,
+) -> Iterator[tuple[int, Any]]:
+    """Call `function(*arguments[i])` for all i, each in `size` processes that know of each other.
+
+    Gives (i, what the first of them returns) as each is done; `resource` is 'GPU' or 'CPU', one to
+    a process. A group that loses a process begins its call again. As many groups are at work as
+    the cluster has devices for.
+    """
+    there = int(ray.cluster_resources().get(resource, 0))
+    groups = max(1, there // size)
+    counters: Any = ray.remote(_Counter)
+    counter = counters.options(num_cpus=0).remote()
+    told = 0
+    with concurrent.futures.ThreadPoolExecutor(groups) as pool:
+        calls = {
+            pool.submit(_fit, function, call, size, resource, counter): i
+            for i, call in enumerate(arguments)
+        }
+        while calls:
+            done, _ = concurrent.futures.wait(
+                calls, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
+            )
+            counted: int = ray.get(counter.counted.remote())
+            progress(counted - told)
+            told = counted
+            for future in done:
+                yield calls.pop(future), future.result()
+
+
+def _fit(
+    function: Callable[..., Any], call: tuple[Any, ...], size: int, resource: str, counter: Any
+) -> Any:
+    on_gpu = resource == "GPU"
+    with tempfile.TemporaryDirectory(prefix="colorfilter-") as records:
+        trainer = TorchTrainer(
+            _call,
+            train_loop_config={"function": function, "arguments": call, "counter": counter},
+            scaling_config=ScalingConfig(
+                num_workers=size, use_gpu=on_gpu, resources_per_worker={resource: 1}
+            ),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=RunConfig(
+                name=Path(records).name,
+                storage_path=records,
+                failure_config=FailureConfig(max_failures=FAILURES - 1),
+            ),
+        )
+        try:
+            result: Any = trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+        return result.return_value
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """What went wrong in a process of the group."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    wrong = next((f for f in failures if isinstance(f, InputError)), None)
+    return wrong or RuntimeError(f"a group of processes failed: {one_line(failures[0])}")

@@ -1,0 +1,71 @@
+"""Processes that train one model together, each on its share of every batch."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Single:
+    """A process that trains alone."""
+
+    rank = 0
+    size = 1
+
+    def share(self, n: int) -> tuple[torch.Tensor, int]:
+        """Which of the n rows of a batch are this process's, and how many every process takes."""
+        mine = torch.arange(self.rank, n, self.size)
+        return mine, -(-n // self.size)
+
+    def averaging(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """The module; gradients of what it gives are averaged over the processes."""
+        return module
+
+    def not_yet(self, module: Callable[..., Any]) -> AbstractContextManager[None]:  # noqa: ARG002
+        """While this lasts gradients are summed up here only."""
+        return contextlib.nullcontext()
+
+    def total(self, value: float, device: torch.device) -> float:  # noqa: ARG002
+        """The sum of a number over the processes, by way of their devices."""
+        return value
+
+    def said_by_first(self, value: Any) -> Any:
+        """What the first process has here."""
+        return value
+
+    def copied_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make tensors what they are in the first process."""
+
+
+class Group(Single):
+    """The processes of torch's default process group. Data parallel: arXiv 2006.15704."""
+
+    def __init__(self) -> None:
+        self.rank = distributed.get_rank()
+        self.size = distributed.get_world_size()
+
+    def averaging(self, module: torch.nn.Module) -> Callable[..., Any]:
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+    def not_yet(self, module: Callable[..., Any]) -> AbstractContextManager[None]:
+        assert isinstance(module, DistributedDataParallel)
+        pause: AbstractContextManager[None] = module.no_sync()
+        return pause
+
+    def total(self, value: float, device: torch.device) -> float:
+        summed = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.all_reduce(summed)
+        return float(summed)
+
+    def said_by_first(self, value: Any) -> Any:
+        said = [value]
+        distributed.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def copied_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
