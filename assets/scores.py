@@ -203,11 +203,12 @@ def _score(
             attempt = missing[job.shard, model]
             attempt.commit(_facts(receipts))
             nodes = Counter(str(r.node) for r in receipts if r.node)
-            context.add_asset_metadata(
-                {"chunks by node": dg.MetadataValue.json(dict(nodes))},
-                asset_key=dg.AssetKey(attempt.work.asset.split("/")),
-                partition_key=job.shard,
-            )
+            if nodes:
+                context.add_asset_metadata(
+                    {"chunks by node": dg.MetadataValue.json(dict(nodes))},
+                    asset_key=dg.AssetKey(attempt.work.asset.split("/")),
+                    partition_key=job.shard,
+                )
         return [a.artifact for a in attempts]
 
 

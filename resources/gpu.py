@@ -290,21 +290,21 @@ class _Tally:
         self._size = Counter(shards)
         self._done: Counter[str] = Counter()
         self._nodes: Counter[str] = Counter()
-        self._said = time.monotonic()
+        self._said = -TALLY_SECONDS
 
     def add(self, shard: str, node: str | None) -> None:
         self._done[shard] += 1
         self._nodes[str(node)] += 1
-        whole = self._done.total() == self._size.total()
-        if whole or time.monotonic() - self._said >= TALLY_SECONDS:
+        done, size = self._done.total(), self._size.total()
+        if done == size or time.monotonic() - self._said >= TALLY_SECONDS:
             self._said = time.monotonic()
-            begun = [s for s, n in self._done.items() if whole or n < self._size[s]]
-            shards = ", ".join(f"{s} {self._done[s]} of {self._size[s]}" for s in begun[:SHOWN])
-            more = f", {len(begun) - SHOWN} more" if len(begun) > SHOWN else ""
-            nodes = ", ".join(f"{node} {n}" for node, n in self._nodes.most_common(SHOWN))
+            begun = [s for s, n in self._done.items() if n < self._size[s]]
+            whole = len(self._done) - len(begun)
+            at_work = "".join(f", {s} {self._done[s]} of {self._size[s]}" for s in begun[:SHOWN])
+            nodes = ", ".join(f"{node} {n:,}" for node, n in self._nodes.most_common(SHOWN))
             dg.get_dagster_logger().info(
-                f"chunks: {self._done.total():,} of {self._size.total():,}; by shard: "
-                f"{shards}{more}; by node: {nodes}"
+                f"chunks: {done:,} of {size:,}; by shard: {whole:,} of {len(self._size):,} "
+                f"whole{at_work}; by node: {nodes}"
             )
 
 
