@@ -48,13 +48,12 @@ def connected(address: str | None) -> Iterator[None]:
     # The code that runs there is the code here: nodes need the libraries only.
     environment = {"py_modules": [str(Path(__file__).parent)]}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if named:
         _reach(named)
     handlers = _handlers()
     try:
         ray.init(
-            named,
+            named or "local",  # which takes no jobs without the token that Ray makes for its user
             runtime_env=environment,
             logging_level=logging.ERROR,
             log_to_driver=False,

@@ -6,6 +6,7 @@ not stand still when another program takes one of them. Every kernel run leaves 
 `kernel_runs.jsonl` of the home, with the folder of the artefact that it was for.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -380,6 +381,7 @@ def _connect(address: str | None) -> bool:
     if is_connected():
         return False
     _connection.enter_context(connected(address))
+    atexit.register(_connection.close)
     return True
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,3 +193,28 @@ def test_where_there_is_no_cluster_is_said_in_a_line() -> None:
     said = r"compute\.address: no Ray cluster at 127\.0\.0\.1:1 "
     with pytest.raises(InputError, match=said), connected("127.0.0.1:1"):
         pass
+
+
+STRANGER = """
+import sys, ray
+ray.init(sys.argv[1], logging_level="ERROR")
+print(ray.get(ray.remote(lambda: "let in").remote()))
+"""
+
+
+def test_a_cluster_that_is_started_here_takes_jobs_of_its_user_only(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.shutdown()
+    monkeypatch.setenv("HOME", str(tmp_path / "own"))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with connected(None):
+        assert [n for _, n in Cluster().run(calls()[0], [("", 1), ("", 2)])]
+        address = ray.get_runtime_context().gcs_address
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        other = {**environment, "HOME": str(tmp_path / "other")}
+        command = [sys.executable, "-c", STRANGER, address]
+        done = subprocess.run(command, env=other, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "let in" not in done.stdout
+    assert "token" in done.stderr.lower()
