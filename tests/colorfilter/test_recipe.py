@@ -227,3 +227,30 @@ def test_an_arm_that_keeps_leaks_is_an_arm_of_its_own_with_the_same_choice() -> 
         assert keeps.choice() == arm.choice()
         assert keeps.facts() != arm.facts()
     assert Arm(method="color", tau=8).choice() != Arm(method="color", tau=4).choice()
+
+
+@pytest.mark.parametrize(
+    ("compute", "why"),
+    [
+        ({"address": "10.0.0.1:6379"}, "address belongs to backend: ray"),
+        ({"devices_per_model": 2}, "devices_per_model belongs to backend: ray"),
+        ({"backend": "ray", "storage": "shared"}, "an absolute folder or a URI"),
+        ({"backend": "ray", "storage": "s3://me:secret@bucket"}, "no credentials in a recipe"),
+        ({"backend": "ray", "storage": "s3://bucket?key=secret"}, "no credentials in a recipe"),
+        ({"backend": "slurm"}, "'local' or 'ray'"),
+    ],
+)
+def test_where_to_compute_is_checked_and_no_credential_is_repeated(
+    tmp_path: Path, compute: dict[str, Any], why: str
+) -> None:
+    message = problem(tmp_path, {**VALID, "compute": compute})
+    assert "compute" in message
+    assert why in message
+    assert "secret" not in message
+
+
+def test_where_to_compute_is_in_no_key(tmp_path: Path) -> None:
+    plain = load_content(tmp_path, VALID)
+    compute = {"backend": "ray", "storage": "s3://bucket/pool", "workers": 4}
+    there = load_content(tmp_path, {**VALID, "compute": compute})
+    assert there.facts(without=("compute",)) == plain.facts()

@@ -1,0 +1,202 @@
+"""Places that all machines see, as folders and as URIs of a file system in memory."""
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import polars as pl
+import pytest
+
+from colorfilter import storage
+from colorfilter.errors import InputError
+from colorfilter.storage import Kept, Place, Shared, borrowed, here, names
+from colorfilter.tokens import read_tokens, real_tokens
+
+
+@pytest.fixture(params=["folder", "uri"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "shared")
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/pool"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home" / "artifacts" / "model" / "abc"
+    (folder / "down").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "down" / "tokens.npy").write_bytes(b"1234")
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+
+def read(place: Place, name: str) -> bytes:
+    if isinstance(place, Path):
+        return (place / name).read_bytes()
+    with storage.open_file(place, name) as stream:
+        content: bytes = stream.read()
+    return content
+
+
+def test_a_folder_is_shared_once_and_anew_when_it_has_changed(home: Path, root: str) -> None:
+    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    place = shared.share(folder)
+    assert isinstance(place, Path) == root.startswith("/")
+    assert names(place) == [".whole", "config.json", "down/tokens.npy"]
+    assert read(place, "down/tokens.npy") == b"1234"
+    assert shared.share(folder) == place
+    (folder / "config.json").write_text("{ }")
+    again = shared.share(folder)
+    assert again != place
+    assert read(again, "config.json") == b"{ }"
+
+
+def test_a_folder_that_was_shared_in_part_is_shared_again(home: Path, root: str) -> None:
+    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    place = shared.share(folder)
+    storage.remove_file(place, ".whole")
+    storage.remove_file(place, "config.json")
+    assert shared.share(folder) == place
+    assert names(place) == [".whole", "config.json", "down/tokens.npy"]
+
+
+def test_withdrawn_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, root: str) -> None:
+    shared, model = Shared(home, root), home / "artifacts" / "model"
+    (model / "abcd").mkdir()
+    (model / "abcd" / "config.json").write_text("{}")
+    copies = [shared.share(model / "abc"), shared.share(model / "abc" / "down")]
+    storage.write_file(b"", shared.staged(model / "abc"), "losses")
+    beside = shared.share(model / "abcd")
+    shared.withdraw(model / "abc")
+    assert [names(copy) for copy in [*copies, shared.staged(model / "abc")]] == [[], [], []]
+    assert names(beside)
+
+
+def test_what_was_committed_is_taken_and_cleared(home: Path, root: str, tmp_path: Path) -> None:
+    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    staged = shared.staged(folder)
+    with storage.begun(staged) as temporary:
+        temporary.write_bytes(b"losses")
+        storage.commit(temporary, staged, "losses-0")
+        assert names(staged) == ["losses-0"]
+    shared.take(folder, "losses-0")
+    assert (folder / "losses-0").read_bytes() == b"losses"
+    shared.clear(folder)
+    assert names(staged) == []
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_is_not_committed_is_not_there(home: Path, root: str, tmp_path: Path) -> None:
+    staged = Shared(home, root).staged(home / "artifacts" / "model" / "abc")
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(storage.begun(staged))
+        temporary.write_bytes(b"half")
+        assert names(staged) == []
+    assert names(staged) == []
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_copy_on_this_machine_is_made_once_and_kept_a_day(home: Path) -> None:
+    fsspec.filesystem("memory").store.clear()
+    shared, folder = Shared(home, "memory://bucket"), home / "artifacts" / "model" / "abc"
+    place = shared.share(folder)
+    copy = here(place)
+    assert (copy / "down" / "tokens.npy").read_bytes() == b"1234"
+    assert copy.parent.stat().st_mode & 0o077 == 0
+    storage.remove(place)
+    assert here(place) == copy  # not fetched again
+    day_ago = time.time() - storage.CACHE_SECONDS - 1
+    os.utime(copy, (day_ago, day_ago))
+    (folder / "config.json").write_text("other")
+    here(shared.share(folder))
+    assert not copy.exists()
+
+
+def test_a_cache_that_others_may_write_to_is_refused(home: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "tmp" / f"colorfilter-{os.getuid()}"
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(InputError, match="others may write there"):
+        here("memory://bucket/model")
+    with borrowed(home) as folder:
+        assert folder == here(home) == home
+
+
+def test_borrowed_is_a_copy_for_as_long_as_it_is_needed(home: Path) -> None:
+    fsspec.filesystem("memory").store.clear()
+    place = Shared(home, "memory://bucket").share(home / "artifacts" / "model" / "abc")
+    with borrowed(place) as folder:
+        assert (folder / "config.json").read_text() == "{}"
+    assert not folder.exists()
+
+
+def test_a_kept_folder_comes_back_on_another_machine(root: str, tmp_path: Path) -> None:
+    place = Shared(tmp_path, root).begun(tmp_path / "out")
+    one = tmp_path / "one"
+    one.mkdir()
+    kept = Kept(one, place)
+    (one / "state").write_text("1")
+    (one / "trunk").write_text("1")
+    (one / "half.tmp").write_text("-")
+    kept.push()
+    assert names(place) == ["state", "trunk"]
+    (one / "state").write_text("22")
+    (one / "trunk").unlink()
+    kept.push()
+    two = tmp_path / "two"
+    two.mkdir()
+    Kept(two, place)
+    assert {p.name: p.read_text() for p in two.iterdir()} == {"state": "22"}
+    Shared(tmp_path, root).take_all(tmp_path / "out")
+    assert (tmp_path / "out" / "state").read_text() == "22"
+    assert names(place) == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (2, None), (4, 9), (7, 7), (0, 10), (9, 10)])
+def test_rows_of_a_uri_are_those_of_the_file(
+    dtype: type, start: int, stop: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).integers(0, 999, (10, 3000)).astype(dtype)
+    np.save(tmp_path / "tokens.npy", rows)
+    facts = pl.DataFrame({"position": np.arange(10), "n_tokens": np.arange(10, dtype=np.int32)})
+    facts.write_parquet(tmp_path / "sequences.parquet")
+    filesystem = fsspec.filesystem("memory")
+    for name in ("tokens.npy", "sequences.parquet"):
+        filesystem.pipe_file(f"/bucket/x/{name}", (tmp_path / name).read_bytes())
+    read_bytes = 0
+    cat_file = type(filesystem).cat_file
+
+    def counting(self: object, *arguments: object, **more: object) -> bytes:
+        nonlocal read_bytes
+        content: bytes = cat_file(self, *arguments, **more)
+        read_bytes += len(content)
+        return content
+
+    monkeypatch.setattr(type(filesystem), "cat_file", counting)
+    found = read_tokens("memory://bucket/x", start, stop)
+    assert found.dtype == dtype
+    assert np.array_equal(found, read_tokens(tmp_path, start, stop))
+    assert np.array_equal(found, rows[start:stop])
+    assert read_bytes <= storage.HEADER_BYTES + found.nbytes
+    assert np.array_equal(real_tokens("memory://bucket/x"), np.arange(10))
+
+
+def test_a_storage_that_cannot_be_written_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (str(tmp_path / "file"), "nosuch://bucket"):
+        with pytest.raises(InputError, match=r"compute\.storage: cannot write to") as caught:
+            Shared(tmp_path, wrong).check()
+        assert "\n" not in str(caught.value)
+    Shared(tmp_path, str(tmp_path / "shared")).check()
+    assert names(tmp_path / "shared") == []
