@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from colorfilter import data_parallel, workers
 from colorfilter.errors import InputError, one_line
@@ -29,6 +29,7 @@ from colorfilter.progress import Progress, silent
 POLL_SECONDS = 0.5
 REACH_SECONDS = 10.0
 HIRE_SECONDS = 5.0  # between two looks at whether devices came or went
+WAIT_SECONDS = 30.0  # until it is said that none has one
 LOSSES = 4  # of a call with its worker, until it is taken to be the cause
 STRAGGLES = 3.0  # times the median of the calls that were done, until one is begun elsewhere too
 STRAGGLE_SECONDS = 30.0  # at least
@@ -61,9 +62,15 @@ def connected(address: str | None) -> Iterator[None]:
             **({} if named else local),
         )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        where = named or "this machine"
+        if _wants_token(error):
+            raise InputError(
+                f"compute.address: the Ray cluster at {where} takes nobody without its token; set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has it"
+            ) from error
         raise InputError(
-            f"compute.address: no Ray cluster at {named or 'this machine'} ({one_line(error)}); "
-            "correct it or start one"
+            f"compute.address: no Ray cluster at {where} ({one_line(error)}); correct it or start "
+            "one"
         ) from error
     finally:
         _restore(handlers)
@@ -71,6 +78,15 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _wants_token(error: BaseException | None) -> bool:
+    while error:
+        # What Ray raises has the first one's name in its text only.
+        if AuthenticationError.__name__ in f"{type(error)} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reach(address: str) -> None:
@@ -213,6 +229,7 @@ class _Run:
         self.failures = 0  # of workers that ended before they had begun
         self.seconds: list[float] = []
         self.looked = -HIRE_SECONDS
+        self.waited = time.monotonic()
         self.resource = cluster.resource
 
     def results(self) -> Iterator[tuple[int, Any]]:
@@ -239,13 +256,11 @@ class _Run:
         for _ in range(wanted - len(self.crew)):
             actor = _Actor.options(max_concurrency=AT_ONCE, **device).remote()
             self.crew.append(_Member(actor, actor.where.remote()))
-        if not any(member.node for member in self.crew):
-            self._say_waiting(there)
-
-    def _say_waiting(self, there: int) -> None:
-        free = int(ray.available_resources().get(self.resource, 0))
-        if not free:
-            self.cluster.notice(f"waiting for one of the cluster's {there} {self.resource}s")
+        if any(member.node for member in self.crew):
+            self.waited = time.monotonic()
+        elif time.monotonic() - self.waited > WAIT_SECONDS:
+            self.waited = time.monotonic()
+            self.cluster.notice(f"still waiting for one of the cluster's {there} {self.resource}s")
 
     def _hand_out(self) -> None:
         """Give every idle worker a call."""

@@ -195,26 +195,39 @@ def test_where_there_is_no_cluster_is_said_in_a_line() -> None:
         pass
 
 
+STARTS = """
+import ray, sys, time
+from colorfilter.cluster import Cluster, connected
+with connected(None):
+    assert list(Cluster().run(abs, [(-2,), (-3,)])) in ([(0, 2), (1, 3)], [(1, 3), (0, 2)])
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""
 STRANGER = """
-import sys, ray
-ray.init(sys.argv[1], logging_level="ERROR")
-print(ray.get(ray.remote(lambda: "let in").remote()))
+import sys
+from colorfilter.cluster import connected
+with connected(sys.argv[1]):
+    print("let in")
 """
 
 
-def test_a_cluster_that_is_started_here_takes_jobs_of_its_user_only(
-    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray.shutdown()
-    monkeypatch.setenv("HOME", str(tmp_path / "own"))
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with connected(None):
-        assert [n for _, n in Cluster().run(calls()[0], [("", 1), ("", 2)])]
-        address = ray.get_runtime_context().gcs_address
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        other = {**environment, "HOME": str(tmp_path / "other")}
+def test_a_cluster_that_is_started_here_takes_its_user_only(nodes: Any, tmp_path: Path) -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+    def of(user: str) -> dict[str, str]:
+        return {**plain, "HOME": str(tmp_path / user)}
+
+    command = [sys.executable, "-c", STARTS]
+    with subprocess.Popen(
+        command, env=of("own"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdin
+        assert started.stdout
+        address = started.stdout.readline().strip()
         command = [sys.executable, "-c", STRANGER, address]
-        done = subprocess.run(command, env=other, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=of("other"), capture_output=True, text=True, check=False)
+        started.stdin.close()
+    assert started.returncode == 0
     assert done.returncode != 0
     assert "let in" not in done.stdout
-    assert "token" in done.stderr.lower()
+    assert "takes nobody without its token; set RAY_AUTH_MODE=token" in done.stderr
