@@ -202,11 +202,12 @@ class Cluster:
         As workers.Workers.run. A call that is lost with its worker is made again on another. Raises
         RuntimeError where one was lost LOSSES times.
         """
+        if not arguments:
+            return
         if self.together > 1:
-            yield from data_parallel.run(
-                function, arguments, self.together, self.resource, progress
-            )
-        elif arguments:
+            size = self.together
+            yield from data_parallel.run(function, arguments, size, self.resource, progress)
+        else:
             yield from _Run(self, function, arguments, progress).results()
 
 

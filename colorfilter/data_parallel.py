@@ -69,11 +69,12 @@ def run(
     counters: Any = ray.remote(_Counter)
     counter = counters.options(num_cpus=0).remote()
     told = 0
-    with concurrent.futures.ThreadPoolExecutor(groups) as pool:
-        calls = {
-            pool.submit(_fit, function, call, size, resource, counter): i
-            for i, call in enumerate(arguments)
-        }
+    pool = concurrent.futures.ThreadPoolExecutor(groups)
+    calls = {
+        pool.submit(_fit, function, call, size, resource, counter): i
+        for i, call in enumerate(arguments)
+    }
+    try:
         while calls:
             done, _ = concurrent.futures.wait(
                 calls, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
@@ -83,6 +84,11 @@ def run(
             told = counted
             for future in done:
                 yield calls.pop(future), future.result()
+    finally:
+        if calls:  # groups end with the connection and in no other way
+            pool.shutdown(wait=False, cancel_futures=True)
+            ray.shutdown()
+        pool.shutdown()
 
 
 def _fit(
