@@ -93,10 +93,8 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter.tokens import open_tokens
 
         places, crew = self._places(), self._crew(begin_twice=True)
-        shared = functools.cache(places.share)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
-        calls: list[tuple[device.Chunk]] = []
-        jobs_of_calls: list[int] = []
+        ranges: list[tuple[int, int, int, list[str]]] = []
         left: Counter[tuple[int, str]] = Counter()
         for i, job in enumerate(jobs):
             length = int(open_tokens(job.tokens).shape[1])
@@ -107,24 +105,35 @@ class Gpu(dg.ConfigurableResource):
             for model, found in standing.items():
                 receipts[i, model] = found
                 progress(sum(r.tokens for r in found))
-            tokens = places.share(job.tokens) if missing else job.tokens
-            for (start, stop), names in missing.items():
-                models = {m: shared(job.models[m]) for m in names}
-                outs = {m: places.staged(job.outs[m]) for m in names}
-                place = (job.shard, start, stop)
-                calls.append(
-                    (device.Chunk(models, tokens, *place, outs, job.precision, job.boundary),)
-                )
-                jobs_of_calls.append(i)
-                left.update((i, m) for m in names)
-        unscored = sum((chunk.stop - chunk.start) * len(chunk.models) for (chunk,) in calls)
+            for (start, stop), models in missing.items():
+                ranges.append((i, start, stop, models))
+                left.update((i, m) for m in models)
+        unscored = sum((stop - start) * len(models) for _, start, stop, models in ranges)
         require_space(Home(self.home).root, BYTES_PER_LOSS * unscored, "scoring")
         for (i, model), found in receipts.items():
             if not left[i, model]:
                 yield jobs[i], model, found
-        tally = _Tally([chunk.shard for (chunk,) in calls])
-        for call, done in crew.run(device.score, calls, progress):
-            i = jobs_of_calls[call]
+        shared = functools.cache(places.share)
+
+        def call(n: int) -> tuple[device.Chunk]:
+            i, start, stop, models = ranges[n]
+            job = jobs[i]
+            chunk = device.Chunk(
+                {m: shared(job.models[m]) for m in models},
+                shared(job.tokens),
+                job.shard,
+                start,
+                stop,
+                {m: places.staged(job.outs[m]) for m in models},
+                job.precision,
+                job.boundary,
+            )
+            return (chunk,)
+
+        calls = _Calls(call, len(ranges))
+        tally = _Tally([jobs[i].shard for i, *_ in ranges])
+        for n, done in crew.run(device.score, calls, progress):
+            i = ranges[n][0]
             tally.add(jobs[i].shard, done[0].node)
             for receipt in done:
                 whole = i, receipt.model
@@ -282,6 +291,24 @@ class Gpu(dg.ConfigurableResource):
             **facts,
         }
         append_line(home.kernel_runs, json.dumps(line, ensure_ascii=False, default=str))
+
+
+class _Calls(Sequence[Any]):
+    """Calls that are made up when they are asked for: by then what they read is shared, not all
+    that will ever be read.
+    """
+
+    def __init__(self, call: Callable[[int], Any], size: int) -> None:
+        self._call = call
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, n: Any) -> Any:
+        if n >= self._size:
+            raise IndexError(n)
+        return self._call(n)
 
 
 class _Tally:
