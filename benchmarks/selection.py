@@ -104,8 +104,7 @@ def work_out(path: Path, n: int) -> None:
     """Fill `excluded` and `paired_losses`, in one transaction as publication does."""
     with connect(path, PUBLISHING_MEMORY) as connection:
         connection.execute("BEGIN")
-        for shard in shard_names(n):
-            pair(connection, "books", shard)
+        pair(connection, "books", shard_names(n))
         exclude(connection, LENGTH)
         connection.execute("COMMIT")
 

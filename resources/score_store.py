@@ -20,13 +20,13 @@ import duckdb
 
 from colorfilter.errors import InputError
 from colorfilter.files import lock, require_space, write_atomically
-from colorfilter.score_tables import exclude, pair, unpair
+from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
 
 # What DuckDB may hold of the tables before it spills to disk.
 READING_MEMORY = "1GB"
-PUBLISHING_MEMORY = "256MB"
+PUBLISHING_MEMORY = "2GB"
 # The newest form that every supported DuckDB reads.
 STORAGE_VERSION = "v1.2.0"
 
@@ -154,8 +154,7 @@ class ScoreStore(dg.ConfigurableResource):
                     return _row_counts(connection)
         with self._next(Home(self.home).scores, SCHEMA) as connection:
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
-            for kind, shard, model, _ in there - wanted:
-                _remove(connection, kind, shard, model)
+            _remove(connection, there - wanted)
             for key in sorted(read.keys() - there, key=str):
                 _insert(connection, read[key])
                 connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
@@ -165,14 +164,14 @@ class ScoreStore(dg.ConfigurableResource):
                     "INSERT INTO models VALUES (?, ?, ?, ?, true)",
                     [m.model, m.role, m.domain, m.path],
                 )
-            for kind, shard, domain, fingerprint in sorted(derived - there, key=str):
+            work_out = sorted(derived - there, key=str)
+            for domain in dict.fromkeys(key[2] for key in work_out):
                 if domain is None:
                     exclude(connection, length)
                 else:
-                    pair(connection, domain, shard)
-                connection.execute(
-                    "INSERT INTO parts VALUES (?, ?, ?, ?)", [kind, shard, domain, fingerprint]
-                )
+                    pair(connection, domain, [key[1] for key in work_out if key[2] == domain])
+            for key in work_out:
+                connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             return _row_counts(connection)
 
     def publish_selection(self, selection: PublishedSelection) -> None:
@@ -342,20 +341,33 @@ def _row_counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
 
 
-def _remove(
-    connection: duckdb.DuckDBPyConnection, kind: str, shard: str, model: str | None
-) -> None:
-    if kind == "losses":
-        connection.execute("DELETE FROM losses WHERE shard = ? AND model = ?", [shard, model])
-    elif kind == "pairs":
-        unpair(connection, str(model), shard)
-    elif kind == "text":
-        for table in ("documents", "spans", "sequences"):
-            connection.execute(f"DELETE FROM {table} WHERE shard = ?", [shard])
+# The tables of which each kind of part has rows, and the columns that are of a part's key.
+ROWS = {
+    "text": (("documents", "spans", "sequences"), "shard", "shard"),
+    "losses": (("losses",), "shard, model", "shard, model"),
+    "pairs": (("paired_losses",), "shard, domain", "shard, model"),
+}
+
+
+def _remove(connection: duckdb.DuckDBPyConnection, parts: Set[Key]) -> None:
+    """Take parts and their rows out, in one pass over each table however many they are."""
+    if not parts:
+        return
+    connection.execute("CREATE OR REPLACE TEMP TABLE gone AS FROM parts LIMIT 0")
+    connection.executemany("INSERT INTO gone VALUES (?, ?, ?, ?)", [list(key) for key in parts])
+    for kind, (tables, columns, key) in ROWS.items():
+        if any(part[0] == kind for part in parts):
+            for table in tables:
+                connection.execute(
+                    f"DELETE FROM {table} "
+                    f"WHERE ({columns}) IN (SELECT ({key}) FROM gone WHERE kind = ?)",
+                    [kind],
+                )
     connection.execute(
-        "DELETE FROM parts WHERE kind = ? AND shard = ? AND model IS NOT DISTINCT FROM ?",
-        [kind, shard, model],
+        "DELETE FROM parts USING gone WHERE parts.kind = gone.kind AND parts.shard = gone.shard "
+        "AND parts.model IS NOT DISTINCT FROM gone.model"
     )
+    connection.execute("DROP TABLE gone")
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:

@@ -292,7 +292,7 @@ def test_losses_changed_in_place_are_paired_anew_by_shard(
     mark_pairs(store)
     with duckdb.connect(str(Home(store.home).scores)) as connection:
         connection.execute("UPDATE losses SET loss = 2.5 WHERE model = 'p' AND position = 0")
-        pair(connection, "books", "b")
+        pair(connection, "books", ["b"])
     assert colors(store) == [("a", 0, 100.0), ("a", 1, 100.0), ("b", 0, -1.5), ("b", 1, 2.0)]
 
 
