@@ -320,5 +320,7 @@ def _leak(row: dict[str, Any], match: Match, selected: pl.DataFrame) -> dict[str
 
 def without_leaks(selection: pl.DataFrame, leaks: pl.DataFrame) -> pl.DataFrame:
     """The rows of a selection (`shard`, `position`) that no leak names."""
+    if leaks.is_empty():
+        return selection
     named = leaks.select("shard", position="positions").explode("position")
     return selection.join(named, on=["shard", "position"], how="anti", maintain_order="left")
