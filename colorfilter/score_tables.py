@@ -1,6 +1,6 @@
 """What selection needs and no arm changes, worked out once from the published tables.
 
-Both run inside the transaction that publishes, under its memory limit.
+Both run where scores are published, under its memory limit.
 """
 
 from collections.abc import Collection

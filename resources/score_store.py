@@ -156,8 +156,9 @@ class ScoreStore(dg.ConfigurableResource):
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
             _remove(connection, there - wanted)
             for key in sorted(read.keys() - there, key=str):
-                _insert(connection, read[key])
-                connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
+                with _transaction(connection):
+                    _insert(connection, read[key])
+                    connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             connection.execute("DELETE FROM models")
             for m in models:
                 connection.execute(
@@ -170,8 +171,9 @@ class ScoreStore(dg.ConfigurableResource):
                     exclude(connection, length)
                 else:
                     pair(connection, domain, [key[1] for key in work_out if key[2] == domain])
-            for key in work_out:
-                connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
+            with _transaction(connection):
+                for key in work_out:
+                    connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             return _row_counts(connection)
 
     def publish_selection(self, selection: PublishedSelection) -> None:
@@ -222,20 +224,22 @@ class ScoreStore(dg.ConfigurableResource):
         path = Home(self.home).results
         with self._next(path, RESULTS_SCHEMA, fresh=True) as connection:
             tables = {"evaluations": evaluations, "kernel_runs": kernel_runs, "artifacts": ledger}
-            for table, rows in tables.items():
-                columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
-                marks = ", ".join("?" * len(columns))
-                values = [[_plain(row.get(c)) for c in columns] for row in rows]
-                if values:
-                    connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
+            with _transaction(connection):
+                for table, rows in tables.items():
+                    columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
+                    marks = ", ".join("?" * len(columns))
+                    values = [[_plain(row.get(c)) for c in columns] for row in rows]
+                    if values:
+                        connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
 
     @contextlib.contextmanager
     def _next(
         self, path: Path, schema: str = "", fresh: bool = False
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A copy of a database to change in one transaction; in the end it takes its place.
+        """A copy of a database to change; in the end it takes its place.
 
-        One publication at a time: what another one changes meanwhile would be lost.
+        One publication at a time: what another one changes meanwhile would be lost. What is changed
+        may be committed bit by bit: a transaction holds memory for all that it has inserted.
         """
         turn = lock(Home(self.home).leases / path.name)
         with turn, self._copied(path, schema, fresh) as connection:
@@ -244,7 +248,7 @@ class ScoreStore(dg.ConfigurableResource):
     @contextlib.contextmanager
     def _copied(self, path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         temporary = path.with_suffix(".next")
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
         if path.exists() and not fresh:
             require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
             shutil.copyfile(path, temporary)
@@ -254,18 +258,30 @@ class ScoreStore(dg.ConfigurableResource):
             place = str(temporary).replace("'", "''")
             connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE next")
-            connection.execute("BEGIN")
             connection.execute(schema)
             yield connection
-            connection.execute("COMMIT")
             connection.execute("USE memory")
             connection.execute("DETACH next")
         except BaseException:
             connection.close()
-            temporary.unlink(missing_ok=True)
+            _unlink(temporary)
             raise
         connection.close()
         write_atomically(temporary, path)
+
+
+@contextlib.contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Commit what is done within, in the end. Where that fails the database is given up."""
+    connection.execute("BEGIN")
+    yield
+    connection.execute("COMMIT")
+
+
+def _unlink(database: Path) -> None:
+    """Remove a database and what DuckDB has not yet written into it, where they are there."""
+    database.unlink(missing_ok=True)
+    database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
 
 
 def enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> None:
