@@ -93,12 +93,12 @@ def make_dataset(
     if "score_tables" not in chosen.inputs:
         artifacts.current_from(f"{name}/selection", None, forgotten(artifacts))
     leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
-    rows = pl.read_parquet(chosen.path / "selection.parquet")
+    rows = pl.scan_parquet(chosen.path / "selection.parquet")
     leaks = pl.read_parquet(leaking.path / "leakage.parquet")
     leaks = leaks if arm.leaks == "remove" else leaks.clear()
-    selected, shards = len(rows), sorted(rows["shard"].unique())
+    selected = rows.select(pl.len()).collect().item()
+    shards = rows.select(pl.col("shard").unique().sort()).collect()["shard"].to_list()
     kept = without_leaks(rows, leaks)
-    del rows  # of a large corpus, gigabytes
     needed = recipe.endpoints(arm, 0)[-1]
     if len(kept) < needed:
         raise InputError(
