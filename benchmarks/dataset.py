@@ -106,9 +106,9 @@ def main() -> None:
     sequences = 2 * options.selected
     try:
         if not any(place.exists() for place in shard_folders(folder).values()):
-            make_corpus(folder, sequences)
+            alone(make_corpus, folder, sequences)  # a process begins with its parent's peak
         for tau in options.tau:
-            draw(folder, sequences, tau)
+            alone(draw, folder, sequences, tau)
             print(f"1/{tau} of {sequences:,}", flush=True)
             for measured in (tokens, documents):
                 shutil.rmtree(folder / "out", ignore_errors=True)
