@@ -93,25 +93,26 @@ def make_dataset(
     if "score_tables" not in chosen.inputs:
         artifacts.current_from(f"{name}/selection", None, forgotten(artifacts))
     leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
-    rows = pl.read_parquet(chosen.path / "selection.parquet")
+    rows = pl.scan_parquet(chosen.path / "selection.parquet")
     leaks = pl.read_parquet(leaking.path / "leakage.parquet")
     leaks = leaks if arm.leaks == "remove" else leaks.clear()
+    selected = rows.select(pl.len()).collect().item()
+    shards = rows.select(pl.col("shard").unique().sort()).collect()["shard"].to_list()
     kept = without_leaks(rows, leaks)
     needed = recipe.endpoints(arm, 0)[-1]
     if len(kept) < needed:
         raise InputError(
-            f"{name}: {len(rows) - len(kept)} of {len(rows)} selected sequences quote "
+            f"{name}: {selected - len(kept)} of {selected} selected sequences quote "
             f"held-out text and are left out, but training needs {needed}; lower "
             "target.training_tokens or tau, or write `leaks: keep` for this arm"
         )
-    shards = sorted(rows["shard"].unique())
     tokens, texts, made_from = origins(artifacts, chosen, shards)
 
     def build(folder: Path) -> dict[str, Any]:
         # Tokens of two bytes or four, and as text about two more.
         require_space(folder, 6 * len(kept) * recipe.sequence_length, f"{name}/filtered_dataset")
         counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
-        counts["left_out"] = len(rows) - len(kept)
+        counts["left_out"] = selected - len(kept)
         about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
         if arm.leaks == "keep":
             about = f"{leaking.facts['sequences']:,} sequences of it quote held-out text."

@@ -1,17 +1,18 @@
 """Selection from a large score store, against sorting the same scores in memory.
 
-    python benchmarks/selection.py [--sequences 50000000] [--tau 64] [--memory 8GB] [--folder DIR]
+    python benchmarks/selection.py [--sequences 50000000] [--tau 7 64] [--rounds 3] [--memory 1GB]
 
 A synthetic store is made first: losses, sequences, spans and documents, one document to ten
 sequences, in shards of a million; one document in a hundred stands in the first shard too, and
 each shard's last sequence is padded. What selection needs is worked out from them by the functions
 and under the memory limit of publication. Then the best 1/tau is selected by the pipeline's own
-query, over everything and by batch, and by numpy's full argsort of the same scores in float32,
-which leaves nothing out and has no order at ties; in turn, three rounds, each time in a process of
-its own, whose peak memory includes its imports.
+query, over everything and by batch, and all scores are sorted by numpy's argsort in float32, which
+leaves nothing out and has no order at ties; in turn, three rounds, each time in a process of its
+own, whose peak memory includes its imports.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -27,7 +29,7 @@ import numpy as np
 from colorfilter.score_tables import exclude, pair
 from colorfilter.selection import count_candidates, select, select_by_batch
 from colorfilter.tables import fetch_row
-from resources.score_store import PUBLISHING_MEMORY, SCHEMA, STORAGE_VERSION
+from resources.score_store import PUBLISHING_MEMORY, READING_MEMORY, SCHEMA, STORAGE_VERSION
 
 LENGTH, SHARD, TO_A_DOCUMENT, BATCH = 512, 1_000_000, 10, 1024
 
@@ -64,7 +66,7 @@ INSERT INTO losses
 
 def shard_names(n: int) -> list[str]:
     """The shards of n sequences."""
-    return [f"web-{i:05d}" for i in range(n // SHARD)]
+    return [f"webtext-{i:010x}" for i in range(n // SHARD)]
 
 
 def connect(path: Path, memory: str, read_only: bool = False) -> duckdb.DuckDBPyConnection:
@@ -80,10 +82,9 @@ def connect(path: Path, memory: str, read_only: bool = False) -> duckdb.DuckDBPy
     return connection
 
 
-def fill(path: Path, n: int, memory: str) -> None:
+def fill(path: Path, n: int) -> None:
     """Write the synthetic store's published tables."""
-    with connect(path, memory) as connection:
-        connection.execute("BEGIN")
+    with connect(path, PUBLISHING_MEMORY) as connection:
         connection.execute(SCHEMA)
         connection.execute(MODELS)
         for number, shard in enumerate(shard_names(n)):
@@ -97,17 +98,13 @@ def fill(path: Path, n: int, memory: str) -> None:
             connection.execute(FILL.format(**facts))
             for model in ("prior", "conditional"):
                 connection.execute(LOSSES.format(model=model, **facts))
-        connection.execute("COMMIT")
 
 
 def work_out(path: Path, n: int) -> None:
-    """Fill `excluded` and `paired_losses`, in one transaction as publication does."""
+    """Fill `excluded` and `paired_losses` as publication does."""
     with connect(path, PUBLISHING_MEMORY) as connection:
-        connection.execute("BEGIN")
-        for shard in shard_names(n):
-            pair(connection, "books", shard)
+        pair(connection, "books", shard_names(n))
         exclude(connection, LENGTH)
-        connection.execute("COMMIT")
 
 
 def best(path: Path, memory: str, tau: int) -> float:
@@ -131,8 +128,8 @@ def best_of_batches(path: Path, memory: str, tau: int) -> float:
     return seconds
 
 
-def argsort(path: Path, memory: str, tau: int) -> float:
-    """Seconds to sort the scores that lie in memory, and to take the best 1/tau."""
+def argsort(path: Path, memory: str) -> float:
+    """Seconds to sort all scores, which lie in memory."""
     with connect(path, memory, read_only=True) as connection:
         n = fetch_row(connection, "SELECT count(*) FROM color")[0]
         scores = np.empty(n, np.float32)
@@ -143,50 +140,66 @@ def argsort(path: Path, memory: str, tau: int) -> float:
             filled += len(batch)
     assert filled == n
     begun = time.monotonic()
-    np.argsort(scores)[: n // tau].copy()
+    np.argsort(scores)
     return time.monotonic() - begun
 
 
-def peak_gb() -> float:
-    """The most memory that this process has held, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+class Taken(NamedTuple):
+    """Seconds, seconds of all cores together, and the most memory held, in GB."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.cpu:.1f} s of CPU, {self.peak:.2f} GB"
 
 
-def alone(measured: Callable[..., float | None], *arguments: object) -> tuple[float, float]:
-    """What a function returns in a process of its own, with seconds for None; its peak memory."""
+def spent() -> tuple[float, float]:
+    """What this process has taken of the cores' time, and the most memory it has held."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
+
+
+def alone(measured: Callable[..., float | None], *arguments: object) -> Taken:
+    """What a function takes in a process of its own; the seconds may be what it returns."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        before, _ = process.submit(spent).result()
         begun = time.monotonic()
         seconds = process.submit(measured, *arguments).result()
         taken = time.monotonic() - begun
-        return taken if seconds is None else seconds, process.submit(peak_gb).result()
+        cpu, peak = process.submit(spent).result()
+    return Taken(taken if seconds is None else seconds, cpu - before, peak)
 
 
 def main() -> None:
     """Fill, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=50_000_000, help="whole millions")
-    parser.add_argument("--tau", type=int, default=64)
-    parser.add_argument("--memory", default="8GB", help="DuckDB's limit")
+    parser.add_argument("--tau", type=int, nargs="+", default=[7, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", default=READING_MEMORY, help="DuckDB's limit in selecting")
     parser.add_argument("--folder", type=Path, help="where the store is made (default: temporary)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "scores.duckdb"
-        seconds, _ = alone(fill, path, options.sequences, options.memory)
-        print(f"tables filled in {seconds:.0f} s, {path.stat().st_size / 1e9:.1f} GB", flush=True)
-        seconds, peak = alone(work_out, path, options.sequences)
-        size = path.stat().st_size / 1e9
-        print(f"worked out in {seconds:.0f} s, {peak:.1f} GB; now {size:.1f} GB", flush=True)
-        found: dict[str, list[tuple[float, float]]] = {}
-        for _ in range(3):
-            for measured in (best, best_of_batches, argsort):
-                one = alone(measured, path, options.memory, options.tau)
-                found.setdefault(measured.__name__, []).append(one)
-                print(f"{measured.__name__}: {one[0]:.1f} s, {one[1]:.1f} GB", flush=True)
+        taken = alone(fill, path, options.sequences)
+        print(f"filled: {taken}; store {path.stat().st_size / 1e9:.1f} GB", flush=True)
+        taken = alone(work_out, path, options.sequences)
+        print(f"worked out: {taken}; store {path.stat().st_size / 1e9:.1f} GB", flush=True)
+        found: dict[str, list[Taken]] = {}
+        for _ in range(options.rounds):
+            of_tau = itertools.product(options.tau, (best, best_of_batches))
+            for measured, *tau in [*((m, t) for t, m in of_tau), (argsort,)]:
+                taken = alone(measured, path, options.memory, *tau)
+                name = " ".join([measured.__name__, *(f"tau {t}" for t in tau)])
+                found.setdefault(name, []).append(taken)
+                print(f"{name}: {taken}", flush=True)
     for name, rounds in found.items():
-        taken, peaks = zip(*rounds, strict=True)
-        middle = statistics.median(taken)
-        print(f"{name}: {middle:.1f} s ({min(taken):.1f} to {max(taken):.1f}), {max(peaks):.1f} GB")
+        seconds = [taken.seconds for taken in rounds]
+        spread = f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+        print(f"{name}: {spread}, {max(taken.peak for taken in rounds):.2f} GB")
 
 
 if __name__ == "__main__":

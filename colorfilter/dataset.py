@@ -1,6 +1,8 @@
 """A filtered dataset: the selected sequences as tokens to train on, and the same as text."""
 
 import bisect
+import contextlib
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import yaml
 from colorfilter.parquet import TableWriter
 from colorfilter.tokens import open_tokens
 
+BLOCK_BYTES = 2**29  # of tokens, held in memory at a time
+FACTS_ROWS = 2**13  # of a table that is read by ranges of rows
+
 
 def write_tokens(
     selection: pl.DataFrame, tokens: Mapping[str, Path], seed: int, out: Path
@@ -22,23 +27,72 @@ def write_tokens(
 
     The rows stand in a random order that `seed` fixes, so that a single pass over the file is a
     fair pass; `sequences.parquet` says where each came from. Returns counts.
+
+    Every shard is read once, in its own order, into a file for each block of rows; then the blocks
+    are put in order one by one. So neither memory nor the disk is asked for rows here and there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    order = np.random.default_rng(seed).permutation(len(selection))
-    shuffled = selection[order].with_row_index("row")
+    n = len(selection)
+    row = np.empty(n, np.uint32)
+    row[np.random.default_rng(seed).permutation(n)] = np.arange(n, dtype=np.uint32)
+    placed = selection.select(pl.Series("row", row), pl.all())
     first = open_tokens(tokens[selection["shard"][0]])
-    n, length = len(selection), first.shape[1]
-    rows = np.lib.format.open_memmap(out / "tokens.npy", "w+", first.dtype, (n, length))
-    tables = []
-    for (shard,), part in shuffled.group_by(["shard"], maintain_order=True):
-        positions = part["position"].to_numpy()
-        rows[part["row"].to_numpy()] = open_tokens(tokens[str(shard)])[positions]
-        facts = pl.read_parquet(tokens[str(shard)] / "sequences.parquet")
-        tables.append(part.join(facts, on="position", how="left", maintain_order="left"))
-    rows.flush()
-    table = pl.concat(tables).sort("row")
-    table.write_parquet(out / "sequences.parquet", compression="zstd")
-    return {"sequences": n, "tokens": int(table["n_tokens"].sum())}
+    block = max(1, BLOCK_BYTES // first[0].nbytes)
+    folder = out / "blocks"
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was interrupted
+    folder.mkdir(parents=True)
+    orders = _write_blocks(placed, tokens, block, folder)
+    written = _join_blocks(orders, (n, *first.shape[1:]), first.dtype, folder, out)
+    shutil.rmtree(folder)
+    return {"sequences": n, "tokens": written}
+
+
+def _write_blocks(
+    placed: pl.DataFrame, tokens: Mapping[str, Path], block: int, folder: Path
+) -> list[np.ndarray]:
+    """Write the tokens of each block of rows as they come, and the facts of each shard's rows.
+
+    Returns which row of the block each one is that was written.
+    """
+    orders: list[list[np.ndarray]] = [[] for _ in range(0, len(placed), block)]
+    for shard in placed["shard"].unique().sort():
+        part = placed.filter(pl.col("shard") == shard).sort("position")
+        facts = pl.read_parquet(tokens[shard] / "sequences.parquet")
+        table = part.join(facts, on="position", how="left").sort("row")
+        table.write_parquet(folder / f"{shard}.parquet", row_group_size=FACTS_ROWS)
+        source = open_tokens(tokens[shard])
+        rows, positions = part["row"].to_numpy(), part["position"].to_numpy()
+        for number in np.unique(rows // block):
+            mine = rows // block == number
+            orders[number].append(rows[mine] % block)
+            with (folder / str(number)).open("ab") as stream:
+                source[positions[mine]].tofile(stream)
+    return [np.concatenate(places) for places in orders]
+
+
+def _join_blocks(
+    orders: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, folder: Path, out: Path
+) -> int:
+    """Put the blocks in order, one after the other; returns the number of real tokens."""
+    n_tokens = start = 0
+    facts = pl.scan_parquet(folder / "*.parquet")
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context((out / "tokens.npy").open("wb"))
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        schema = facts.collect_schema().to_frame().to_arrow().schema
+        path = out / "sequences.parquet"
+        writer = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+        for number, order in enumerate(orders):
+            rows = np.empty((len(order), *shape[1:]), dtype)
+            rows[order] = np.fromfile(folder / str(number), dtype).reshape(rows.shape)
+            rows.tofile(stream)
+            (folder / str(number)).unlink()
+            mine = pl.col("row").is_between(start, start + len(order), closed="left")
+            table = facts.filter(mine).collect().sort("row")
+            writer.write_table(table.to_arrow())
+            n_tokens += int(table["n_tokens"].sum())
+            start += len(order)
+    return n_tokens
 
 
 FILTERED = pa.schema(
@@ -143,13 +197,18 @@ def whole_documents(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
 
 def with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, Any]]:
     """Runs in the order of the documents, with their text and fields of their documents."""
-    by_document = runs.partition_by("doc_id", as_dict=True)
+    names = runs.columns
+    place = names.index("doc_id")
+    by_document: dict[str, list[tuple[Any, ...]]] = {}
+    for row in runs.iter_rows():
+        by_document.setdefault(row[place], []).append(row)
     for batch in pq.ParquetFile(documents).iter_batches(
         batch_size=256, columns=["doc_id", "source_file", "source", "extra", "text"]
     ):
-        for document in batch.to_pylist():
-            part = by_document.get((document["doc_id"],))
-            for run in part.iter_rows(named=True) if part is not None else ():
+        wanted = [i for i, d in enumerate(batch["doc_id"].to_pylist()) if d in by_document]
+        for document in batch.take(wanted).to_pylist() if wanted else ():
+            for row in by_document[document["doc_id"]]:
+                run = dict(zip(names, row, strict=True))
                 text = document["text"][run["char_start"] : run["char_end"]]
                 yield {**document, **run, "text": text, "shard": shard}
 

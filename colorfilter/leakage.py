@@ -318,7 +318,13 @@ def _leak(row: dict[str, Any], match: Match, selected: pl.DataFrame) -> dict[str
     }
 
 
-def without_leaks(selection: pl.DataFrame, leaks: pl.DataFrame) -> pl.DataFrame:
-    """The rows of a selection (`shard`, `position`) that no leak names."""
+def without_leaks(selection: pl.DataFrame | pl.LazyFrame, leaks: pl.DataFrame) -> pl.DataFrame:
+    """The rows of a selection (`shard`, `position`) that no leak names, in their order.
+
+    Of a selection that is scanned, no more than these stand in memory.
+    """
     named = leaks.select("shard", position="positions").explode("position")
-    return selection.join(named, on=["shard", "position"], how="anti", maintain_order="left")
+    kept = selection.lazy().join(
+        named.lazy(), on=["shard", "position"], how="anti", maintain_order="left"
+    )
+    return kept.collect(engine="streaming")

@@ -16,7 +16,14 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from colorfilter.selection import BEST, BEST_OF_POOLS, SCORES, SHARDS
+from colorfilter.selection import (
+    BEST,
+    BEST_OF_POOLS,
+    SCORES,
+    SHARDS,
+    draw_pools,
+    drop_pools,
+)
 from colorfilter.tables import fetch_frame
 
 SAMPLE = 10_000
@@ -27,9 +34,7 @@ MARGIN = 4.0
 # Lowest scores first up to the cutoff, and what lies around it; `exact` where every loss that the
 # score is made of is float32.
 NEAR = """
-    WITH {shards},
-    {scores},
-    {near}
+    WITH {near}
     SELECT shard, position, bool_and(losses.precision = 'float32') AS exact
     FROM near
     JOIN losses USING (shard, position)
@@ -39,6 +44,8 @@ NEAR = """
     ORDER BY shard, position
 """
 NEAR_ONE = f"""
+    {SHARDS},
+    {{scores}},
     {BEST},
     cut AS (SELECT max(score) AS cutoff FROM (SELECT score FROM chosen ORDER BY score LIMIT $keep)),
     near AS (
@@ -51,7 +58,7 @@ NEAR_EACH_POOL = f"""
     cuts AS (SELECT pool, max(score) AS cutoff FROM best_of_pools GROUP BY pool),
     near AS (
         SELECT shard, position
-        FROM pools JOIN cuts USING (pool) JOIN shards USING (number)
+        FROM pools JOIN cuts USING (pool) JOIN numbered USING (number)
         WHERE abs(score - cutoff) <= $radius
     )
 """
@@ -65,7 +72,7 @@ def near_cutoff(
     `method` is color or conditional_only. shard, position and `exact`: whether both losses are
     float32.
     """
-    query = NEAR.format(shards=SHARDS, scores=SCORES[method], near=NEAR_ONE)
+    query = NEAR.format(near=NEAR_ONE.format(scores=SCORES[method]))
     return fetch_frame(connection, query, {"domain": domain, "keep": keep, "radius": radius})
 
 
@@ -79,16 +86,11 @@ def near_cutoffs_of_batches(
     radius: float,
 ) -> pl.DataFrame:
     """The same around the cutoff of every pool of selection.select_by_batch."""
-    query = NEAR.format(shards=SHARDS, scores=SCORES[method], near=NEAR_EACH_POOL)
-    parameters: dict[str, float | str] = {
-        "domain": domain,
-        "pool": int(tau * batch),
-        "batch": batch,
-        "tau": tau,
-        "seed": seed,
-        "radius": radius,
-    }
-    return fetch_frame(connection, query, parameters)
+    draw_pools(connection, method, domain, tau, batch, seed, beyond=radius)
+    query = NEAR.format(near=NEAR_EACH_POOL)
+    found = fetch_frame(connection, query, {"domain": domain, "radius": radius})
+    drop_pools(connection)
+    return found
 
 
 def draw_sample(sequences: Mapping[str, int], seed: int) -> pl.DataFrame:

@@ -1,9 +1,13 @@
 """What selection needs and no arm changes, worked out once from the published tables.
 
-Both run inside the transaction that publishes, under its memory limit.
+Both run where scores are published, under its memory limit.
 """
 
+from collections.abc import Collection
+
 import duckdb
+
+from colorfilter.tables import fetch
 
 # A document that occurs in several shards counts once: in the first of them. A sequence that
 # carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
@@ -39,16 +43,26 @@ COPIES = """
     FROM spans JOIN copies USING (shard, doc_id) ANTI JOIN excluded USING (shard, position)
 """
 
+# Where in the table the losses of shards by a domain's current models lie. A part is inserted as a
+# whole, so its first and last row say which row groups have it. Its name does not: DuckDB knows the
+# first eight characters of what is in a row group, and names of shards begin alike.
+PLACES = """
+    SELECT
+        shard, role, any_value(model) AS model, min(losses.rowid) AS first,
+        max(losses.rowid) AS last
+    FROM losses JOIN models USING (model)
+    WHERE current AND (role = 'prior' OR role = 'conditional' AND domain = $domain)
+        AND shard IN (SELECT unnest($shards::VARCHAR[]))
+    GROUP BY shard, role
+"""
+
 PAIR = """
     INSERT INTO paired_losses
-    SELECT c_model.domain, c.shard, c.position, p.loss, c.loss
-    FROM losses AS c
-    JOIN models AS c_model
-        ON c_model.model = c.model AND c_model.role = 'conditional' AND c_model.current
-    JOIN losses AS p ON p.position = c.position
-    JOIN models AS p_model
-        ON p_model.model = p.model AND p_model.role = 'prior' AND p_model.current
-    WHERE c_model.domain = $domain AND c.shard = $shard AND p.shard = $shard
+    SELECT $domain, $shard, position, p.loss, c.loss
+    FROM losses AS c JOIN losses AS p USING (position)
+    WHERE c.model = $conditional AND c.shard = $shard
+        AND c.rowid BETWEEN $conditional_first AND $conditional_last
+        AND p.model = $prior AND p.shard = $shard AND p.rowid BETWEEN $prior_first AND $prior_last
 """
 
 
@@ -65,16 +79,22 @@ def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
     connection.execute(COPIES)
 
 
-def pair(connection: duckdb.DuckDBPyConnection, domain: str, shard: str) -> None:
-    """Make a domain's rows of `paired_losses` over a shard anew from `losses` and `models`.
+def pair(connection: duckdb.DuckDBPyConnection, domain: str, shards: Collection[str]) -> None:
+    """Make a domain's rows of `paired_losses` over shards anew from `losses` and `models`.
 
-    What changes losses in place calls this for every shard it changed and every domain whose
-    prior or conditional they are by.
+    What changes losses in place calls this for the shards it changed and every domain whose prior
+    or conditional they are by.
     """
-    unpair(connection, domain, shard)
-    connection.execute(PAIR, {"domain": domain, "shard": shard})
-
-
-def unpair(connection: duckdb.DuckDBPyConnection, domain: str, shard: str) -> None:
-    """Take a domain's rows over a shard out of `paired_losses`."""
-    connection.execute("DELETE FROM paired_losses WHERE domain = ? AND shard = ?", [domain, shard])
+    wanted = {"domain": domain, "shards": list(shards)}
+    connection.execute(
+        "DELETE FROM paired_losses "
+        "WHERE domain = $domain AND shard IN (SELECT unnest($shards::VARCHAR[]))",
+        wanted,
+    )
+    found: dict[str, dict[str, str | int]] = {}
+    for shard, role, model, first, last in fetch(connection, PLACES, wanted):
+        place = {role: model, f"{role}_first": first, f"{role}_last": last}
+        found.setdefault(shard, {"domain": domain, "shard": shard}).update(place)
+    for shard in sorted(found):
+        if {"prior", "conditional"} <= found[shard].keys():
+            connection.execute(PAIR, found[shard])

@@ -83,69 +83,123 @@ BEST = f"""
     )
 """
 
-# The candidates in order of their lots, cut into pools, the last one perhaps smaller. Lots are
-# counted by ranges, and only a range that a pool ends in is sorted. One order serves all of those,
-# less what lies in the ones before (`ahead`): a window for each would take far longer.
-RANGES = 2**16
-POOLS = f"""
-    {KEYS},
+# By batch the candidates are cut into pools in the order of their lots, the last one perhaps
+# smaller. No table or order is made of them all, as DuckDB would of what two parts of one query
+# have in common; so these are statements. They are counted by ranges of lots and by steps of the
+# score in one pass; in a second one only contenders are taken.
+RANGES_OF_A_POOL = 16
+MOST_RANGES = 2**20
+
+NUMBERED = """
+    CREATE OR REPLACE TEMP TABLE numbered AS
+    WITH {shards},
+    {keys}
+    SELECT shard, number, key FROM shards JOIN keys USING (shard)
+"""
+
+DRAWN_CANDIDATES = f"""
     drawn AS NOT MATERIALIZED (
-        SELECT number, position, score, {LOT} AS lot, floor(lot * {RANGES})::INTEGER AS range
-        FROM scores ANTI JOIN excluded USING (shard, position)
-        JOIN shards USING (shard) JOIN keys USING (shard)
-    ),
-    counted AS (
-        SELECT range, count(*) AS n, sum(n) OVER (ORDER BY range)::BIGINT - n AS before
-        FROM drawn GROUP BY range
-    ),
-    ranges AS (
-        SELECT range, before, before // $pool AS pool, pool <> (before + n - 1) // $pool AS cut,
-            sum(n) FILTER (cut) OVER (ORDER BY range)::BIGINT - n AS ahead
-        FROM counted
-    ),
-    pools AS (
-        SELECT number, position, score, pool FROM drawn JOIN ranges USING (range) WHERE NOT cut
-        UNION ALL
-        SELECT number, position, score,
-            (before - ahead + row_number() OVER (ORDER BY lot, number, position) - 1) // $pool
-        FROM drawn JOIN ranges USING (range) WHERE cut
+        SELECT number, position, score, {LOT} AS lot, floor(lot * $ranges)::INTEGER AS range
+        FROM (SELECT number, key, position, score FROM scores JOIN numbered USING (shard))
+        ANTI JOIN (SELECT number, position FROM excluded JOIN numbered USING (shard))
+            USING (number, position)
     )
 """
 
-# The best of each pool. Sorted is only what may be among them: of a pool that has as many as are
-# kept no higher than the step below which twice the kept share of all lies, no more than those.
-BEST_OF_POOLS = f"""
-    {POOLS},
-    steps AS (
-        SELECT {STEP} AS step, sum(count(*)) OVER (ORDER BY step) AS up_to FROM pools GROUP BY step
-    ),
-    low AS (
-        SELECT min(step) AS step FROM steps
-        WHERE up_to >= (SELECT max(up_to) FROM steps) * least(1, 2 / $tau)
-    ),
-    sizes AS (
-        SELECT pool, count(*) AS n, if(n = $pool, $batch, floor(n / $tau)) AS kept,
-            count(*) FILTER ({STEP} <= (SELECT step FROM low)) AS below,
-            if(below >= kept, below, n) AS contenders
-        FROM pools GROUP BY pool
-    ),
+COUNTED = """
+    CREATE OR REPLACE TEMP TABLE counted AS
+    WITH {scores},
+    {drawn}
+    SELECT range, step, count(*) AS n
+    FROM (SELECT range, {step} AS step FROM drawn) GROUP BY GROUPING SETS ((range), (step))
+"""
+
+# Of a range: its first pool, whether that ends within it (`cut`), and how many lie before it, in
+# all and in ranges that are cut (`ahead`).
+RANGED = """
+    CREATE OR REPLACE TEMP TABLE ranges AS
+    SELECT range, before, before // $pool AS pool, pool <> (before + n - 1) // $pool AS cut,
+        sum(n) FILTER (cut) OVER (ORDER BY range)::BIGINT - n AS ahead
+    FROM (
+        SELECT range, n, sum(n) OVER (ORDER BY range)::BIGINT - n AS before
+        FROM counted WHERE step IS NULL
+    )
+"""
+
+SIZED = """
+    CREATE OR REPLACE TEMP TABLE sizes AS
+    SELECT pool, if(n = $pool, $batch, floor(n / $tau)) AS kept
+    FROM (
+        SELECT pool, least($pool, total - pool * $pool) AS n
+        FROM (
+            SELECT total, unnest(range((total + $pool - 1) // $pool)) AS pool
+            FROM (SELECT sum(n)::BIGINT AS total FROM counted WHERE step IS NULL)
+        )
+    )
+"""
+
+# The score below which there are more than the kept share of all, by so much that hardly a pool has
+# fewer there than are kept of it.
+LOW = """
+    SELECT (coalesce(min(step), 0) + 1) / 4096
+    FROM (
+        SELECT step, sum(n) OVER (ORDER BY step) AS up_to FROM counted WHERE range IS NULL
+    )
+    WHERE up_to >= (SELECT sum(n) FROM counted WHERE range IS NULL)
+        * least(1, (1 + 5 / sqrt($batch)) / $tau)
+"""
+
+# Contenders: what lies low, and all of a range that is cut, for which alone lots are sorted.
+POOLED = """
+    CREATE OR REPLACE TEMP TABLE pools AS
+    WITH {scores},
+    {drawn},
+    contenders AS MATERIALIZED (
+        SELECT * FROM drawn
+        WHERE score <= $low + $beyond OR range IN (SELECT range FROM ranges WHERE cut)
+    )
+    SELECT number, position, score, pool
+    FROM contenders JOIN ranges USING (range) WHERE NOT cut
+    UNION ALL
+    SELECT number, position, score,
+        (before - ahead + row_number() OVER (ORDER BY lot, number, position) - 1) // $pool
+    FROM contenders JOIN ranges USING (range) WHERE cut
+"""
+
+SHORT = """
+    CREATE OR REPLACE TEMP TABLE short AS
+    SELECT pool FROM sizes LEFT JOIN (FROM pools WHERE score < $low) USING (pool)
+    GROUP BY pool, kept HAVING count(score) < kept
+"""
+REST_OF_SHORT = """
+    INSERT INTO pools
+    WITH {scores},
+    {drawn}
+    SELECT number, position, score, pool
+    FROM drawn JOIN ranges USING (range) JOIN short USING (pool)
+    WHERE NOT cut AND score > $low + $beyond
+"""
+
+# One order serves all pools, less what lies in the ones before (`ahead`): a window for each would
+# take far longer.
+BEST_OF_POOLS = """
     places AS (
         SELECT number, position, score, pool, kept,
             row_number() OVER (ORDER BY pool, score, number, position) - ahead AS place
         FROM pools JOIN (
-            SELECT *, sum(contenders) OVER (ORDER BY pool)::BIGINT - contenders AS ahead FROM sizes
-        ) USING (pool)
-        WHERE below < kept OR {STEP} <= (SELECT step FROM low)
+            SELECT pool, sum(count(*)) OVER (ORDER BY pool)::BIGINT - count(*) AS ahead
+            FROM pools GROUP BY pool
+        ) USING (pool) JOIN sizes USING (pool)
     ),
     best_of_pools AS (SELECT number, position, score, pool FROM places WHERE place <= kept)
 """
 CHOSEN_OF_POOLS = f"""
     {BEST_OF_POOLS},
-    chosen AS (SELECT shard, position, score FROM best_of_pools JOIN shards USING (number))
+    chosen AS (SELECT shard, position, score FROM best_of_pools JOIN numbered USING (number))
 """
 
 # Where the score is another, the color is joined to what was chosen, not to what it is chosen from.
-COLORED = "SELECT *, score AS color FROM chosen"
+COLORED = "FROM chosen"
 COLOR_JOINED = """
     SELECT chosen.*, color.color
     FROM chosen
@@ -160,12 +214,16 @@ SHARDS = """
     )
 """
 
+# Millions of names would take most of the memory: their numbers are fetched, and the names looked
+# up, so that each stands in memory once.
+NAMES = "SELECT DISTINCT shard FROM sequences ORDER BY shard"
+
 SELECTION = """
     WITH {shards},
     {scores},
     {chosen},
     colored AS ({colored})
-    SELECT shard, position, score, color
+    SELECT number::INTEGER AS number, * EXCLUDE (shard, number)
     FROM colored JOIN shards USING (shard)
     ORDER BY score, number, position
     LIMIT $keep
@@ -207,15 +265,48 @@ def select_by_batch(
     (arXiv 2406.10670, algorithm 1, with selection within a batch.) What is left over is a smaller
     pool of its own. Columns and order as in `select`.
     """
-    parameters: dict[str, float | str] = {
-        "domain": domain,
-        "keep": 2**62,
-        "pool": int(tau * batch),
-        "batch": batch,
-        "tau": tau,
-        "seed": seed,
-    }
-    return _ranked(connection, method, CHOSEN_OF_POOLS, parameters)
+    draw_pools(connection, method, domain, tau, batch, seed)
+    chosen = _ranked(connection, method, CHOSEN_OF_POOLS, {"domain": domain, "keep": 2**62})
+    drop_pools(connection)
+    return chosen
+
+
+def draw_pools(
+    connection: duckdb.DuckDBPyConnection,
+    method: str,
+    domain: str,
+    tau: float,
+    batch: int,
+    seed: int,
+    beyond: float = 0.0,
+) -> None:
+    """Make the temporary tables of select_by_batch.
+
+    `numbered` has a number for each shard, in order of name; `sizes` how many are kept of each
+    pool; `pools` the number, position, score and pool of candidates: of every pool those that are
+    kept and, at least, all that score no more than `beyond` above them.
+    """
+    pool = int(tau * batch)
+    pools = -(-count_candidates(connection) // pool)
+    ranges = min(2 ** (RANGES_OF_A_POOL * pools).bit_length(), MOST_RANGES)
+    parts = {"scores": SCORES[method], "drawn": DRAWN_CANDIDATES, "step": STEP}
+    drawn = {"ranges": ranges, "domain": domain}
+    shares = {"batch": batch, "tau": tau}
+    connection.execute(NUMBERED.format(shards=SHARDS, keys=KEYS), {"seed": seed})
+    connection.execute(COUNTED.format(**parts), drawn)
+    connection.execute(RANGED, {"pool": pool})
+    connection.execute(SIZED, {"pool": pool, **shares})
+    low = {"low": fetch_row(connection, LOW, shares)[0]}
+    connection.execute(POOLED.format(**parts), {**drawn, **low, "beyond": beyond, "pool": pool})
+    connection.execute(SHORT, low)
+    if fetch_row(connection, "SELECT count(*) FROM short")[0]:
+        connection.execute(REST_OF_SHORT.format(**parts), {**drawn, **low, "beyond": beyond})
+
+
+def drop_pools(connection: duckdb.DuckDBPyConnection) -> None:
+    """Drop what draw_pools makes."""
+    for table in ("numbered", "counted", "ranges", "sizes", "pools", "short"):
+        connection.execute(f"DROP TABLE {table}")
 
 
 def losses_of(
@@ -251,7 +342,14 @@ def _ranked(
     parts = {"shards": SHARDS, "scores": SCORES[method], "colored": colored}
     query = SELECTION.format(chosen=chosen, **parts)
     table = fetch_frame(connection, query, parameters)
-    return table.with_row_index("rank", offset=1).with_columns(pl.col("rank").cast(pl.Int64))
+    names = fetch_frame(connection, NAMES, {})["shard"]
+    return table.select(
+        rank=pl.int_range(1, pl.len() + 1, dtype=pl.Int64),
+        shard=names.gather(table["number"] - 1),
+        position="position",
+        score="score",
+        color="score" if method == "color" else "color",
+    )
 
 
 def write_selection(chosen: pl.DataFrame, folder: Path) -> None:

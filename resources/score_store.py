@@ -20,13 +20,13 @@ import duckdb
 
 from colorfilter.errors import InputError
 from colorfilter.files import lock, require_space, write_atomically
-from colorfilter.score_tables import exclude, pair, unpair
+from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
 
 # What DuckDB may hold of the tables before it spills to disk.
 READING_MEMORY = "1GB"
-PUBLISHING_MEMORY = "256MB"
+PUBLISHING_MEMORY = "2GB"
 # The newest form that every supported DuckDB reads.
 STORAGE_VERSION = "v1.2.0"
 
@@ -155,25 +155,26 @@ class ScoreStore(dg.ConfigurableResource):
                     return _row_counts(connection)
         with self._next(Home(self.home).scores, SCHEMA) as connection:
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
-            for kind, shard, model, _ in there - wanted:
-                _remove(connection, kind, shard, model)
+            _remove(connection, there - wanted)
             for key in sorted(read.keys() - there, key=str):
-                _insert(connection, read[key])
-                connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
+                with _transaction(connection):
+                    _insert(connection, read[key])
+                    connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             connection.execute("DELETE FROM models")
             for m in models:
                 connection.execute(
                     "INSERT INTO models VALUES (?, ?, ?, ?, true)",
                     [m.model, m.role, m.domain, m.path],
                 )
-            for kind, shard, domain, fingerprint in sorted(derived - there, key=str):
+            work_out = sorted(derived - there, key=str)
+            for domain in dict.fromkeys(key[2] for key in work_out):
                 if domain is None:
                     exclude(connection, length)
                 else:
-                    pair(connection, domain, shard)
-                connection.execute(
-                    "INSERT INTO parts VALUES (?, ?, ?, ?)", [kind, shard, domain, fingerprint]
-                )
+                    pair(connection, domain, [key[1] for key in work_out if key[2] == domain])
+            with _transaction(connection):
+                for key in work_out:
+                    connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             return _row_counts(connection)
 
     def publish_selection(self, selection: PublishedSelection) -> None:
@@ -224,20 +225,22 @@ class ScoreStore(dg.ConfigurableResource):
         path = Home(self.home).results
         with self._next(path, RESULTS_SCHEMA, fresh=True) as connection:
             tables = {"evaluations": evaluations, "kernel_runs": kernel_runs, "artifacts": ledger}
-            for table, rows in tables.items():
-                columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
-                marks = ", ".join("?" * len(columns))
-                values = [[_plain(row.get(c)) for c in columns] for row in rows]
-                if values:
-                    connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
+            with _transaction(connection):
+                for table, rows in tables.items():
+                    columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
+                    marks = ", ".join("?" * len(columns))
+                    values = [[_plain(row.get(c)) for c in columns] for row in rows]
+                    if values:
+                        connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
 
     @contextlib.contextmanager
     def _next(
         self, path: Path, schema: str = "", fresh: bool = False
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A copy of a database to change in one transaction; in the end it takes its place.
+        """A copy of a database to change; in the end it takes its place.
 
-        One publication at a time: what another one changes meanwhile would be lost.
+        One publication at a time: what another one changes meanwhile would be lost. What is changed
+        may be committed bit by bit: a transaction holds memory for all that it has inserted.
         """
         turn = lock(Home(self.home).leases / path.name)
         with turn, self._copied(path, schema, fresh) as connection:
@@ -246,7 +249,7 @@ class ScoreStore(dg.ConfigurableResource):
     @contextlib.contextmanager
     def _copied(self, path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
         temporary = path.with_suffix(".next")
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
         if path.exists() and not fresh:
             require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
             shutil.copyfile(path, temporary)
@@ -256,18 +259,30 @@ class ScoreStore(dg.ConfigurableResource):
             place = str(temporary).replace("'", "''")
             connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE next")
-            connection.execute("BEGIN")
             connection.execute(schema)
             yield connection
-            connection.execute("COMMIT")
             connection.execute("USE memory")
             connection.execute("DETACH next")
         except BaseException:
             connection.close()
-            temporary.unlink(missing_ok=True)
+            _unlink(temporary)
             raise
         connection.close()
         write_atomically(temporary, path)
+
+
+@contextlib.contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Commit what is done within, in the end. Where that fails the database is given up."""
+    connection.execute("BEGIN")
+    yield
+    connection.execute("COMMIT")
+
+
+def _unlink(database: Path) -> None:
+    """Remove a database and what DuckDB has not yet written into it, where they are there."""
+    database.unlink(missing_ok=True)
+    database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
 
 
 def enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> None:
@@ -343,20 +358,33 @@ def _row_counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
 
 
-def _remove(
-    connection: duckdb.DuckDBPyConnection, kind: str, shard: str, model: str | None
-) -> None:
-    if kind == "losses":
-        connection.execute("DELETE FROM losses WHERE shard = ? AND model = ?", [shard, model])
-    elif kind == "pairs":
-        unpair(connection, str(model), shard)
-    elif kind == "text":
-        for table in ("documents", "spans", "sequences"):
-            connection.execute(f"DELETE FROM {table} WHERE shard = ?", [shard])
+# The tables of which each kind of part has rows, and the columns that are of a part's key.
+ROWS = {
+    "text": (("documents", "spans", "sequences"), "shard", "shard"),
+    "losses": (("losses",), "shard, model", "shard, model"),
+    "pairs": (("paired_losses",), "shard, domain", "shard, model"),
+}
+
+
+def _remove(connection: duckdb.DuckDBPyConnection, parts: Set[Key]) -> None:
+    """Take parts and their rows out, in one pass over each table however many they are."""
+    if not parts:
+        return
+    connection.execute("CREATE OR REPLACE TEMP TABLE gone AS FROM parts LIMIT 0")
+    connection.executemany("INSERT INTO gone VALUES (?, ?, ?, ?)", [list(key) for key in parts])
+    for kind, (tables, columns, key) in ROWS.items():
+        if any(part[0] == kind for part in parts):
+            for table in tables:
+                connection.execute(
+                    f"DELETE FROM {table} "
+                    f"WHERE ({columns}) IN (SELECT ({key}) FROM gone WHERE kind = ?)",
+                    [kind],
+                )
     connection.execute(
-        "DELETE FROM parts WHERE kind = ? AND shard = ? AND model IS NOT DISTINCT FROM ?",
-        [kind, shard, model],
+        "DELETE FROM parts USING gone WHERE parts.kind = gone.kind AND parts.shard = gone.shard "
+        "AND parts.model IS NOT DISTINCT FROM gone.model"
     )
+    connection.execute("DROP TABLE gone")
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:

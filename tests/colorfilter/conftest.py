@@ -172,9 +172,9 @@ class Store:
 
     def publish(self) -> None:
         exclude(self.connection, LENGTH)
+        shards = [s for (s,) in fetch(self.connection, "SELECT DISTINCT shard FROM losses")]
         for domain in ("books", "code"):
-            for (shard,) in fetch(self.connection, "SELECT DISTINCT shard FROM losses"):
-                pair(self.connection, domain, shard)
+            pair(self.connection, domain, shards)
 
 
 @pytest.fixture

@@ -74,9 +74,13 @@ def corpus(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Corpus
     return Corpus(tmp_path_factory.mktemp("corpus"), encoder)
 
 
+@pytest.mark.parametrize("block", [1, 7, 30, 1_000])
 def test_the_written_tokens_are_the_selected_sequences_shuffled(
-    corpus: Corpus, tmp_path: Path
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
+    monkeypatch.setattr(dataset, "BLOCK_BYTES", block * LENGTH * 2)
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "0").write_bytes(b"of an attempt that was killed")
     chosen = corpus.selection(random.Random(1).sample(corpus.sequences(), 30))
     counts = write_tokens(chosen, corpus.tokens, seed=7, out=tmp_path)
     rows = np.load(tmp_path / "tokens.npy")
@@ -93,6 +97,7 @@ def test_the_written_tokens_are_the_selected_sequences_shuffled(
         given = chosen.filter(pl.col("rank") == facts["rank"]).row(0, named=True)
         assert {k: facts[k] for k in given} == given
     assert counts == {"sequences": 30, "tokens": int(real_tokens(tmp_path).sum())}
+    assert {p.name for p in tmp_path.iterdir()} == {"tokens.npy", "sequences.parquet"}
 
 
 def test_the_seed_fixes_the_order_of_the_written_tokens(corpus: Corpus, tmp_path: Path) -> None:

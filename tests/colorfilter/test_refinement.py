@@ -92,7 +92,7 @@ def test_with_exact_losses_near_the_cutoff_the_selection_is_the_exact_one(
             "UPDATE losses SET loss = ? WHERE model = 'conditional' AND position = ?",
             [float(exact[position]), position],
         )
-    pair(store.connection, "books", "web")
+    pair(store.connection, "books", ["web"])
     assert set(select(store.connection, "color", "books", keep, seed=0)["position"]) == wanted
     rows = fetch(store.connection, "SELECT count(*) FROM color WHERE domain = 'books'")
     assert rows == [(n,)]

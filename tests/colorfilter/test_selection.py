@@ -181,6 +181,17 @@ def test_pools_of_many_candidates_and_pools_of_few(store: Any, tau: int, batch: 
     assert other.equals(table) == (tau == 1 or batch == 100)
 
 
+@pytest.mark.parametrize("n", [4_000, 4_017])
+def test_of_a_pool_that_lies_high_as_a_whole_as_many_are_kept(store: Any, n: int) -> None:
+    store.add_sequences("web", [LENGTH] * n)
+    lots = select(store.connection, "random", "books", n, seed=3)["position"].to_list()
+    store.add_colors("web", {p: i / 1_000 for i, p in enumerate(lots)}, prior=0.0)
+    store.publish()
+    expected = [p for i, p in enumerate(lots) if i % 40 < (10 if i < 4_000 else n % 40 // 4)]
+    table = select_by_batch(store.connection, "color", "books", 4, 10, seed=3)
+    assert table["position"].to_list() == expected
+
+
 def test_the_order_does_not_depend_on_the_order_of_the_rows(store: Any) -> None:
     fill(store)
     before = select(store.connection, "color", "books", 50, seed=0)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +128,21 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_file(
         store.publish(parts(tmp_path, "b", {"p": [bad], "c": [1.0]}), MODELS, LENGTH)
     assert colors(store) == [("a", 0, -2.0)]
     assert not list(Path(store.home).glob("*.next"))
+
+
+def test_what_a_killed_publication_left_is_not_taken_up(store: ScoreStore, tmp_path: Path) -> None:
+    a = parts(tmp_path, "a", {"p": [3.0], "c": [1.0]})
+    store.publish(a, MODELS, LENGTH)
+    left = Home(store.home).scores.with_suffix(".next")
+    script = (
+        "import duckdb, os, sys; c = duckdb.connect(sys.argv[1]); "
+        "c.execute('CREATE TABLE losses(model VARCHAR)'); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(left)], check=True)
+    assert left.with_name("scores.next.wal").exists()
+    store.publish([*a, *parts(tmp_path, "b", {"p": [1.0], "c": [1.0]})], MODELS, LENGTH)
+    assert colors(store) == [("a", 0, -2.0), ("b", 0, 0.0)]
+    assert not list(Path(store.home).glob("scores.next*"))
 
 
 def test_two_losses_for_one_sequence_are_refused(store: ScoreStore, tmp_path: Path) -> None:
@@ -292,7 +309,7 @@ def test_losses_changed_in_place_are_paired_anew_by_shard(
     mark_pairs(store)
     with duckdb.connect(str(Home(store.home).scores)) as connection:
         connection.execute("UPDATE losses SET loss = 2.5 WHERE model = 'p' AND position = 0")
-        pair(connection, "books", "b")
+        pair(connection, "books", ["b"])
     assert colors(store) == [("a", 0, 100.0), ("a", 1, 100.0), ("b", 0, -1.5), ("b", 1, 2.0)]
 
 
