@@ -19,6 +19,7 @@ from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from colorfilter.order import training_order
+from colorfilter.storage import Shared, names
 from pipelines.forgetting import forget as take_out
 from pipelines.forgetting import look_up
 from pipelines.settings import Job
@@ -187,8 +188,9 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
 
 
 def test_a_document_of_d_prior_taught_every_model(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And the copies that a cluster has of what holds it go as well."""
     plan = store(project).current("sample_plan")
     gone = pl.read_parquet(plan.path / "documents.parquet").sort("n_chars").row(-1, named=True)
     own = own_pieces(project, gone["sha256"])
@@ -198,8 +200,12 @@ def test_a_document_of_d_prior_taught_every_model(
     taught.add(("tokenizer", store(project).current("tokenizer").fingerprint))
     of_plan = {(name.partition("[")[0], made) for name, made in found.learned}
     assert taught <= of_plan
-    take_out(project.home, [found], Gpu(home=str(project.home.root)))
-    assert telling(project.home.root, own) == []
+    root, storage = project.home.root, str(tmp_path / "shared")
+    copies = [Shared(root, storage).share(root / held.path) for held in found.holdings]
+    assert all(names(copy) for copy in copies)
+    take_out(project.home, [found], Gpu(home=str(root), backend="ray", storage=storage))
+    assert not any(names(copy) for copy in copies)
+    assert telling(root, own) == []
     assert lines(project) == []
 
     assert project.run(monkeypatch, Job.RETRAIN) is None
