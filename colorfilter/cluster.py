@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from colorfilter import data_parallel, workers
 from colorfilter.errors import InputError, one_line
@@ -302,7 +302,7 @@ class _Run:
                 found = ray.get(ref)
             except RayTaskError as error:
                 raise error.cause from None
-            except RayActorError as error:
+            except RayError as error:  # it, its node, or what it gave is gone
                 self._mourn(member, error)
                 continue
             if member.node is None:
@@ -325,9 +325,10 @@ class _Run:
         self.seconds.append(time.monotonic() - member.begun)
         yield call, result
 
-    def _mourn(self, member: _Member, error: RayActorError) -> None:
+    def _mourn(self, member: _Member, error: RayError) -> None:
         """A worker is gone: what it had begun is to be done again."""
         self.crew.remove(member)
+        ray.kill(member.actor)
         self.looked = -HIRE_SECONDS
         if member.node is None:
             self.failures += 1
@@ -360,7 +361,7 @@ class _Run:
                 member.watch = member.actor.counted.remote()
             elif ray.wait([member.watch], timeout=0)[0]:
                 answer, member.watch = member.watch, None
-                with contextlib.suppress(RayActorError):
+                with contextlib.suppress(RayError):
                     call, counted = ray.get(answer)
                     if call == member.call and counted > member.told:
                         self.progress(counted - member.told)
