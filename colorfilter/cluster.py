@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from colorfilter import data_parallel, workers
-from colorfilter.errors import InputError, one_line
+from colorfilter.errors import InputError, UnreachableError, one_line
 from colorfilter.progress import Progress, silent
 
 POLL_SECONDS = 0.5
@@ -42,7 +42,7 @@ Notice = Callable[[str], None]
 def connected(address: str | None) -> Iterator[None]:
     """Be connected to the cluster at an address, or at RAY_ADDRESS, else to one started here.
 
-    Raises InputError where none is found there.
+    Raises UnreachableError where none is found there.
     """
     named = address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"num_cpus": workers.cores(), "object_store_memory": STORE_BYTES}
@@ -64,11 +64,11 @@ def connected(address: str | None) -> Iterator[None]:
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         where = named or "this machine"
         if _wants_token(error):
-            raise InputError(
+            raise UnreachableError(
                 f"compute.address: the Ray cluster at {where} takes nobody without its token; set "
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has it"
             ) from error
-        raise InputError(
+        raise UnreachableError(
             f"compute.address: no Ray cluster at {where} ({one_line(error)}); correct it or start "
             "one"
         ) from error
@@ -97,7 +97,7 @@ def _reach(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), REACH_SECONDS).close()
     except OSError as error:
-        raise InputError(
+        raise UnreachableError(
             f"compute.address: no Ray cluster at {address} ({error}); correct it or start one"
         ) from error
 
@@ -205,10 +205,20 @@ class Cluster:
         if not arguments:
             return
         if self.together > 1:
-            size = self.together
-            yield from data_parallel.run(function, arguments, size, self.resource, progress)
+            yield from data_parallel.run(
+                function, arguments, self._groups(), self.together, self.resource, progress
+            )
         else:
             yield from _Run(self, function, arguments, progress).results()
+
+    def _groups(self) -> int:
+        """How many groups there are devices for."""
+        there = self.most or int(ray.cluster_resources().get(self.resource, 0))
+        if there < self.together:
+            raise UnreachableError(
+                f"compute.devices_per_model: {self.together} are asked for, {there} are there"
+            )
+        return there // self.together
 
 
 class _Run:
@@ -270,8 +280,9 @@ class _Run:
                 call = self.waiting.popleft() if self.waiting else self._straggling()
                 if call is None:
                     return
+                arguments = self.arguments[call]
                 member.call, member.begun, member.told = call, time.monotonic(), 0
-                member.work = member.actor.do.remote(call, self.function, self.arguments[call])
+                member.work = member.actor.do.remote(call, self.function, arguments)
 
     def _straggling(self) -> int | None:
         """A call that takes far longer than others did and is at work once."""
@@ -301,7 +312,9 @@ class _Run:
             try:
                 found = ray.get(ref)
             except RayTaskError as error:
-                raise error.cause from None
+                if member.call not in self.done:
+                    raise error.cause from (None if isinstance(error.cause, InputError) else error)
+                self._mourn(member, error)  # the other one of two was first
             except RayError as error:  # it, its node, or what it gave is gone
                 self._mourn(member, error)
                 continue
@@ -329,12 +342,13 @@ class _Run:
         """A worker is gone: what it had begun is to be done again."""
         self.crew.remove(member)
         ray.kill(member.actor)
-        self.looked = -HIRE_SECONDS
         if member.node is None:
             self.failures += 1
-            if self.failures >= LOSSES:
+            if self.failures >= LOSSES and not any(m.node for m in self.crew):
                 raise RuntimeError(f"workers cannot start on the cluster: {one_line(error)}")
+            self.cluster.notice(f"a worker did not start: {one_line(error)}")
             return
+        self.looked = -HIRE_SECONDS
         call = member.call
         if call is None or call in self.done:
             return

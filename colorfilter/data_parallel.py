@@ -1,6 +1,7 @@
 """Calls that several devices of a Ray cluster make together, by Ray Train and torch.distributed."""
 
 import concurrent.futures
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -54,18 +56,17 @@ def _call(config: dict[str, Any]) -> Any:
 def run(
     function: Callable[..., Any],
     arguments: Sequence[tuple[Any, ...]],
+    groups: int,
     size: int,
     resource: str,
     progress: Progress = silent,
 ) -> Iterator[tuple[int, Any]]:
     """Call `function(*arguments[i])` for all i, each in `size` processes that know of each other.
 
-    Gives (i, what the first of them returns) as each is done; `resource` is 'GPU' or 'CPU', one to
-    a process. A group that loses a process begins its call again. As many groups are at work as
-    the cluster has devices for.
+    Gives (i, what the first of them returns) as each is done, `groups` at work at a time;
+    `resource` is 'GPU' or 'CPU', one to a process. A group that loses a process begins its call
+    again.
     """
-    there = int(ray.cluster_resources().get(resource, 0))
-    groups = max(1, there // size)
     counters: Any = ray.remote(_Counter)
     counter = counters.options(num_cpus=0).remote()
     told = 0
@@ -79,9 +80,10 @@ def run(
             done, _ = concurrent.futures.wait(
                 calls, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
             )
-            counted: int = ray.get(counter.counted.remote())
-            progress(counted - told)
-            told = counted
+            with contextlib.suppress(RayError):  # without it nobody hears how far they are
+                counted: int = ray.get(counter.counted.remote())
+                progress(counted - told)
+                told = counted
             for future in done:
                 yield calls.pop(future), future.result()
     finally:
@@ -119,5 +121,6 @@ def _fit(
 def _cause(error: TrainingFailedError) -> Exception:
     """What went wrong in a process of the group."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    failures = [getattr(f, "_base_exc", f) for f in failures]
     wrong = next((f for f in failures if isinstance(f, InputError)), None)
     return wrong or RuntimeError(f"a group of processes failed: {one_line(failures[0])}")

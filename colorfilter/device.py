@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from colorfilter import body, models, scoring, token_losses, training, workers
 from colorfilter.group import Group, Single
 from colorfilter.scoring import Losses, Receipt, Scorer
-from colorfilter.storage import Kept, Place, borrowed, here
+from colorfilter.storage import Kept, Place, borrowed, here, scratch
 from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
 
@@ -154,10 +153,7 @@ def _on_this_machine(
 
         out, keep = places[spec.out], training.keep_nothing
         if not isinstance(out, Path):
-            scratch = until_trained.enter_context(
-                tempfile.TemporaryDirectory(prefix="colorfilter-")
-            )
-            out = Path(scratch)
+            out = until_trained.enter_context(scratch())
             if first:
                 keep = Kept(out, places[spec.out]).push
         start, online = spec.start, spec.online

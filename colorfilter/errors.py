@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class UnreachableError(InputError):
+    """What is to be reached, such as a cluster, is not there now. What was begun is not bad."""
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

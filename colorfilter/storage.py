@@ -22,8 +22,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from colorfilter.errors import InputError, one_line
-from colorfilter.files import lock, write_atomically
+from colorfilter.errors import UnreachableError, one_line
+from colorfilter.files import is_locked, lock, write_atomically
 
 Place = Path | str
 
@@ -55,13 +55,14 @@ def _cache() -> Path:
     cache.mkdir(mode=0o700, exist_ok=True)
     status = cache.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or cache.is_symlink():
-        raise InputError(f"{cache}: others may write there; remove it or set TMPDIR")
+        raise UnreachableError(f"{cache}: others may write there; remove it or set TMPDIR")
     return cache
 
 
 def _forget_unused(cache: Path) -> None:
     for folder in cache.iterdir():
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
+        kept = folder.is_dir() and not folder.name.startswith("scratch-")
+        if kept and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -123,7 +124,8 @@ def names(place: Place) -> list[str]:
         found = filesystem.find(root)
     except FileNotFoundError:
         return []
-    return sorted(path[len(root) :].lstrip("/") for path in found)
+    inside = (path[len(root) :].lstrip("/") for path in found)
+    return sorted(name for name in inside if ".." not in name.split("/"))
 
 
 def remove_file(place: Place, name: str) -> None:
@@ -172,9 +174,29 @@ def borrowed(place: Place) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    with tempfile.TemporaryDirectory(prefix="colorfilter-") as folder:
-        fetch(place, Path(folder))
-        yield Path(folder)
+    with scratch() as folder:
+        fetch(place, folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder of this machine for a while. What one that was killed has left goes first."""
+    cache = _cache()
+    folder = cache / f"scratch-{uuid.uuid4().hex}"
+    with lock(cache / "scratch.lock"):
+        for held in cache.glob("scratch-*.held"):
+            if not is_locked(held):
+                shutil.rmtree(held.with_suffix(""), ignore_errors=True)
+                held.unlink()
+        holding = lock(folder.with_suffix(".held"))
+        folder.mkdir()
+    with holding:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".held").unlink()
 
 
 class Kept:
@@ -189,7 +211,9 @@ class Kept:
     def push(self) -> None:
         """Bring the place to hold what the folder holds."""
         signs = self._signs()
-        for name in sorted(signs.keys() - {n for n, s in signs.items() if self._known.get(n) == s}):
+        changed = [name for name, sign in signs.items() if self._known.get(name) != sign]
+        # As they were written: what says that all is there was written last.
+        for name in sorted(changed, key=lambda name: signs[name][1]):
             put_file(self._folder / name, self._place, name)
         for name in self._known.keys() - signs.keys():
             remove_file(self._place, name)
@@ -254,7 +278,7 @@ class Shared(Alone):
             write_file(b"", probe, WHOLE)
             remove(probe)
         except Exception as error:  # what each library makes of a wrong name, key or network
-            raise InputError(
+            raise UnreachableError(
                 f"compute.storage: cannot write to {self.storage} ({one_line(error)}); correct it, "
                 "or let its library find credentials in the environment"
             ) from error
@@ -301,6 +325,8 @@ class Shared(Alone):
         """Bring all that was made into its folder of the home, and remove it where it was made."""
         place = self.begun(folder)
         if place != folder:
+            for left in folder.glob("*.safetensors"):  # states of a training that was begun here
+                left.unlink()
             fetch(place, folder)
             remove(place)
 

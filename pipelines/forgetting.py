@@ -53,11 +53,10 @@ def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
     artifacts = ArtifactStore(home=str(home.root))
     documents = [found.document for found in surveys]
     with home.forgetting():
+        gpu.withdraw(home.artifacts)  # first: it may be out of reach
         runs = _forget_runs(home, documents)
         shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
         for found in surveys:
-            for holding in found.holdings:
-                gpu.withdraw(home.root / holding.path)
             forgetting.forget(artifacts, found)
         ScoreStore(home=str(home.root)).forget([document.sha256 for document in documents])
     return runs

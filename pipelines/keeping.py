@@ -58,8 +58,8 @@ def prune(
         raise typer.Exit(1)
     gpu = gpu_of(plan, str(place.root))
     for left in found:
-        remove(left)
         gpu.withdraw(left.path)
+        remove(left)
     console.print(f"removed {len(found)} folders, {total:,.1f} MB")
 
 

@@ -12,7 +12,7 @@ from assets.arrivals import Arrivals, arrive
 from assets.common import SHARDS
 from assets.selecting import SELECT_OP
 from colorfilter import dsir, tasks
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, UnreachableError
 from colorfilter.recipe import Recipe
 from pipelines.cut_off import fail_cut_off
 from pipelines.graph import build_definitions
@@ -22,6 +22,7 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
+WRONG_INPUT = {InputError.__name__, UnreachableError.__name__}
 Listener = Callable[[dg.EventLogEntry], None]
 
 
@@ -114,9 +115,10 @@ def _failure(result: dg.ExecuteInProcessResult) -> Failure:
             chain = [error]
             while chain[-1].cause:
                 chain.append(chain[-1].cause)
-            wrong = next((e for e in chain if e.cls_name == InputError.__name__), None)
+            wrong = next((e for e in chain if e.cls_name in WRONG_INPUT), None)
             if wrong:
-                message = wrong.message.strip().removeprefix("colorfilter.errors.InputError: ")
+                of_class = f"colorfilter.errors.{wrong.cls_name}: "
+                message = wrong.message.strip().removeprefix(of_class)
                 return Failure(message, True, error.to_string())
             message = f"{event.step_key}: {chain[-1].message.strip()}"
             return Failure(message, False, error.to_string())

@@ -19,7 +19,7 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, UnreachableError
 from colorfilter.files import lock
 from resources.home import Home
 from resources.ledger import PART, WHOLE, Entries, Entry, Ledger
@@ -213,8 +213,8 @@ class ArtifactStore(dg.ConfigurableResource):
     def attempts(self, works: Sequence[Work]) -> Iterator[list[Attempt]]:
         """Attempts at several works, for the caller to build and commit, under their leases.
 
-        An InputError abandons those that are not committed; after any other failure their folders
-        stay for the next attempt.
+        An InputError abandons those that are not committed; after any other failure, and where a
+        cluster cannot be reached, their folders stay for the next attempt.
         """
         _allow_open_files()
         with contextlib.ExitStack() as leases:
@@ -224,6 +224,8 @@ class ArtifactStore(dg.ConfigurableResource):
                 leases.callback(attempts[-1].release)
             try:
                 yield attempts
+            except UnreachableError:
+                raise
             except InputError:
                 for attempt in attempts:
                     if not attempt.standing:

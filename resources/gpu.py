@@ -156,8 +156,8 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter import device
 
         alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
-        places = self._places()
         crew = self._crew(together=1 if alone else self.devices_per_model)
+        places = self._places()
         threads = max(1, crew.threads // share)
         calls = [(spec, threads, _lent(places, spec)) for spec in specs]
         for i, (checkpoints, took) in crew.run(device.train, calls, progress):
@@ -173,7 +173,7 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter import device
 
         losses: list[Losses] = self._evaluated(
-            "evaluate", folder, device.evaluate, checkpoints, (self._places().share(tokens),)
+            "evaluate", folder, device.evaluate, checkpoints, by=(tokens,)
         )
         return losses
 
@@ -191,9 +191,8 @@ class Gpu(dg.ConfigurableResource):
         """
         from colorfilter import device
 
-        by = (self._places().share(items),)
         metrics: list[dict[str, float]] = self._evaluated(
-            "evaluate_tasks", folder, device.evaluate_tasks, checkpoints, by, progress
+            "evaluate_tasks", folder, device.evaluate_tasks, checkpoints, (items,), progress
         )
         return metrics
 
@@ -217,8 +216,13 @@ class Gpu(dg.ConfigurableResource):
         return losses
 
     def withdraw(self, folder: Path) -> None:
-        """Remove every copy that a cluster has of a folder of the home."""
-        self._places().withdraw(folder)
+        """Remove every copy that a cluster has of a folder of the home, and of what is in it.
+
+        Raises UnreachableError where its storage cannot be reached.
+        """
+        places = self._places()
+        places.check()
+        places.withdraw(folder)
 
     def _evaluated(
         self,
@@ -230,10 +234,11 @@ class Gpu(dg.ConfigurableResource):
         progress: Progress = silent,
     ) -> list[Any]:
         """What `work(checkpoint, *by)` gives of each checkpoint, in their order."""
-        places = self._places()
+        crew, places = self._crew(), self._places()
         results: dict[int, Any] = {}
-        calls = [(places.share(checkpoint), *by) for checkpoint in checkpoints]
-        for i, (found, took) in self._crew().run(work, calls, progress):
+        shared = [places.share(b) if isinstance(b, Path) else b for b in by]
+        calls = [(places.share(checkpoint), *shared) for checkpoint in checkpoints]
+        for i, (found, took) in crew.run(work, calls, progress):
             model = checkpoints[i].relative_to(Home(self.home).root)
             self._record(verb, folder, took, {"model": str(model)})
             results[i] = found
@@ -243,7 +248,8 @@ class Gpu(dg.ConfigurableResource):
         """Where the folders of the home lie for those that work."""
         if self.backend == "local":
             return Alone()
-        return Shared(Home(self.home).root, self.storage)
+        home = Home(self.home)
+        return Shared(home.root, self.storage and f"{self.storage.rstrip('/')}/{home.identity()}")
 
     def _crew(self, *, begin_twice: bool = False, together: int = 1) -> "Machine | Cluster":
         """Who works. `begin_twice` where a call that takes long may be begun a second time,

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,6 +83,14 @@ class Home:
             return str(json.loads(self._owner.read_text(encoding="utf-8"))["recipe"])
         except (OSError, ValueError, KeyError) as error:
             raise self._unusable(error) from error
+
+    def identity(self) -> str:
+        """What tells this home from others that share a storage with it, made up once."""
+        known: dict[str, str] = json.loads(self._owner.read_text(encoding="utf-8"))
+        if "id" not in known:
+            known["id"] = uuid.uuid4().hex[:12]
+            write_text_atomically(self._owner, json.dumps(known))
+        return known["id"]
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")

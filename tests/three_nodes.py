@@ -40,7 +40,7 @@ def loopback_only() -> Iterator[None]:
                 fcntl.ioctl(any_socket, SIOCSIFFLAGS, up)
             yield
         finally:
-            libc.setns(outside.fileno(), CLONE_NEWNET)
+            assert libc.setns(outside.fileno(), CLONE_NEWNET) == 0
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def calls() -> tuple[Call, Call]:
 
         for _ in range(n):
             workers.report(1)
-        time.sleep(0.05)
+        time.sleep(0.3)
         return 2 * n, os.getpid()
 
     def killed_once(name: str, begun: str) -> str:
@@ -90,8 +90,8 @@ def test_a_call_lost_with_its_worker_is_made_again(
     found = list(three.run(calls()[1], arguments, told.append))
     assert sorted(found) == [(n, f"call {n}") for n in range(6)]
     assert sum(told) == 6
-    assert len(said) == 1
-    assert said[0].startswith("call 4: lost with its worker on 127.0.0.1/")
+    (lost,) = [line for line in said if "lost with its worker on 127.0.0.1/" in line]
+    assert lost.startswith("call 4: ")
 
 
 def test_a_call_that_kills_its_workers_is_given_up(three: Cluster) -> None:
@@ -123,7 +123,7 @@ def test_a_straggler_is_begun_again_where_that_is_wanted(
         path = Path(begun)
         if name == "call 0" and not path.exists():
             path.touch()
-            time.sleep(30)
+            time.sleep(60)
             return "too late"
         return name
 
@@ -133,10 +133,9 @@ def test_a_straggler_is_begun_again_where_that_is_wanted(
     begun = time.monotonic()
     both = Cluster(begin_twice=True, notice=said.append)
     found = list(both.run(slow_at_first, arguments, told.append))
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 55
     assert sorted(found) == [(n, f"call {n}") for n in range(5)]
-    assert len(said) == 1
-    assert "begun elsewhere too" in said[0]
+    assert any("call 0: takes" in line and "begun elsewhere too" in line for line in said)
     assert sum(told) - 50 in {0, 10}  # of the one that was given up too
 
 
@@ -148,7 +147,10 @@ def test_workers_end_where_the_caller_leaves(three: Cluster) -> None:
     _, one = next(run)
     run.close()
     gone(one)
-    assert ray.available_resources()["CPU"] >= 1
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def gone(process: int) -> None:

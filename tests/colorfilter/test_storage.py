@@ -13,6 +13,7 @@ import pytest
 
 from colorfilter import storage
 from colorfilter.errors import InputError
+from colorfilter.files import lock
 from colorfilter.storage import Kept, Place, Shared, borrowed, here, names
 from colorfilter.tokens import read_tokens, real_tokens
 
@@ -160,6 +161,61 @@ def test_a_kept_folder_comes_back_on_another_machine(root: str, tmp_path: Path) 
     Shared(tmp_path, root).take_all(tmp_path / "out")
     assert (tmp_path / "out" / "state").read_text() == "22"
     assert names(place) == []
+
+
+def test_what_says_that_all_is_there_is_kept_last(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a node is lost in the middle, another must not take it for whole."""
+    place = Shared(tmp_path, root).begun(tmp_path / "out")
+    one = tmp_path / "one"
+    one.mkdir()
+    kept = Kept(one, place)
+    for age, name in enumerate(("model", "curve")):
+        (one / name).write_text(name)
+        os.utime(one / name, (1e9 + age, 1e9 + age))
+    put_file, put = storage.put_file, []
+
+    def lost_after_one(path: Path, place: Place, name: str) -> None:
+        if put:
+            raise OSError("lost")
+        put_file(path, place, name)
+        put.append(name)
+
+    monkeypatch.setattr(storage, "put_file", lost_after_one)
+    with pytest.raises(OSError, match="lost"):
+        kept.push()
+    assert names(place) == ["model"]
+
+
+def test_states_of_a_training_that_was_begun_here_do_not_stay_beside_it(
+    root: str, tmp_path: Path
+) -> None:
+    shared, out = Shared(tmp_path, root), tmp_path / "out"
+    out.mkdir()
+    (out / "running.safetensors").touch()
+    storage.write_file(b"", shared.begun(out), "curve.parquet")
+    shared.take_all(out)
+    assert [p.name for p in out.iterdir()] == ["curve.parquet"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
+    with storage.scratch() as mine:
+        for name in ("scratch-dead", "scratch-at-work"):
+            (mine.parent / name).mkdir()
+            (mine.parent / f"{name}.held").touch()
+        with lock(mine.parent / "scratch-at-work.held"), storage.scratch() as other:
+            there = {p.name for p in mine.parent.iterdir() if p.is_dir()}
+            assert there == {mine.name, other.name, "scratch-at-work"}
+    assert not mine.exists()
+
+
+def test_a_name_that_leads_out_of_its_place_is_passed_over(tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pipe_file("/bucket/x/inside", b"1")
+    filesystem.store["/bucket/x/../../outside"] = filesystem.store["/bucket/x/inside"]
+    assert names("memory://bucket/x") == ["inside"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

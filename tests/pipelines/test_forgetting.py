@@ -201,7 +201,13 @@ def test_a_document_of_d_prior_taught_every_model(
     of_plan = {(name.partition("[")[0], made) for name, made in found.learned}
     assert taught <= of_plan
     root, storage = project.home.root, str(tmp_path / "shared")
-    copies = [Shared(root, storage).share(root / held.path) for held in found.holdings]
+    shared = Shared(root, f"{storage}/{project.home.identity()}")
+    copies = [shared.share(root / held.path) for held in found.holdings]
+    gathered = store(project).current("prior_model").path / "gathered"  # as for a sample's losses
+    gathered.mkdir()
+    (gathered / "tokens.npy").touch()
+    copies.append(shared.share(gathered))
+    shutil.rmtree(gathered)
     assert all(names(copy) for copy in copies)
     take_out(project.home, [found], Gpu(home=str(root), backend="ray", storage=storage))
     assert not any(names(copy) for copy in copies)

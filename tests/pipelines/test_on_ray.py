@@ -70,6 +70,7 @@ def test_a_cancelled_run_lets_the_cluster_go_and_another_ends_it(
     before = forget_scores(project)
     run_id = server.launch("rescore", every_shard(project.home))
     process, _ = mid_scoring(server, project, run_id, before)
+    assert at_work()
     process.resume()
     server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
     assert server.ended(run_id, 60)["status"] == "CANCELED"

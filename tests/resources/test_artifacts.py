@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, UnreachableError
 from resources.artifacts import ArtifactStore, Work
 from resources.home import Home
 
@@ -96,7 +96,9 @@ def test_an_interrupted_build_is_gone_on_with(store: ArtifactStore) -> None:
     assert not store.make(Work("thing"), resumed).reused
 
 
-@pytest.mark.parametrize("error", [InputError("bad"), RuntimeError("other")])
+@pytest.mark.parametrize(
+    "error", [InputError("bad"), UnreachableError("no cluster"), RuntimeError("other")]
+)
 def test_of_several_works_what_is_committed_stands(store: ArtifactStore, error: Exception) -> None:
     works = [Work("thing", name) for name in ("one", "two")]
     folders: list[Path] = []
@@ -110,7 +112,7 @@ def test_of_several_works_what_is_committed_stands(store: ArtifactStore, error: 
 
     with pytest.raises(type(error)):
         fail_at_the_second()
-    assert [f.exists() for f in folders] == [True, not isinstance(error, InputError)]
+    assert [f.exists() for f in folders] == [True, type(error) is not InputError]
     with store.attempts(works) as again:
         assert [a.standing is not None for a in again] == [True, False]
         again[1].commit(write(again[1].folder))
