@@ -85,5 +85,5 @@ def test_a_step_of_few_tokens_is_not_divided_between_threads(
         endpoints=(2,),
         out=tmp_path,
     )
-    device.train(spec, threads=3)
+    device.train(spec, 3, {place: place for place in (packed, tokenizer_folder, tmp_path)})
     assert used == [threads]

@@ -9,7 +9,9 @@ import safetensors.torch
 import torch
 
 from colorfilter import models, training
+from colorfilter.group import Single
 from colorfilter.order import training_order
+from colorfilter.progress import silent
 from colorfilter.recipe import Model
 from colorfilter.tokens import Encoder, pack_examples, real_tokens
 from colorfilter.training import TrainSpec, held_out_loss, learning_rate, planned_tokens, train
@@ -131,7 +133,8 @@ def test_a_plain_head_is_not_run_for_its_logits(spec: TrainSpec, tmp_path: Path)
     def forbidden(*_: object) -> None:
         raise AssertionError("the head was run")
 
-    run = training._Run(replace(spec, out=tmp_path), torch.device("cpu"), lambda _: None)
+    own = replace(spec, out=tmp_path)
+    run = training._Run(own, torch.device("cpu"), silent, training.keep_nothing, Single())
     run.model.get_output_embeddings().register_forward_hook(forbidden)
     assert run._step(np.arange(4), 1e-3, 0) == pytest.approx(math.log(280), abs=0.2)
 
