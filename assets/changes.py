@@ -11,7 +11,8 @@ import polars as pl
 
 from assets.figures import outlines, table
 from colorfilter.drift import drift, histogram
-from colorfilter.recipe import SCORED, Arm, Domain, Limits, Recipe
+from colorfilter.operation import Limits
+from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch, fetch_row
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore

@@ -10,7 +10,8 @@ import dagster as dg
 from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.files import require_space
-from colorfilter.recipe import Recipe, Section
+from colorfilter.recipe import Recipe
+from colorfilter.section import Section
 from colorfilter.workers import Workers, cores
 from resources.artifacts import Artifact, ArtifactStore, Work
 

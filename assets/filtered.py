@@ -18,7 +18,8 @@ from colorfilter.croissant import write_croissant
 from colorfilter.errors import InputError
 from colorfilter.files import require_space
 from colorfilter.leakage import without_leaks
-from colorfilter.recipe import Arm, Domain, Recipe, Refresh
+from colorfilter.operation import Refresh
+from colorfilter.recipe import Arm, Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.score_store import PublishedSelection, ScoreStore
 

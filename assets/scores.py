@@ -32,7 +32,8 @@ from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.tables import fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
 from resources.gpu import Gpu, ScoreJob
-from resources.score_store import Part, PublishedModel, ScoreStore
+from resources.score_parts import Part, PublishedModel
+from resources.score_store import ScoreStore
 
 if TYPE_CHECKING:
     import duckdb

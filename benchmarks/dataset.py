@@ -23,7 +23,7 @@ from selection import alone
 
 from colorfilter.dataset import write_selected_text, write_tokens
 from colorfilter.leakage import without_leaks
-from resources.score_store import Part
+from resources.score_parts import Part
 
 SHARDS, CHARS = 16, 4
 

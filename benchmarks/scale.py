@@ -30,7 +30,8 @@ from colorfilter.selection import count_candidates, select, select_by_batch, wri
 from colorfilter.tables import fetch, fetch_row
 from resources import score_store
 from resources.home import Home
-from resources.score_store import Part, PublishedModel, PublishedSelection, ScoreStore
+from resources.score_parts import Part, PublishedModel
+from resources.score_store import PublishedSelection, ScoreStore
 
 LENGTH, SHARDS, BATCH, CHUNK = 512, 256, 1024, 100_000
 MODELS = [

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from pydantic import PrivateAttr
 from colorfilter import provenance, storage
 from colorfilter.files import append_line, require_space
 from colorfilter.progress import Progress, silent
-from colorfilter.storage import Alone, Place, Shared
+from colorfilter.sharing import Alone, Shared
+from colorfilter.storage import Place
 from colorfilter.workers import Workers, cores
 from resources.home import Home
 
@@ -376,35 +377,26 @@ def release() -> None:
     _connection.close()
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(Workers):
     """The devices of this machine: a worker on each, kept from call to call."""
 
-    kind: str
-    workers: Workers
-    threads: int = field(default_factory=cores)
-
-    def run(
-        self,
-        function: Callable[..., Any],
-        arguments: Sequence[tuple[Any, ...]],
-        progress: Progress = silent,
-    ) -> Iterator[tuple[int, Any]]:
-        """As of Workers."""
-        return self.workers.run(function, arguments, progress)
+    def __init__(self, kind: str, devices: int) -> None:
+        super().__init__(devices)
+        self.kind = kind
+        self.threads = cores()
 
 
 def _machine() -> Machine:
-    """To load torch takes seconds, so the workers are those of this process."""
+    """To load torch takes seconds, so it is that of this process."""
     import torch
 
     from colorfilter import device
 
-    kind = device.kind()
     if not _standing or _standing[-1].broken:
         counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores()}
-        _standing[:] = [Workers(counts[kind])]
-    return Machine(kind, _standing[-1])
+        kind = device.kind()
+        _standing[:] = [Machine(kind, counts[kind])]
+    return _standing[-1]
 
 
 def _connect(address: str | None) -> bool:
@@ -418,5 +410,5 @@ def _connect(address: str | None) -> bool:
     return True
 
 
-_standing: list[Workers] = []
+_standing: list[Machine] = []
 _connection = contextlib.ExitStack()

@@ -10,10 +10,9 @@ import duckdb
 from colorfilter.files import require_space
 from colorfilter.tables import fetch
 from resources.home import Home
+from resources.score_parts import Part, PublishedModel
 from resources.score_store import (
     READING_MEMORY,
-    Part,
-    PublishedModel,
     PublishedSelection,
     ScoreStore,
     enter_selection,

@@ -6,8 +6,6 @@ Nothing here holds the file open between calls.
 """
 
 import contextlib
-import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -23,6 +21,7 @@ from colorfilter.files import lock, require_space, write_atomically
 from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch, fetch_row
 from resources.home import Home
+from resources.score_parts import Key, Part, PublishedModel, exclusion, insert, pairs, remove
 
 # What DuckDB may hold of the tables before it spills to disk.
 READING_MEMORY = "1GB"
@@ -75,37 +74,6 @@ CREATE TABLE artifacts(
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something to publish: a shard's text tables, or a model's losses over a shard.
-
-    `documents` is the folder of the shard's documents, `tokens` of its packed tokens, `losses`
-    of the chunks; `refined` are files of losses in float32 that take the place of those.
-    """
-
-    shard: str
-    fingerprint: str
-    documents: Path | None = None
-    tokens: Path | None = None
-    model: str | None = None
-    losses: Path | None = None
-    refined: tuple[Path, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return "text" if self.losses is None else "losses"
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """A checkpoint whose losses are published. `role` is 'prior' or 'conditional'."""
-
-    model: str
-    role: str
-    domain: str | None
-    path: str
-
-
-@dataclass(frozen=True)
 class PublishedSelection:
     """What an arm selected, by its fingerprint, the file it is in, and the models it is by."""
 
@@ -147,7 +115,7 @@ class ScoreStore(dg.ConfigurableResource):
         model.
         """
         read = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
-        derived = {_exclusion(parts, length), *_pairs(parts, models)}
+        derived = {exclusion(parts, length), *pairs(parts, models)}
         wanted = read.keys() | derived
         if Home(self.home).scores.exists():
             with self.read() as connection:
@@ -155,10 +123,10 @@ class ScoreStore(dg.ConfigurableResource):
                     return _row_counts(connection)
         with self._next(Home(self.home).scores, SCHEMA) as connection:
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
-            _remove(connection, there - wanted)
+            remove(connection, there - wanted)
             for key in sorted(read.keys() - there, key=str):
                 with _transaction(connection):
-                    _insert(connection, read[key])
+                    insert(connection, read[key])
                     connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             connection.execute("DELETE FROM models")
             for m in models:
@@ -321,26 +289,6 @@ def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str)
     connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
 
 
-# (kind, shard, model or domain, fingerprint). What is worked out from parts is entered beside
-# them, with all that it was worked out from in its fingerprint.
-Key = tuple[str, str, str | None, str]
-
-
-def _exclusion(parts: Sequence[Part], length: int) -> Key:
-    texts = sorted((p.shard, p.fingerprint) for p in parts if p.kind == "text")
-    return "excluded", "", None, hashlib.sha256(repr((length, texts)).encode()).hexdigest()
-
-
-def _pairs(parts: Sequence[Part], models: Sequence[PublishedModel]) -> Iterator[Key]:
-    losses = {(p.model, p.shard): p.fingerprint for p in parts if p.kind == "losses"}
-    priors = [m.model for m in models if m.role == "prior"]
-    domains = {m.model: m.domain for m in models if m.role == "conditional"}
-    for (model, shard), prior in itertools.product(losses, priors):
-        if model in domains and (prior, shard) in losses:
-            found = prior, losses[prior, shard], model, losses[model, shard]
-            yield "pairs", shard, domains[model], " ".join(found)
-
-
 def _holds(
     connection: duckdb.DuckDBPyConnection,
     parts: Set[Key],
@@ -356,107 +304,6 @@ def _holds(
 def _row_counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     tables = ("documents", "spans", "sequences", "losses")
     return {t: _count(connection, f"SELECT count(*) FROM {t}") for t in tables}
-
-
-# The tables of which each kind of part has rows, and the columns that are of a part's key.
-ROWS = {
-    "text": (("documents", "spans", "sequences"), "shard", "shard"),
-    "losses": (("losses",), "shard, model", "shard, model"),
-    "pairs": (("paired_losses",), "shard, domain", "shard, model"),
-}
-
-
-def _remove(connection: duckdb.DuckDBPyConnection, parts: Set[Key]) -> None:
-    """Take parts and their rows out, in one pass over each table however many they are."""
-    if not parts:
-        return
-    connection.execute("CREATE OR REPLACE TEMP TABLE gone AS FROM parts LIMIT 0")
-    connection.executemany("INSERT INTO gone VALUES (?, ?, ?, ?)", [list(key) for key in parts])
-    for kind, (tables, columns, key) in ROWS.items():
-        if any(part[0] == kind for part in parts):
-            for table in tables:
-                connection.execute(
-                    f"DELETE FROM {table} "
-                    f"WHERE ({columns}) IN (SELECT ({key}) FROM gone WHERE kind = ?)",
-                    [kind],
-                )
-    connection.execute(
-        "DELETE FROM parts USING gone WHERE parts.kind = gone.kind AND parts.shard = gone.shard "
-        "AND parts.model IS NOT DISTINCT FROM gone.model"
-    )
-    connection.execute("DROP TABLE gone")
-
-
-def _insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
-    if part.losses is not None:
-        _insert_losses(connection, part)
-        return
-    assert part.tokens is not None
-    assert part.documents is not None
-    for table in ("spans", "sequences"):
-        connection.execute(
-            f"INSERT INTO {table} BY NAME SELECT $shard AS shard, * FROM read_parquet($file)",
-            {"shard": part.shard, "file": str(part.tokens / f"{table}.parquet")},
-        )
-    connection.execute(
-        """
-        INSERT INTO documents BY NAME
-        SELECT $shard AS shard, d.* EXCLUDE (text), s.n_tokens
-        FROM read_parquet($documents) AS d
-        LEFT JOIN (
-            SELECT doc_id, sum(n_tokens)::BIGINT AS n_tokens
-            FROM read_parquet($spans) GROUP BY doc_id
-        ) AS s USING (doc_id)
-        """,
-        {
-            "shard": part.shard,
-            "documents": str(part.documents / "documents.parquet"),
-            "spans": str(part.tokens / "spans.parquet"),
-        },
-    )
-
-
-def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
-    """Insert a model's losses over a shard, checked first.
-
-    Part by part, so that memory does not grow with the table.
-    """
-    assert part.losses is not None
-    files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))
-    if not files:
-        return
-    wanted = {"model": part.model, "shard": part.shard}
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE part AS "
-        "SELECT * FROM read_parquet($files) WHERE model = $model AND shard = $shard",
-        {"files": files, **wanted},
-    )
-    if part.refined:
-        connection.execute(
-            """
-            UPDATE part SET loss = refined.loss, precision = refined.precision
-            FROM (
-                SELECT DISTINCT position, loss, precision FROM read_parquet($files)
-                WHERE model = $model AND shard = $shard
-            ) AS refined
-            WHERE part.position = refined.position
-            """,
-            {"files": [str(p) for p in part.refined], **wanted},
-        )
-    bad, twice = fetch_row(
-        connection,
-        "SELECT count(*) FILTER (NOT isfinite(loss)), count(*) - count(DISTINCT position) "
-        "FROM part",
-    )
-    if bad:
-        raise ValueError(f"{bad} losses of {part.shard} are not finite; nothing was published")
-    if twice:
-        raise ValueError(
-            f"{twice} sequences of {part.shard} have several losses by one model; "
-            "nothing was published"
-        )
-    connection.execute("INSERT INTO losses BY NAME FROM part")
-    connection.execute("DROP TABLE part")
 
 
 def _count(

@@ -14,7 +14,8 @@ import pytest
 from colorfilter import storage
 from colorfilter.errors import InputError
 from colorfilter.files import lock
-from colorfilter.storage import Kept, Place, Shared, borrowed, here, names
+from colorfilter.sharing import Shared
+from colorfilter.storage import Kept, Place, borrowed, here, names
 from colorfilter.tokens import read_tokens, real_tokens
 
 

@@ -19,7 +19,8 @@ from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from colorfilter.order import training_order
-from colorfilter.storage import Shared, names
+from colorfilter.sharing import Shared
+from colorfilter.storage import names
 from pipelines.forgetting import forget as take_out
 from pipelines.forgetting import look_up
 from pipelines.settings import Job

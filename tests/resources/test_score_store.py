@@ -12,7 +12,8 @@ from colorfilter.errors import InputError
 from colorfilter.score_tables import pair
 from colorfilter.tables import fetch
 from resources.home import Home
-from resources.score_store import Part, PublishedModel, PublishedSelection, ScoreStore
+from resources.score_parts import Part, PublishedModel
+from resources.score_store import PublishedSelection, ScoreStore
 
 LENGTH = 8
 MODELS = [
