@@ -274,7 +274,7 @@ def score_chunk(
     receipts = []
     for model, table in tables:
         out, scorer = outs[model], scorers[model]
-        with storage.begun(out) as temporary:
+        with storage.temporary_file(out) as temporary:
             table.write_parquet(temporary, compression="zstd")
             sha256 = file_sha256(temporary)
             name = f"losses-{start:010d}-{stop:010d}-{sha256[:16]}.parquet"

@@ -55,7 +55,7 @@ class Shared(Alone):
     storage: str | None = None
 
     def check(self) -> None:
-        """Raise InputError where the storage cannot be written."""
+        """Raise UnreachableError where the storage cannot be written."""
         if self.storage is None:
             return
         try:

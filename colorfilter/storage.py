@@ -26,9 +26,14 @@ from colorfilter.files import is_locked, lock, write_atomically
 
 Place = Path | str
 
-WHOLE = ".whole"  # written last
 CACHE_SECONDS = 24 * 3600.0  # that a folder is kept on a machine after it was last asked for
 HEADER_BYTES = 4_096  # more than the header of a .npy file takes
+
+
+def _at(place: str, name: str = "") -> tuple[Any, str]:
+    """The filesystem of a URI, and the path there of a file in it or of itself."""
+    filesystem, root = fsspec.core.url_to_fs(place)
+    return filesystem, f"{root}/{name}" if name else root
 
 
 def here(place: Place) -> Path:
@@ -78,8 +83,8 @@ def fetch_file(place: Place, name: str, path: Path) -> None:
     if isinstance(place, Path):
         shutil.copyfile(place / name, temporary)
     else:
-        filesystem, root = fsspec.core.url_to_fs(place)
-        filesystem.get_file(f"{root}/{name}", str(temporary))
+        filesystem, source = _at(place, name)
+        filesystem.get_file(source, str(temporary))
     write_atomically(temporary, path)
 
 
@@ -88,12 +93,12 @@ def put_file(path: Path, place: Place, name: str) -> None:
     if isinstance(place, Path):
         fetch_file(path.parent, path.name, place / name)
     else:
-        filesystem, root = fsspec.core.url_to_fs(place)
-        filesystem.put_file(str(path), f"{root}/{name}")
+        filesystem, target = _at(place, name)
+        filesystem.put_file(str(path), target)
 
 
 @contextlib.contextmanager
-def begun(place: Place) -> Iterator[Path]:
+def temporary_file(place: Place) -> Iterator[Path]:
     """A temporary file for what is to be committed to a place, on its file system if it has one."""
     folder = place if isinstance(place, Path) else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,7 @@ def names(place: Place) -> list[str]:
     if isinstance(place, Path):
         found = [p.relative_to(place) for p in place.rglob("*") if p.is_file()]
         return sorted(str(p) for p in found if not p.name.endswith(".tmp"))
-    filesystem, root = fsspec.core.url_to_fs(place)
+    filesystem, root = _at(place)
     filesystem.invalidate_cache()  # other machines write there
     try:
         found = filesystem.find(root)
@@ -132,8 +137,8 @@ def remove_file(place: Place, name: str) -> None:
     if isinstance(place, Path):
         (place / name).unlink(missing_ok=True)
     else:
-        filesystem, root = fsspec.core.url_to_fs(place)
-        filesystem.rm_file(f"{root}/{name}")
+        filesystem, path = _at(place, name)
+        filesystem.rm_file(path)
 
 
 def remove(place: Place) -> None:
@@ -141,7 +146,7 @@ def remove(place: Place) -> None:
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
         return
-    filesystem, root = fsspec.core.url_to_fs(place)
+    filesystem, root = _at(place)
     filesystem.invalidate_cache()
     if filesystem.exists(root):
         filesystem.rm(root, recursive=True)
@@ -149,8 +154,7 @@ def remove(place: Place) -> None:
 
 def read_rows(place: str, name: str, start: int, stop: int | None = None) -> np.ndarray:
     """Rows [start, stop) of a .npy file of a URI; no other bytes of it are read, but its header."""
-    filesystem, root = fsspec.core.url_to_fs(place)
-    path = f"{root}/{name}"
+    filesystem, path = _at(place, name)
     header = io.BytesIO(filesystem.cat_file(path, start=0, end=HEADER_BYTES))
     np.lib.format.read_magic(header)
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
@@ -163,8 +167,8 @@ def read_rows(place: str, name: str, start: int, stop: int | None = None) -> np.
 
 def open_file(place: str, name: str) -> Any:
     """A file of a URI, to be read by range."""
-    filesystem, root = fsspec.core.url_to_fs(place)
-    return filesystem.open(f"{root}/{name}", "rb")
+    filesystem, path = _at(place, name)
+    return filesystem.open(path, "rb")
 
 
 @contextlib.contextmanager
@@ -230,5 +234,5 @@ def write_file(content: bytes, place: Place, name: str) -> None:
         place.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(content)
     else:
-        filesystem, root = fsspec.core.url_to_fs(place)
-        filesystem.pipe_file(f"{root}/{name}", content)
+        filesystem, path = _at(place, name)
+        filesystem.pipe_file(path, content)

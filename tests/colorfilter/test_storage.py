@@ -87,7 +87,7 @@ def test_withdrawn_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, r
 def test_what_was_committed_is_taken_and_cleared(home: Path, root: str, tmp_path: Path) -> None:
     shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
     staged = shared.staged(folder)
-    with storage.begun(staged) as temporary:
+    with storage.temporary_file(staged) as temporary:
         temporary.write_bytes(b"losses")
         storage.commit(temporary, staged, "losses-0")
         assert names(staged) == ["losses-0"]
@@ -101,7 +101,7 @@ def test_what_was_committed_is_taken_and_cleared(home: Path, root: str, tmp_path
 def test_what_is_not_committed_is_not_there(home: Path, root: str, tmp_path: Path) -> None:
     staged = Shared(home, root).staged(home / "artifacts" / "model" / "abc")
     with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(storage.begun(staged))
+        temporary = stack.enter_context(storage.temporary_file(staged))
         temporary.write_bytes(b"half")
         assert names(staged) == []
     assert names(staged) == []
