@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, UnreachableError
 from tests.three_nodes import loopback_only, ray, three_nodes
 
 pytest.importorskip("ray")
@@ -188,6 +188,37 @@ def test_a_node_that_is_lost_is_done_without_and_one_that_comes_is_used(
     assert any("lost with its worker" in line for line in said)
     assert added is not None
     assert any(node.endswith(added.node_id[:8]) for node in used)
+
+
+def test_what_a_group_raises_is_raised_here(nodes: Any) -> None:
+    def refuse(name: str) -> None:
+        from colorfilter.errors import InputError
+
+        raise InputError(f"{name}: no good")
+
+    with pytest.raises(InputError, match=r"^call 0: no good$") as caught:
+        list(Cluster(together=2).run(refuse, [("call 0",)]))
+    assert type(caught.value) is InputError
+
+
+def test_more_devices_together_than_there_are_is_refused(nodes: Any) -> None:
+    with pytest.raises(UnreachableError, match="devices_per_model: 9 are asked for"):
+        list(Cluster(together=9).run(calls()[0], [("", 1)]))
+
+
+def test_a_group_ends_where_the_caller_leaves(nodes: Any) -> None:
+    """And with it the connection: this is the last test but those that begin without one."""
+
+    def first_only(name: str, seconds: int) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    run = Cluster(together=2).run(first_only, [("call 0", 0), ("call 1", 600)])
+    assert next(run)[0] == 0
+    begun = time.monotonic()
+    run.close()
+    assert time.monotonic() - begun < 30
+    assert not ray.is_initialized()
 
 
 def test_where_there_is_no_cluster_is_said_in_a_line() -> None:
