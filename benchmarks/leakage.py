@@ -17,7 +17,7 @@ from colorfilter.shards import list_files
 
 def documents(files: str) -> list[dict[str, str]]:
     """Name and text of all documents that a glob names."""
-    source = Source(name="files", files=files)
+    source = Source.model_validate({"name": "files", "files": files})
     found = (d for file in list_files([source]) for d in read_file(file, source))
     return [
         {"name": f"{d.file}:{d.line}", "text": d.text} for d in found if isinstance(d, Document)

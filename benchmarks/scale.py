@@ -22,13 +22,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import duckdb
 from selection import Taken, alone
 
 from colorfilter.selection import count_candidates, select, select_by_batch, write_selection
 from colorfilter.tables import fetch, fetch_row
-from resources import score_store
+from resources import score_parts, score_store
 from resources.home import Home
 from resources.score_parts import Part, PublishedModel
 from resources.score_store import PublishedSelection, ScoreStore
@@ -140,21 +141,22 @@ def publish(folder: Path, shards: int, size: int, text: str) -> float:
     """Seconds to publish so many shards, less those in which their parts were made."""
     made_in = 0.0
     numbers = {shard_name(i): i for i in range(shards)}
-    insert = score_store._insert
 
     def make_and_insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
         nonlocal made_in
         begun = time.monotonic()
         maker.submit(make, part, numbers[part.shard], size, text).result()
         made_in += time.monotonic() - begun
-        insert(connection, part)
+        score_parts.insert(connection, part)
         begun = time.monotonic()
         shutil.rmtree(part.losses or part.tokens or "")
         made_in += time.monotonic() - begun
 
-    score_store._insert = make_and_insert
     parts = [part for i in range(shards) for part in parts_of(folder / "parts", i)]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker,
+        mock.patch.object(score_store, "insert", make_and_insert),
+    ):
         begun = time.monotonic()
         ScoreStore(home=str(folder)).publish(parts, MODELS, LENGTH)
         return time.monotonic() - begun - made_in

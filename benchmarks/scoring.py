@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -75,7 +76,7 @@ def rolling(model: PreTrainedModel) -> Variant:
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        chosen = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
+        chosen: torch.Tensor = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
         return -chosen.sum(dim=1) / (tokens.shape[1] - 1)
 
     return losses
@@ -85,7 +86,7 @@ def fused(model: PreTrainedModel, library: str) -> Variant:
     """Head and loss in one call of a library, in the model's dtype."""
     weight = model.get_output_embeddings().weight
 
-    def nll(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nll(rows: torch.Tensor, targets: torch.Tensor) -> Any:
         if library == "liger":
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -98,7 +99,7 @@ def fused(model: PreTrainedModel, library: str) -> Variant:
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-        per_token = nll(hidden.flatten(0, 1), tokens[:, 1:].flatten())
+        per_token: torch.Tensor = nll(hidden.flatten(0, 1), tokens[:, 1:].flatten())
         return per_token.float().view(len(tokens), -1).mean(dim=1)
 
     return losses
@@ -152,7 +153,8 @@ def variants(
 
     def fresh(dtype: torch.dtype) -> PreTrainedModel:
         made = Model(type=family, config=config(family, size))
-        return models.build(made, vocab_size, LENGTH, seed=0).eval().to(dtype)
+        model: PreTrainedModel = models.build(made, vocab_size, LENGTH, seed=0).eval().to(dtype)
+        return model
 
     def plain(dtype: torch.dtype) -> PreTrainedModel:
         return models.to_device(fresh(dtype), device)
