@@ -233,7 +233,7 @@ def trained(context: Context, gpu: Gpu, spec: "TrainSpec") -> dict[str, Any]:
     from colorfilter import models, training
 
     progress = Progress(context, training.planned_tokens(spec), "tokens")
-    ((_, checkpoints),) = gpu.train([spec], progress=progress)
+    ((_, checkpoints),) = gpu.train([spec], 1, progress, progress.stands)
     done = checkpoints[-1]
     sizes = models.n_parameters(models.load(done.path))
     return {"checkpoint": done.path.name, "tokens": done.tokens, **sizes}

@@ -132,36 +132,42 @@ def total(artifacts: Sequence[Artifact], fact: str) -> int:
 class Progress:
     """Counts work done; says rate and time left in the run's log and to who listens.
 
-    `listener` is set by the command line to draw a bar: called with (step, done, total, unit).
+    `listener` is set by the command line to draw a bar: called with (step, done, total, unit,
+    units per second).
     """
 
-    listener: Callable[[str, int, int, str], None] | None = None
+    listener: Callable[[str, int, int, str, float], None] | None = None
     log_seconds = 10.0
 
     def __init__(self, context: AnyContext, size: int, unit: str) -> None:
         self._context = context
         self._name = context.op.name.replace("__", "/")
         self._size, self._unit = size, unit
-        self._done = 0
+        self._done = self._stood = 0
         self._begun = self._logged = time.monotonic()
         self(0)
 
     def __call__(self, amount: int) -> None:
         self._done += amount
         if Progress.listener:
-            Progress.listener(self._name, self._done, self._size, self._unit)
+            Progress.listener(self._name, self._done, self._size, self._unit, self.rate)
         now = time.monotonic()
         if now - self._logged >= self.log_seconds:
             self._logged = now
-            rate = self._done / (now - self._begun)
+            rate = self.rate
             left = (self._size - self._done) / rate if rate else float("inf")
             self._context.log.info(
                 f"{self._done:,} of {self._size:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left"
             )
 
+    def stands(self, amount: int) -> None:
+        """Count what was done by an earlier run: it says nothing of how fast this one is."""
+        self._stood += amount
+        self(amount)
+
     @property
     def rate(self) -> float:
-        return self._done / max(1e-9, time.monotonic() - self._begun)
+        return (self._done - self._stood) / max(1e-9, time.monotonic() - self._begun)
 
 
 def make_in_processes(
@@ -181,7 +187,7 @@ def make_in_processes(
     """
     with store.attempts(works) as attempts:
         missing = [a for a in attempts if not a.standing]
-        progress(sum(size(str(a.work.partition)) for a in attempts if a.standing))
+        progress.stands(sum(size(str(a.work.partition)) for a in attempts if a.standing))
         if missing:
             written = sum(size(str(a.work.partition)) for a in missing)
             require_space(store.at.root, written, missing[0].work.asset)

@@ -91,7 +91,7 @@ def _cutoff_confidence(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 precision=recipe.scoring.precision,
                 boundary=boundary(artifacts, recipe.scoring),
             )
-            for _ in gpu.score([job], progress):
+            for _ in gpu.score([job], progress, progress.stands):
                 pass
             losses = refinement.losses_of(folder / "sample" / "losses", rows)
             losses.write_parquet(folder / LOSSES_FILE, compression="zstd")

@@ -84,7 +84,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 online=Online(conditional, tau, boundary(artifacts, recipe.scoring)),
             )
             progress = Progress(context, planned_tokens(spec), "tokens")
-            for _ in gpu.train([spec], progress=progress):
+            for _ in gpu.train([spec], 1, progress, progress.stands):
                 pass
             rows = chosen_rows(folder / "proxy")
             chosen = places[rows["row"]].select(

@@ -184,7 +184,7 @@ def _score(
         missing: dict[tuple[str, str], Attempt] = {}
         for shard, source in packed.items():
             ours = [a for a in attempts if a.work.partition == shard]
-            progress(source.facts["tokens"] * sum(a.standing is not None for a in ours))
+            progress.stands(source.facts["tokens"] * sum(a.standing is not None for a in ours))
             wanted = {models[a.work.asset].fingerprint: a for a in ours if not a.standing}
             if wanted:
                 by = {m.fingerprint: m for m in models.values() if m.fingerprint in wanted}
@@ -200,7 +200,7 @@ def _score(
                     )
                 )
                 missing |= {(shard, name): a for name, a in wanted.items()}
-        for job, model, receipts in gpu.score(jobs, progress):
+        for job, model, receipts in gpu.score(jobs, progress, progress.stands):
             attempt = missing[job.shard, model]
             attempt.commit(_facts(receipts))
             nodes = Counter(str(r.node) for r in receipts if r.node)

@@ -159,7 +159,8 @@ def _trained(
         missing = [(s, a) for s, a in zip(works, attempts, strict=True) if not a.standing]
         specs = [spec(seed, attempt.folder) for seed, attempt in missing]
         progress = Progress(context, sum(planned_tokens(s) for s in specs), "tokens")
-        for i, checkpoints in gpu.train(specs, share=len(works), progress=progress):
+        done = gpu.train(specs, len(works), progress, progress.stands)
+        for i, checkpoints in done:
             seed, attempt = missing[i]
             attempt.commit(
                 {

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 CHECKPOINT_SECONDS = 30.0
 SAVING_PAUSE = 20.0  # times what it took to write and keep the last state, at least
 CURVE_POINTS = 5
+RUNNING = "running.safetensors"
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,38 @@ def train(
 
 def planned_tokens(spec: TrainSpec) -> int:
     """Tokens that a run trains on in all, branches included, and those it chooses from."""
+    return _tokens(spec, _phases(spec.training, spec.endpoints))
+
+
+def trained_tokens(spec: TrainSpec) -> int:
+    """Of these, those of the steps that the state in the spec's folder has behind it."""
+    running = spec.out / RUNNING
+    if not running.exists():
+        return 0
+    state = _scalars(running)
+    phases = _phases(spec.training, spec.endpoints)[: state["phase"] + 1]
+    return _tokens(spec, [*phases[:-1], replace(phases[-1], stop=state["step"])])
+
+
+def _scalars(path: Path) -> dict[str, Any]:
+    """What a state holds beside tensors: phase, step, curve."""
+    with safetensors.safe_open(path, "pt") as file:
+        scalars: dict[str, Any] = json.loads(file.metadata()["state"])
+    return scalars
+
+
+def _tokens(spec: TrainSpec, phases: Sequence[_Phase]) -> int:
     size = spec.training.batch_sequences
     n_tokens = real_tokens(spec.tokens)
     seen = _seen(n_tokens, training_order(spec.seed, len(n_tokens)))
     tokens = 0
-    for phase in _phases(spec.training, spec.endpoints):
+    for phase in phases:
         last = spec.endpoints[phase.target]
-        tokens += seen[min(phase.stop * size, last)] - seen[min(phase.start * size, last)]
-    if spec.online:
-        candidates = spec.online.candidates(spec.endpoints[-1])
-        tokens += candidates * open_tokens(spec.tokens).shape[1]
+        start, stop = (min(step * size, last) for step in (phase.start, phase.stop))
+        tokens += seen[stop] - seen[start]
+        if spec.online:
+            chosen_from = spec.online.candidates(stop) - spec.online.candidates(start)
+            tokens += chosen_from * open_tokens(spec.tokens).shape[1]
     return int(tokens)
 
 
@@ -235,7 +258,7 @@ class _Run:
     def run(self) -> list[Checkpoint]:
         out = self.spec.out
         out.mkdir(parents=True, exist_ok=True)
-        running = out / "running.safetensors"
+        running = out / RUNNING
         checkpoints = {i: self._checkpoint(i) for i in range(len(self.spec.endpoints))}
         if self.group.said_by_first((out / "curve.parquet").exists()):
             return list(checkpoints.values())
@@ -404,8 +427,8 @@ class _Run:
         read: dict[str, torch.Tensor] = {}
         scalars: dict[str, Any] = {}
         if self.first:
+            scalars = _scalars(path)
             with safetensors.safe_open(path, "pt") as file:
-                scalars = json.loads(file.metadata()["state"])
                 read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         scalars = self.group.said_by_first(scalars)
         shapes = self.group.said_by_first({name: tuple(t.shape) for name, t in read.items()})

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -34,7 +35,6 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[done]} {task.fields[rate]}"),
-        TimeRemainingColumn(),
         console=console,
         transient=True,
     )
@@ -42,11 +42,14 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
     tasks: dict[str, TaskID] = {}
     checked: set[str | None] = set()
 
-    def work(asset: str, done: int, total: int, unit: str) -> None:
+    def work(asset: str, done: int, total: int, unit: str, per_second: float) -> None:
         if asset not in tasks:
             tasks[asset] = bar.add_task(asset, total=total, done="", rate="")
         seconds = time.monotonic() - begun.get(asset, time.monotonic())
-        rate = f"{done / seconds:,.0f} {unit}/s" if seconds > 1 else ""
+        rate = ""
+        if seconds > 1 and per_second > 0:
+            left = timedelta(seconds=round(max(0, total - done) / per_second))
+            rate = f"{per_second:,.0f} {unit}/s {left} left"
         shown = f"{100 * done / max(1, total):3.0f} %"
         bar.update(tasks[asset], completed=done, total=total, done=shown, rate=rate)
 

@@ -82,12 +82,15 @@ class Gpu(dg.ConfigurableResource):
             self._run_id = context.run.run_id
 
     def score(
-        self, jobs: Sequence[ScoreJob], progress: Progress = silent
+        self,
+        jobs: Sequence[ScoreJob],
+        progress: Progress = silent,
+        standing: Progress = silent,
     ) -> Iterator[tuple[ScoreJob, str, list["Receipt"]]]:
         """Score packed tokens chunk by chunk, in one pass by all models that are asked for.
 
         Gives each job and model with the receipts once all stand; what stood before is not scored
-        again.
+        again: `standing` is called with its tokens, `progress` with those that are scored.
         """
         from colorfilter import device
         from colorfilter.scoring import chunk_sequences, plan_chunks
@@ -102,10 +105,10 @@ class Gpu(dg.ConfigurableResource):
             chunk = chunk_sequences(job.parameters, length, crew.kind)
             for out in job.outs.values():
                 _take_over(places, out)
-            standing, missing = plan_chunks(job.tokens, job.outs, chunk)
-            for model, found in standing.items():
+            there, missing = plan_chunks(job.tokens, job.outs, chunk)
+            for model, found in there.items():
                 receipts[i, model] = found
-                progress(sum(r.tokens for r in found))
+                standing(sum(r.tokens for r in found))
             for (start, stop), models in missing.items():
                 ranges.append((i, start, stop, models))
                 left.update((i, m) for m in models)
@@ -147,19 +150,27 @@ class Gpu(dg.ConfigurableResource):
                     yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
 
     def train(
-        self, specs: Sequence["TrainSpec"], share: int = 1, progress: Progress = silent
+        self,
+        specs: Sequence["TrainSpec"],
+        share: int = 1,
+        progress: Progress = silent,
+        standing: Progress = silent,
     ) -> Iterator[tuple[int, list["Checkpoint"]]]:
         """Train as the specs say; gives (index, a checkpoint per end point) as each is done.
 
         `share` is the number of runs between which the CPU's cores are divided. It is that of all
         that belong together and not of those still missing, for the last bits depend on it.
+        `standing` is called with the tokens of the steps that the states in the home have behind
+        them, `progress` with those of the steps that are done.
         """
         from colorfilter import device
+        from colorfilter.training import trained_tokens
 
         alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
         crew = self._crew(together=1 if alone else self.devices_per_model)
         places = self._places()
         threads = max(1, crew.threads // share)
+        standing(sum(trained_tokens(spec) for spec in specs))
         calls = [(spec, threads, _lent(places, spec)) for spec in specs]
         for i, (checkpoints, took) in crew.run(device.train, calls, progress):
             places.take_all(specs[i].out)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from colorfilter import models, training
 from colorfilter.online import Online, chosen_rows
 from colorfilter.recipe import Model, Training
-from colorfilter.training import TrainSpec, planned_tokens, train
+from colorfilter.training import TrainSpec, planned_tokens, train, trained_tokens
 from tests.colorfilter.test_training import assert_same_result
 from tests.colorfilter.test_training_resume import killed
 
@@ -126,7 +126,9 @@ def test_a_killed_run_chooses_the_same(
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     killed(fast, after)
-    train(fast)
+    standing, reported = trained_tokens(fast), []
+    train(fast, progress=reported.append)
+    assert standing + sum(reported) == planned_tokens(fast)
     assert_same_result(fast.out, tmp_path / "undisturbed")
     assert chosen_rows(fast.out).tolist() == chosen_rows(tmp_path / "undisturbed").tolist()
 

@@ -46,10 +46,13 @@ def test_a_killed_run_ends_with_the_same_bits(
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
+    assert training.trained_tokens(run) == 0
     killed(run, after)
+    standing = training.trained_tokens(run)
     done: list[int] = []
     train(run, progress=done.append)
     assert len(done) == STEPS - after + 1
+    assert standing + sum(done) == training.planned_tokens(run)
     assert_same_result(tmp_path, undisturbed)
 
 
