@@ -1,6 +1,9 @@
 """What of a home the machines of a cluster read and write, as the one that has the home sees it."""
 
+import contextlib
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from colorfilter.storage import (
     write_file,
 )
 
+COPIES = 2  # at a time, each by many parts at a time where the filesystem's library can
 WHOLE = ".whole"  # of a folder that was copied, written last
 
 
@@ -27,6 +31,10 @@ class Alone:
 
     def share(self, folder: Path) -> Place:
         return folder
+
+    @contextlib.contextmanager
+    def sharing(self, folders: Iterable[Path]) -> Iterator[Callable[[Path], Place]]:  # noqa: ARG002
+        yield self.share
 
     def staged(self, folder: Path) -> Place:
         return folder
@@ -83,6 +91,16 @@ class Shared(Alone):
                 put_file(folder / name, place, name)
             write_file(b"", place, WHOLE)
         return place
+
+    @contextlib.contextmanager
+    def sharing(self, folders: Iterable[Path]) -> Iterator[Callable[[Path], Place]]:
+        """Share folders in their order, beside other work; gives what waits for one of them."""
+        pool = ThreadPoolExecutor(COPIES)
+        try:
+            places = {folder: pool.submit(self.share, folder) for folder in folders}
+            yield lambda folder: places[folder].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def staged(self, folder: Path) -> Place:
         """Where workers commit files that belong in a folder of the home, for `take`.

@@ -8,7 +8,6 @@ not stand still when another program takes one of them. Every kernel run leaves 
 
 import atexit
 import contextlib
-import functools
 import json
 import time
 import uuid
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from colorfilter.cluster import Cluster
-    from colorfilter.device import Took
+    from colorfilter.device import Chunk, Took
     from colorfilter.scoring import Losses, Receipt
     from colorfilter.training import Checkpoint, TrainSpec
 
@@ -59,6 +58,32 @@ class ScoreJob:
     shard: str
     precision: str
     boundary: int | None = None
+
+    def read_for(self, models: Sequence[str]) -> list[Path]:
+        """The folders that are read to score by some of the models."""
+        return [*(self.models[m] for m in models), self.tokens]
+
+    def chunk(
+        self,
+        start: int,
+        stop: int,
+        models: Sequence[str],
+        shared: Callable[[Path], Place],
+        staged: Callable[[Path], Place],
+    ) -> "Chunk":
+        """Sequences [start, stop) by some of the models, where those that work have them."""
+        from colorfilter.device import Chunk
+
+        return Chunk(
+            {m: shared(self.models[m]) for m in models},
+            shared(self.tokens),
+            self.shard,
+            start,
+            stop,
+            {m: staged(self.outs[m]) for m in models},
+            self.precision,
+            self.boundary,
+        )
 
 
 class Gpu(dg.ConfigurableResource):
@@ -117,37 +142,26 @@ class Gpu(dg.ConfigurableResource):
         for (i, model), found in receipts.items():
             if not left[i, model]:
                 yield jobs[i], model, found
-        shared = functools.cache(places.share)
-
-        def call(n: int) -> tuple[device.Chunk]:
-            i, start, stop, models = ranges[n]
-            job = jobs[i]
-            chunk = device.Chunk(
-                {m: shared(job.models[m]) for m in models},
-                shared(job.tokens),
-                job.shard,
-                start,
-                stop,
-                {m: places.staged(job.outs[m]) for m in models},
-                job.precision,
-                job.boundary,
-            )
-            return (chunk,)
-
-        calls = _Calls(call, len(ranges))
+        read = (folder for i, _, _, models in ranges for folder in jobs[i].read_for(models))
         tally = _Tally([jobs[i].shard for i, *_ in ranges])
-        for n, done in crew.run(device.score, calls, progress):
-            i = ranges[n][0]
-            tally.add(jobs[i].shard, done[0].node)
-            for receipt in done:
-                whole = i, receipt.model
-                places.take(jobs[i].outs[receipt.model], receipt.file)
-                self._record_chunk(jobs[i], receipt)
-                receipts[whole].append(receipt)
-                left[whole] -= 1
-                if not left[whole]:
-                    places.clear(jobs[i].outs[receipt.model])
-                    yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
+        with places.sharing(dict.fromkeys(read)) as shared:
+
+            def call(n: int) -> tuple["Chunk"]:
+                i, start, stop, models = ranges[n]
+                return (jobs[i].chunk(start, stop, models, shared, places.staged),)
+
+            for n, done in crew.run(device.score, _Calls(call, len(ranges)), progress):
+                i = ranges[n][0]
+                tally.add(jobs[i].shard, done[0].node)
+                for receipt in done:
+                    whole = i, receipt.model
+                    places.take(jobs[i].outs[receipt.model], receipt.file)
+                    self._record_chunk(jobs[i], receipt)
+                    receipts[whole].append(receipt)
+                    left[whole] -= 1
+                    if not left[whole]:
+                        places.clear(jobs[i].outs[receipt.model])
+                        yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
 
     def train(
         self,

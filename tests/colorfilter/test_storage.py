@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from colorfilter import storage
+from colorfilter import sharing, storage
 from colorfilter.errors import InputError
 from colorfilter.files import lock
 from colorfilter.sharing import Shared
@@ -70,6 +70,57 @@ def test_a_folder_that_was_shared_in_part_is_shared_again(home: Path, root: str)
     storage.remove_file(place, "config.json")
     assert shared.share(folder) == place
     assert names(place) == [".whole", "config.json", "down/tokens.npy"]
+
+
+def folders(home: Path, count: int) -> list[Path]:
+    found = [home / "artifacts" / "tokens" / str(i) for i in range(count)]
+    for folder in found:
+        folder.mkdir(parents=True)
+        (folder / "tokens.npy").write_bytes(folder.name.encode())
+    return found
+
+
+def test_folders_are_shared_beside_other_work(home: Path, root: str) -> None:
+    shared, wanted = Shared(home, root), folders(home, 5)
+    with shared.sharing(wanted) as place:
+        found = [place(folder) for folder in reversed(wanted)]
+    assert found == [shared.share(folder) for folder in reversed(wanted)]
+    assert [read(place, "tokens.npy") for place in found] == [b"4", b"3", b"2", b"1", b"0"]
+
+
+def test_no_more_is_shared_when_the_other_work_ends(
+    home: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, copied = Shared(home, root), []
+
+    def put(path: Path, place: Place, name: str) -> None:
+        time.sleep(0.05)
+        copied.append(path.parent)
+        storage.put_file(path, place, name)
+
+    monkeypatch.setattr(sharing, "put_file", put)
+    wanted = folders(home, 20)
+    with shared.sharing(wanted) as place:
+        place(wanted[0])
+    assert wanted[0] in copied
+    assert len(copied) < 10
+
+
+def test_a_folder_that_cannot_be_shared_is_told_to_who_waits_for_it(
+    home: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, (first, second) = Shared(home, root), folders(home, 2)
+
+    def put(path: Path, place: Place, name: str) -> None:
+        if path.parent == second:
+            raise OSError("no space")
+        storage.put_file(path, place, name)
+
+    monkeypatch.setattr(sharing, "put_file", put)
+    with shared.sharing([second, first]) as place:
+        assert read(place(first), "tokens.npy") == b"0"
+        with pytest.raises(OSError, match="no space"):
+            place(second)
 
 
 def test_withdrawn_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, root: str) -> None:

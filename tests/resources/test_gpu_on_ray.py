@@ -1,6 +1,7 @@
 """The verbs of the resource on a real Ray cluster: what one machine gives, whatever dies."""
 
 import itertools
+import json
 import logging
 import os
 import signal
@@ -17,8 +18,11 @@ import polars as pl
 import psutil
 import pytest
 
-from colorfilter import scoring
+from colorfilter import device, models, scoring, training
 from colorfilter.files import file_sha256
+from colorfilter.recipe import Model, Training
+from colorfilter.tokens import train_tokenizer
+from colorfilter.training import Checkpoint, TrainSpec
 from resources import gpu as resource
 from resources.gpu import Gpu, ScoreJob
 from resources.home import Home
@@ -56,9 +60,6 @@ list(gpu.score([job], lambda n: print(n, flush=True)))
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with packed tokens, two models and a tokenizer in it."""
-    from colorfilter import models
-    from colorfilter.recipe import Model
-
     root = tmp_path_factory.mktemp("ray")
     at = Home(root / "home").claim("tests").artifacts
     for seed, name in enumerate(MODELS):
@@ -258,48 +259,105 @@ def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) 
     assert not fsspec.filesystem("s3").find("colorfilter/pool")
 
 
-@pytest.mark.parametrize(("storage", "devices"), [(None, 1), ("s3", 1), ("s3", 2)])
-def test_training_gives_what_one_machine_gives(
-    root: Path, nodes: Any, storage: str | None, devices: int
-) -> None:
-    """To the bit on a device, and to the last digits of a loss on two."""
-    from colorfilter.recipe import Model, Training
-    from colorfilter.tokens import train_tokenizer
-    from colorfilter.training import TrainSpec
-
+@pytest.fixture(scope="module")
+def spec(root: Path) -> TrainSpec:
+    """A training of the first model on a few of the sequences, to two end points."""
     at = root / "home" / "artifacts"
-    if not (at / "tokenizer").exists():
-        (at / "tokenizer").mkdir()
-        train_tokenizer([f"{i} word" for i in range(3000)], 300, at / "tokenizer")
-        (at / "few").mkdir()
-        np.save(at / "few" / "tokens.npy", np.load(at / "tokens" / "tokens.npy")[:100])
-        facts = pl.read_parquet(at / "tokens" / "sequences.parquet")
-        facts[:100].write_parquet(at / "few" / "sequences.parquet")
-    spec = TrainSpec(
+    (at / "tokenizer").mkdir()
+    train_tokenizer([f"{i} word" for i in range(3000)], 300, at / "tokenizer")
+    (at / "few").mkdir()
+    np.save(at / "few" / "tokens.npy", np.load(at / "tokens" / "tokens.npy")[:100])
+    facts = pl.read_parquet(at / "tokens" / "sequences.parquet")
+    facts[:100].write_parquet(at / "few" / "sequences.parquet")
+    return TrainSpec(
         start=str(at / "one"),
         tokens=at / "few",
         tokenizer=at / "tokenizer",
         training=Training(learning_rate=1e-3, batch_sequences=8),
         seed=3,
         endpoints=(48, 64),
-        out=at / "trained" / f"{storage}_{devices}",
+        out=at / "alone" / "3",
         held_out=at / "few",
     )
-    assert isinstance(spec.start, str | Model)
-    specs = [spec, replace(spec, seed=4, out=spec.out / "4")][: 3 - devices]
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, nodes: Any, spec: TrainSpec) -> dict[int, list[Checkpoint]]:
+    """What this machine makes of it, by seed."""
+    specs = [replace(spec, seed=n, out=spec.out.with_name(str(n))) for n in (3, 4)]
+    made = Gpu(home=str(root / "home")).train(specs, share=os.cpu_count() or 1)
+    return {specs[i].seed: checkpoints for i, checkpoints in made}
+
+
+def assert_same(ours: list[Checkpoint], theirs: list[Checkpoint], out: Path, devices: int) -> None:
+    """To the bit on a device, and to the last digits of a loss on two."""
+    curve, other = (pl.read_parquet(c[0].path.parent / "curve.parquet") for c in (ours, theirs))
+    assert (curve["loss"] - other["loss"]).abs().max() < (1e-9 if devices == 1 else 2e-5)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.path.parent == out
+        assert one.tokens == two.tokens
+        weights = [file_sha256(c.path / "model.safetensors") for c in (one, two)]
+        assert (weights[0] == weights[1]) == (devices == 1)
+        assert (one.path / "tokenizer.json").exists()
+
+
+STORED = [(None, 1), ("s3", 1), ("s3", 2)]
+
+
+@pytest.mark.parametrize(("storage", "devices"), STORED)
+def test_training_gives_what_one_machine_gives(
+    root: Path,
+    nodes: Any,
+    spec: TrainSpec,
+    trained: dict[int, list[Checkpoint]],
+    storage: str | None,
+    devices: int,
+) -> None:
+    specs = [
+        replace(spec, seed=seed, out=spec.tokens.with_name(f"{storage}_{devices}_{seed}"))
+        for seed in (3, 4)[: 3 - devices]
+    ]
     more: dict[str, Any] = {"storage": f"{nodes.bucket}/trained"} if storage else {}
-    more["devices_per_model"] = devices
-    there = dict(on_ray(root, nodes, **more).train(specs))
-    alone = [replace(s, out=at / "alone" / f"{storage}_{devices}" / str(s.seed)) for s in specs]
-    here = dict(Gpu(home=str(root / "home")).train(alone, share=os.cpu_count() or 1))
-    for i in range(len(specs)):
-        assert [c.tokens for c in there[i]] == [c.tokens for c in here[i]]
-        ours, theirs = (pl.read_parquet(s.out / "curve.parquet") for s in (specs[i], alone[i]))
-        assert (ours["loss"] - theirs["loss"]).abs().max() < (1e-9 if devices == 1 else 2e-5)
-        for one, other in zip(there[i], here[i], strict=True):
-            assert one.path.parent == specs[i].out
-            same = file_sha256(one.path / "model.safetensors") == file_sha256(
-                other.path / "model.safetensors"
-            )
-            assert same == (devices == 1)
-            assert (one.path / "tokenizer.json").exists()
+    for i, made in on_ray(root, nodes, devices_per_model=devices, **more).train(specs):
+        assert_same(made, trained[specs[i].seed], specs[i].out, devices)
+
+
+@pytest.mark.parametrize(("storage", "devices"), STORED)
+def test_a_training_whose_worker_is_killed_goes_on_from_its_state(
+    root: Path,
+    nodes: Any,
+    spec: TrainSpec,
+    trained: dict[int, list[Checkpoint]],
+    storage: str | None,
+    devices: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    begun = tmp_path / "begun"
+
+    def train_and_die(*arguments: Any) -> Any:
+        """Once, in the sixth step."""
+        from colorfilter import device, training, workers
+
+        training.CHECKPOINT_SECONDS = training.SAVING_PAUSE = 0.0
+        report, steps = workers.report, itertools.count(1)
+
+        def count(amount: int) -> None:
+            if next(steps) == 6 and not begun.exists():
+                begun.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            report(amount)
+
+        workers.report = count
+        return device.train(*arguments)
+
+    own = replace(spec, out=spec.tokens.with_name(f"killed_{storage}_{devices}"))
+    planned = training.planned_tokens(spec)
+    more: dict[str, Any] = {"storage": f"{nodes.bucket}/killed"} if storage else {}
+    monkeypatch.setattr(device, "train", train_and_die)
+    ((_, made),) = on_ray(root, nodes, devices_per_model=devices, **more).train([own])
+    assert begun.exists()
+    assert_same(made, trained[3], own.out, devices)
+    lines = map(json.loads, (root / "home" / "kernel_runs.jsonl").read_text().splitlines())
+    (line,) = [n for n in lines if n["folder"] == f"artifacts/{own.out.name}"]
+    assert line["tokens"] == planned - 5 * 8 * LENGTH
