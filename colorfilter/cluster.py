@@ -152,7 +152,10 @@ AT_ONCE = 2  # it is asked how far it is while it works
 
 @dataclass
 class _Member:
-    """A worker as it is seen from here. `call` is what it is at, `told` how far it said it was."""
+    """A worker as it is seen from here. `call` is what it is at, `told` how far it said it was.
+
+    One that is `left_out` holds its device, so that no other is started there.
+    """
 
     actor: Any
     hello: Any
@@ -162,6 +165,7 @@ class _Member:
     begun: float = 0.0
     told: int = 0
     watch: Any = None
+    left_out: bool = False
 
 
 @dataclass
@@ -199,8 +203,9 @@ class Cluster:
     ) -> Iterator[tuple[int, Any]]:
         """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
 
-        As workers.Workers.run. A call that is lost with its worker is made again on another. Raises
-        RuntimeError where one was lost LOSSES times.
+        As workers.Workers.run. A call that is lost with its worker is made again on another; one
+        that fails is too, once, and the device that it failed on is left out. Raises what it raised
+        there as well, InputError at once, and RuntimeError where one was lost LOSSES times.
         """
         if not arguments:
             return
@@ -237,6 +242,7 @@ class _Run:
         self.done: set[int] = set()
         self.crew: list[_Member] = []
         self.lost: Counter[int] = Counter()
+        self.failed: set[int] = set()
         self.failures = 0  # of workers that ended before they had begun
         self.seconds: list[float] = []
         self.looked = -HIRE_SECONDS
@@ -259,9 +265,10 @@ class _Run:
         if time.monotonic() - self.looked < HIRE_SECONDS:
             return
         self.looked = time.monotonic()
-        there = int(ray.cluster_resources().get(self.resource, 0))
-        wanted = self.cluster.most or there
-        wanted = min(wanted, len(self.arguments) - len(self.done))
+        there = self._devices()
+        left_out = sum(member.left_out for member in self.crew)
+        wanted = self.cluster.most or there - left_out
+        wanted = min(wanted, len(self.arguments) - len(self.done)) + left_out
         on_gpu = self.resource == "GPU"
         device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
         for _ in range(wanted - len(self.crew)):
@@ -273,10 +280,13 @@ class _Run:
             self.waited = time.monotonic()
             self.cluster.notice(f"still waiting for one of the cluster's {there} {self.resource}s")
 
+    def _devices(self) -> int:
+        return int(ray.cluster_resources().get(self.resource, 0))
+
     def _hand_out(self) -> None:
         """Give every idle worker a call."""
         for member in self.crew:
-            if member.node and member.call is None:
+            if member.node and member.call is None and not member.left_out:
                 call = self.waiting.popleft() if self.waiting else self._straggling()
                 if call is None:
                     return
@@ -312,9 +322,8 @@ class _Run:
             try:
                 found = ray.get(ref)
             except RayTaskError as error:
-                if member.call not in self.done:
-                    raise error.cause from (None if isinstance(error.cause, InputError) else error)
-                self._mourn(member, error)  # the other one of two was first
+                self._leave_out(member, error)
+                continue
             except RayError as error:  # it, its node, or what it gave is gone
                 self._mourn(member, error)
                 continue
@@ -337,6 +346,26 @@ class _Run:
         self.done.add(call)
         self.seconds.append(time.monotonic() - member.begun)
         yield call, result
+
+    def _leave_out(self, member: _Member, error: RayTaskError) -> None:
+        """A call failed: whether its device is at fault shows when another makes it."""
+        call, member.call, member.left_out = member.call, None, True
+        if call is None:  # it could not begin
+            raise error
+        self.progress(-member.told)
+        what = f"failed on {member.node} ({one_line(error.cause)}), which is left out"
+        if call in self.done:  # the other one of two was first
+            self._say(call, what)
+            return
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        if call in self.failed or self._devices() <= sum(m.left_out for m in self.crew):
+            raise error.cause from error
+        self.failed.add(call)
+        self.looked = -HIRE_SECONDS
+        if all(m.call != call for m in self.crew):
+            self.waiting.appendleft(call)
+        self._say(call, f"{what}; done again elsewhere")
 
     def _mourn(self, member: _Member, error: RayError) -> None:
         """A worker is gone: what it had begun is to be done again."""

@@ -113,6 +113,62 @@ def test_what_a_call_raises_is_raised_here(three: Cluster) -> None:
     assert type(caught.value) is InputError
 
 
+@pytest.mark.parametrize("n_calls", [12, 1])
+def test_a_device_that_fails_is_left_out(
+    three: Cluster, said: list[str], tmp_path: Path, n_calls: int
+) -> None:
+    """That which a worker met first: whatever comes to its node fails."""
+
+    def where(name: str, first: str) -> str:
+        import ray
+
+        from colorfilter import workers
+
+        workers.report(1)
+        node = ray.get_runtime_context().get_node_id()
+        try:
+            Path(first).touch(exist_ok=False)
+            Path(first).write_text(node, encoding="utf-8")
+        except FileExistsError:
+            time.sleep(0.5)
+        if Path(first).read_text(encoding="utf-8") == node:
+            raise RuntimeError("the device has fallen off the bus")
+        return node
+
+    told: list[int] = []
+    first = tmp_path / "first"
+    arguments = [(f"call {n}", str(first)) for n in range(n_calls)]
+    found = list(three.run(where, arguments, told.append))
+    assert sorted(i for i, _ in found) == list(range(n_calls))
+    assert first.read_text(encoding="utf-8") not in {node for _, node in found}
+    assert sum(told) == n_calls
+    (line,) = said
+    assert "(the device has fallen off the bus), which is left out; done again elsewhere" in line
+
+
+def test_what_a_call_raises_on_two_devices_is_raised_here(three: Cluster, said: list[str]) -> None:
+    def fail(name: str) -> None:
+        if name == "call 4":
+            raise ZeroDivisionError(name)
+
+    with pytest.raises(ZeroDivisionError, match="call 4"):
+        list(three.run(fail, [(f"call {n}",) for n in range(6)]))
+    assert len(said) == 1
+
+
+def test_where_there_is_one_device_what_a_call_raises_is_raised_at_once(
+    three: Cluster, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster._Run, "_devices", lambda _: 1)
+
+    def fail(name: str) -> None:
+        raise ZeroDivisionError(name)
+
+    with pytest.raises(ZeroDivisionError):
+        list(three.run(fail, [("call 0",)]))
+    assert said == []
+
+
 def test_a_straggler_is_begun_again_where_that_is_wanted(
     nodes: Any, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +193,25 @@ def test_a_straggler_is_begun_again_where_that_is_wanted(
     assert sorted(found) == [(n, f"call {n}") for n in range(5)]
     assert any("call 0: takes" in line and "begun elsewhere too" in line for line in said)
     assert sum(told) - 50 in {0, 10}  # of the one that was given up too
+
+
+def test_the_slower_of_two_that_fails_changes_nothing(
+    nodes: Any, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_late(name: str, begun: str) -> str:
+        path = Path(begun)
+        if name == "call 0" and not path.exists():
+            path.touch()
+            time.sleep(5)
+            raise RuntimeError("gone wrong")
+        time.sleep(12 if name == "call 4" else 0.5)
+        return name
+
+    monkeypatch.setattr(cluster, "STRAGGLE_SECONDS", 2.0)
+    arguments = [(f"call {n}", str(tmp_path / "begun")) for n in range(5)]
+    found = list(Cluster(begin_twice=True, notice=said.append).run(fail_late, arguments))
+    assert sorted(found) == [(n, f"call {n}") for n in range(5)]
+    assert any("call 0: failed on" in line and "left out" in line for line in said)
 
 
 def test_workers_end_where_the_caller_leaves(three: Cluster) -> None:
