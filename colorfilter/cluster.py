@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Read when ray is imported: a call made after the connection has ended must not start a cluster.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
@@ -205,13 +208,14 @@ class Cluster:
 
         As workers.Workers.run. A call that is lost with its worker is made again on another; one
         that fails is too, once, and the device that it failed on is left out. Raises what it raised
-        there as well, InputError at once, and RuntimeError where one was lost LOSSES times.
+        there as well, and RuntimeError where one was lost LOSSES times.
         """
         if not arguments:
             return
         if self.together > 1:
+            groups = self._groups()
             yield from data_parallel.run(
-                function, arguments, self._groups(), self.together, self.resource, progress
+                function, arguments, groups, self.together, self.resource, progress, self.notice
             )
         else:
             yield from _Run(self, function, arguments, progress).results()
@@ -302,9 +306,12 @@ class _Run:
         at_work = Counter(m.call for m in self.crew if m.call is not None)
         for member in sorted(self.crew, key=lambda m: m.begun):
             taken = time.monotonic() - member.begun
-            if member.call is not None and at_work[member.call] == 1 and taken > limit:
-                self._say(member.call, f"takes {taken:.0f} s on {member.node}; begun elsewhere too")
-                return member.call
+            call = member.call
+            if call is None or call in self.done or at_work[call] > 1:
+                continue
+            if taken > limit:
+                self._say(call, f"takes {taken:.0f} s on {member.node}; begun elsewhere too")
+                return call
         return None
 
     def _collect(self) -> Iterator[tuple[int, Any]]:
@@ -357,10 +364,8 @@ class _Run:
         if call in self.done:  # the other one of two was first
             self._say(call, what)
             return
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
         if call in self.failed or self._devices() <= sum(m.left_out for m in self.crew):
-            raise error.cause from error
+            raise error.cause from (None if isinstance(error.cause, InputError) else error)
         self.failed.add(call)
         self.looked = -HIRE_SECONDS
         if all(m.call != call for m in self.crew):
@@ -396,16 +401,20 @@ class _Run:
         self.cluster.notice(f"{self.arguments[call][0]}: {what}")
 
     def _watch(self) -> None:
-        """Tell how far the calls at work are."""
-        for member in self.crew:
-            if member.call is None:
+        """Tell how far the calls at work are, and notice who is gone without one."""
+        for member in list(self.crew):
+            if member.node is None:
                 continue
             if member.watch is None:
                 member.watch = member.actor.counted.remote()
             elif ray.wait([member.watch], timeout=0)[0]:
                 answer, member.watch = member.watch, None
-                with contextlib.suppress(RayError):
+                try:
                     call, counted = ray.get(answer)
-                    if call == member.call and counted > member.told:
-                        self.progress(counted - member.told)
-                        member.told = counted
+                except RayError as error:
+                    if member.call is None:
+                        self._mourn(member, error)
+                    continue  # else its call tells
+                if member.call is not None and call == member.call and counted > member.told:
+                    self.progress(counted - member.told)
+                    member.told = counted

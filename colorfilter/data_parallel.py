@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import tempfile
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,41 +17,48 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from colorfilter import workers
 from colorfilter.errors import InputError, one_line
-from colorfilter.progress import Progress, silent
+from colorfilter.progress import Progress
 
 POLL_SECONDS = 1.0
+SILENT_SECONDS = 60.0  # until it is said that nothing is heard
 FAILURES = 3  # of a group, until it is given up
 
 
 class _Counter:
-    """Where the first process of a group says how far it is."""
+    """Where the first process of each group says how far its call is."""
 
     def __init__(self) -> None:
-        self._counted = 0
+        self._counted: Counter[int] = Counter()
 
-    def add(self, amount: int) -> None:
-        self._counted += amount
+    def begin(self, call: int) -> None:
+        self._counted[call] = 0
+
+    def add(self, call: int, amount: int) -> None:
+        self._counted[call] += amount
 
     def counted(self) -> int:
-        return self._counted
+        return self._counted.total()
 
 
 class _Process:
     """A process of a group."""
 
-    def __init__(self, counter: Any) -> None:
+    def __init__(self, call: int, counter: Any) -> None:
         context = ray.train.get_context()
         self.index = context.get_local_rank()
         self.node = f"{ray.util.get_node_ip_address()}, group of {context.get_world_size()}"
+        self._call = call
         self._counter = counter if context.get_world_rank() == 0 else None
+        if self._counter:
+            self._counter.begin.remote(call)
 
     def report(self, amount: int) -> None:
         if self._counter:
-            self._counter.add.remote(amount)
+            self._counter.add.remote(self._call, amount)
 
 
 def _call(config: dict[str, Any]) -> Any:
-    workers.become(_Process(config["counter"]))
+    workers.become(_Process(config["call"], config["counter"]))
     return config["function"](*config["arguments"])
 
 
@@ -59,48 +68,56 @@ def run(
     groups: int,
     size: int,
     resource: str,
-    progress: Progress = silent,
+    progress: Progress,
+    notice: Callable[[str], None],
 ) -> Iterator[tuple[int, Any]]:
     """Call `function(*arguments[i])` for all i, each in `size` processes that know of each other.
 
     Gives (i, what the first of them returns) as each is done, `groups` at work at a time;
     `resource` is 'GPU' or 'CPU', one to a process. A group that loses a process begins its call
-    again.
+    again; `notice` is told where none is heard of, for Ray waits for devices without a word.
     """
     counters: Any = ray.remote(_Counter)
     counter = counters.options(num_cpus=0).remote()
-    told = 0
+    told, heard = 0, time.monotonic()
+    waiting = deque(range(len(arguments)))
+    at_work: dict[concurrent.futures.Future[Any], int] = {}
     pool = concurrent.futures.ThreadPoolExecutor(groups)
-    calls = {
-        pool.submit(_fit, function, call, size, resource, counter): i
-        for i, call in enumerate(arguments)
-    }
     try:
-        while calls:
+        while waiting or at_work:
+            while waiting and len(at_work) < groups:
+                call = waiting.popleft()
+                config = {"function": function, "arguments": arguments[call]}
+                config |= {"call": call, "counter": counter}
+                at_work[pool.submit(_fit, config, size, resource)] = call
             done, _ = concurrent.futures.wait(
-                calls, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
+                at_work, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
             )
             with contextlib.suppress(RayError):  # without it nobody hears how far they are
                 counted: int = ray.get(counter.counted.remote())
-                progress(counted - told)
-                told = counted
+                if counted != told:
+                    progress(counted - told)
+                    told, heard = counted, time.monotonic()
+            if time.monotonic() - heard > SILENT_SECONDS:
+                heard = time.monotonic()
+                notice(
+                    f"nothing heard for {SILENT_SECONDS:.0f} s: {len(at_work)} groups at work "
+                    f"start, or wait for {size} {resource}s each"
+                )
             for future in done:
-                yield calls.pop(future), future.result()
+                yield at_work.pop(future), future.result()
     finally:
-        if calls:  # groups end with the connection and in no other way
-            pool.shutdown(wait=False, cancel_futures=True)
+        if at_work:  # groups end with the connection and in no other way
             ray.shutdown()
         pool.shutdown()
 
 
-def _fit(
-    function: Callable[..., Any], call: tuple[Any, ...], size: int, resource: str, counter: Any
-) -> Any:
+def _fit(config: dict[str, Any], size: int, resource: str) -> Any:
     on_gpu = resource == "GPU"
     with tempfile.TemporaryDirectory(prefix="colorfilter-") as records:
         trainer = TorchTrainer(
             _call,
-            train_loop_config={"function": function, "arguments": call, "counter": counter},
+            train_loop_config=config,
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=on_gpu, resources_per_worker={resource: 1}
             ),

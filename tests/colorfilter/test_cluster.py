@@ -169,15 +169,17 @@ def test_where_there_is_one_device_what_a_call_raises_is_raised_at_once(
     assert said == []
 
 
-def test_a_straggler_is_begun_again_where_that_is_wanted(
+def test_stragglers_are_begun_again_where_that_is_wanted(
     nodes: Any, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two, so that one worker is left to do all the rest and both of them."""
+
     def slow_at_first(name: str, begun: str) -> str:
         from colorfilter import workers
 
         workers.report(10)
-        path = Path(begun)
-        if name == "call 0" and not path.exists():
+        path = Path(f"{begun} {name}")
+        if name in {"call 0", "call 1"} and not path.exists():
             path.touch()
             time.sleep(60)
             return "too late"
@@ -191,8 +193,9 @@ def test_a_straggler_is_begun_again_where_that_is_wanted(
     found = list(both.run(slow_at_first, arguments, told.append))
     assert time.monotonic() - begun < 55
     assert sorted(found) == [(n, f"call {n}") for n in range(5)]
-    assert any("call 0: takes" in line and "begun elsewhere too" in line for line in said)
-    assert sum(told) - 50 in {0, 10}  # of the one that was given up too
+    again = [line for line in said if "begun elsewhere too" in line]
+    assert sorted(line.split(":")[0] for line in again) == ["call 0", "call 1"]
+    assert sum(told) - 50 in {0, 10, 20}  # of those that were given up too
 
 
 def test_the_slower_of_two_that_fails_changes_nothing(
@@ -265,6 +268,31 @@ def test_a_node_that_is_lost_is_done_without_and_one_that_comes_is_used(
     assert any(node.endswith(added.node_id[:8]) for node in used)
 
 
+def test_the_place_of_one_that_is_left_out_is_free_when_its_node_is_gone(
+    nodes: Any, said: list[str]
+) -> None:
+    def where(name: str, bad: str) -> str:
+        import ray
+
+        time.sleep(0.4)
+        node: str = ray.get_runtime_context().get_node_id()
+        if node == bad:
+            raise RuntimeError("no good")
+        return node
+
+    bad = nodes.worker_nodes.copy().pop()
+    run = Cluster(notice=said.append).run(where, [(f"call {n}", bad.node_id) for n in range(80)])
+    used = set()
+    for done, (_, node) in enumerate(run):
+        used.add(node)
+        if done == 12:
+            assert "left out" in said[0]
+            nodes.remove_node(bad, allow_graceful=False)
+        if done == 20:
+            added = nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    assert added.node_id in used
+
+
 def test_what_a_group_raises_is_raised_here(nodes: Any) -> None:
     def refuse(name: str) -> None:
         from colorfilter.errors import InputError
@@ -288,6 +316,7 @@ def test_a_group_ends_where_the_caller_leaves(nodes: Any) -> None:
         time.sleep(seconds)
         return os.getpid()
 
+    nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # for two groups
     run = Cluster(together=2).run(first_only, [("call 0", 0), ("call 1", 600)])
     assert next(run)[0] == 0
     begun = time.monotonic()
