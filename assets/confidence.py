@@ -95,6 +95,7 @@ def _cutoff_confidence(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                 pass
             losses = refinement.losses_of(folder / "sample" / "losses", rows)
             losses.write_parquet(folder / LOSSES_FILE, compression="zstd")
+            gpu.withdraw(folder / "sample")
             shutil.rmtree(folder / "sample")
             return {"seed": seed, "sequences": len(losses)}
 

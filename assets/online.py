@@ -95,6 +95,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 score=rows["score"],
             )
             method.write_selection(chosen, folder)
+            gpu.withdraw(folder / "pool")
             shutil.rmtree(folder / "pool")
             return {
                 "candidates": len(drawn),

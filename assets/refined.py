@@ -116,6 +116,7 @@ def refine(
         table = pl.concat(losses).sort("model", "shard", "position")
         table.write_parquet(folder / REFINED, compression="zstd")
         for part in ("sample", "near"):
+            gpu.withdraw(folder / part)
             shutil.rmtree(folder / part, ignore_errors=True)
         radius = refinement.RADIUS * facts["score_error"]
         return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
@@ -163,7 +164,7 @@ def score_places(
         precision=precision,
         boundary=boundary(artifacts, recipe.scoring),
     )
-    for _ in gpu.score([job], progress):
+    for _ in gpu.score([job], progress, progress):
         pass
     return refinement.losses_of(folder / precision, tokens)
 

@@ -166,6 +166,14 @@ def _score(
     behind = boundary(artifacts, scoring)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
     models = {asset: artifacts.current(model) for asset, model in scored_by.items()}
+    named = {m.fingerprint: scored_by[asset] for asset, m in models.items()}
+    for asset, name in scored_by.items():
+        same = named[models[asset].fingerprint]
+        if same != name:
+            raise InputError(
+                f"{name} and {same} are the same model: their domains have the same text and "
+                "training; remove one of them"
+            )
     size = len(models) * total(list(packed.values()), "tokens")
     progress = Progress(context, size, "tokens")
     works = [

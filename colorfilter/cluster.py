@@ -28,6 +28,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from colorfilter import data_parallel, workers
 from colorfilter.errors import InputError, UnreachableError, one_line
 from colorfilter.progress import Progress, silent
+from colorfilter.scratch import sweep
 
 POLL_SECONDS = 0.5
 REACH_SECONDS = 10.0
@@ -130,6 +131,7 @@ class _Worker:
         found = ray.get_runtime_context()
         self.node = f"{ray.util.get_node_ip_address()}/{found.get_node_id()[:8]}"
         self._counted: tuple[int | None, int] = None, 0
+        sweep()
         workers.become(self)
 
     def where(self) -> str:

@@ -46,6 +46,15 @@ def write_tokens(
     return {"sequences": n, "tokens": written}
 
 
+def _by_shard(selection: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The rows of every shard, by position; shards by name."""
+    ordered = selection.sort("shard", "position")
+    start = 0
+    for shard, size in ordered.group_by("shard", maintain_order=True).len().iter_rows():
+        yield shard, ordered[start : start + size]
+        start += size
+
+
 def _write_blocks(
     placed: pl.DataFrame, tokens: Mapping[str, Path], block: int, folder: Path
 ) -> list[np.ndarray]:
@@ -54,8 +63,7 @@ def _write_blocks(
     Returns which row of the block each one is that was written.
     """
     orders: list[list[np.ndarray]] = [[] for _ in range(0, len(placed), block)]
-    for shard in placed["shard"].unique().sort():
-        part = placed.filter(pl.col("shard") == shard).sort("position")
+    for shard, part in _by_shard(placed):
         facts = pl.read_parquet(tokens[shard] / "sequences.parquet")
         table = part.join(facts, on="position", how="left").sort("row")
         table.write_parquet(folder / f"{shard}.parquet", row_group_size=FACTS_ROWS)
@@ -129,9 +137,8 @@ def write_selected_text(
     """
     out.mkdir(parents=True, exist_ok=True)
     counts = {"texts": 0, "chars": 0}
-    for shard in sorted(selection["shard"].unique()):
+    for shard, chosen in _by_shard(selection):
         spans = pl.read_parquet(tokens[shard] / "spans.parquet")
-        chosen = selection.filter(pl.col("shard") == shard)
         runs = unbroken_runs(spans, chosen)
         if whole_documents_from is not None:
             runs = whole_documents(runs, spans).filter(

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from colorfilter import body, models, scoring, token_losses, training, workers
 from colorfilter.group import Group, Single
 from colorfilter.scoring import Losses, Receipt, Scorer
-from colorfilter.storage import Kept, Place, borrowed, here, scratch
+from colorfilter.scratch import scratch
+from colorfilter.storage import Kept, Place, borrowed, here
 from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
 from colorfilter.training import Checkpoint, TrainSpec
 

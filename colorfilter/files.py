@@ -47,10 +47,13 @@ def append_line(path: Path, line: str) -> None:
         os.fsync(stream.fileno())
 
 
-def lock(path: Path) -> IO[bytes]:
-    """Wait for a lock of this name and hold it until the stream is closed, or the process ends."""
+def lock(path: Path, *, shared: bool = False) -> IO[bytes]:
+    """Wait for a lock of this name and hold it until the stream is closed, or the process ends.
+
+    Several can hold one that is shared at the same time.
+    """
     stream = path.open("ab")
-    fcntl.flock(stream, fcntl.LOCK_EX)
+    fcntl.flock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     return stream
 
 

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -29,6 +28,7 @@ from colorfilter.errors import InputError
 from colorfilter.labels import IGNORED
 from colorfilter.progress import Progress, silent
 from colorfilter.scoring import Scorer, batch_sequences
+from colorfilter.scratch import scratch
 from colorfilter.tasks import Item, read_items
 from colorfilter.tokens import Encoder
 
@@ -190,16 +190,16 @@ def evaluate(scored: ScoredModel, items: Path) -> dict[str, float]:
     error, `..._stderr`; and `<task>_items`, their number. Items with a choice longer than the
     model's context are left out. Raises InputError as write_tasks does.
     """
-    with TemporaryDirectory() as folder, _quiet():
-        counts = write_tasks(items, Path(folder), scored.fits)
-        manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+    with scratch() as folder, _quiet():
+        counts = write_tasks(items, folder, scored.fits)
+        manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         loaded = manager.load(list(counts))
         for name, task in loaded["tasks"].items():
             unknown = task.aggregation().keys() - set(METRICS)
             if unknown:  # one of them may read what ScoredModel does not compute
                 raise RuntimeError(f"{name}: {unknown} is not among the metrics of this project")
         found = evaluator.evaluate(scored, loaded, log_samples=False)["results"]
-        tested = {name: read_items(Path(folder) / f"{name}.jsonl") for name in counts}
+        tested = {name: read_items(folder / f"{name}.jsonl") for name in counts}
     results: dict[str, float] = {}
     for name, tested_items in tested.items():
         for metric in METRICS:

@@ -66,7 +66,9 @@ class Compute(Section):
         of_ray = next(iter(self.facts(without=("backend",))), None)
         if of_ray and self.backend == "local":
             raise ValueError(f"{of_ray} belongs to backend: ray")
-        if self.storage and not self.storage.startswith("/") and "://" not in self.storage:
+        scheme, _, rest = (self.storage or "/").rpartition("://")
+        known = rest.strip("/") and scheme != "file" if scheme else rest.startswith("/")
+        if not known:
             raise ValueError("storage: give an absolute folder or a URI such as s3://bucket/folder")
         if self.storage and ("@" in self.storage or "?" in self.storage):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Shared(Alone):
         if self.storage is None:
             return
         try:
-            probe = self._place(self.home, "@probe")
+            probe = self._place(self.home, f"@probe-{uuid.uuid4().hex}")
             write_file(b"", probe, WHOLE)
             remove(probe)
         except Exception as error:  # what each library makes of a wrong name, key or network
@@ -128,7 +129,8 @@ class Shared(Alone):
         """Bring all that was made into its folder of the home, and remove it where it was made."""
         place = self.begun(folder)
         if place != folder:
-            for left in folder.glob("*.safetensors"):  # states of a training that was begun here
+            # States of a training that was begun here, and what was half fetched.
+            for left in [*folder.glob("*.safetensors"), *folder.rglob(".*.tmp")]:
                 left.unlink()
             fetch(place, folder)
             remove(place)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from colorfilter.errors import UnreachableError
-from colorfilter.files import is_locked, lock, write_atomically
+from colorfilter.files import lock, write_atomically
+from colorfilter.scratch import held, own_folder, scratch
 
 Place = Path | str
 
@@ -40,34 +39,35 @@ def here(place: Place) -> Path:
     """The folder on this machine; of a URI a copy, fetched once and kept for a day of no use."""
     if isinstance(place, Path):
         return place
-    cache = _cache()
-    folder = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
+    cache = own_folder()
+    folder = cache / _name(place)
+    if not folder.exists():
+        _forget_unused(cache)
+    _fetch_once(place, folder)
+    os.utime(folder)
+    return folder
+
+
+def _name(place: str) -> str:
+    return hashlib.sha256(place.encode()).hexdigest()[:32]
+
+
+def _fetch_once(place: str, folder: Path) -> None:
+    """Fetch a folder that several processes want: one does, and the others wait for it."""
     with lock(folder.with_suffix(".lock")):
         if not folder.exists():
-            _forget_unused(cache)
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
             fetch(place, part)
             part.rename(folder)
-        os.utime(folder)
-    return folder
-
-
-def _cache() -> Path:
-    """A folder of this user alone: what lies in it is loaded as a model."""
-    cache = Path(tempfile.gettempdir()) / f"colorfilter-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    status = cache.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or cache.is_symlink():
-        raise UnreachableError(f"{cache}: others may write there; remove it or set TMPDIR")
-    return cache
 
 
 def _forget_unused(cache: Path) -> None:
     for folder in cache.iterdir():
         kept = folder.is_dir() and not folder.name.startswith("scratch-")
-        if kept and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if kept and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(place: Place, folder: Path) -> None:
@@ -80,12 +80,15 @@ def fetch_file(place: Place, name: str, path: Path) -> None:
     """Copy a file of a place to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if isinstance(place, Path):
-        shutil.copyfile(place / name, temporary)
-    else:
-        filesystem, source = _at(place, name)
-        filesystem.get_file(source, str(temporary))
-    write_atomically(temporary, path)
+    try:
+        if isinstance(place, Path):
+            shutil.copyfile(place / name, temporary)
+        else:
+            filesystem, source = _at(place, name)
+            filesystem.get_file(source, str(temporary))
+        write_atomically(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def put_file(path: Path, place: Place, name: str) -> None:
@@ -100,13 +103,14 @@ def put_file(path: Path, place: Place, name: str) -> None:
 @contextlib.contextmanager
 def temporary_file(place: Place) -> Iterator[Path]:
     """A temporary file for what is to be committed to a place, on its file system if it has one."""
-    folder = place if isinstance(place, Path) else Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{uuid.uuid4().hex}.tmp"
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+    with contextlib.ExitStack() as until_committed:
+        folder = place if isinstance(place, Path) else until_committed.enter_context(scratch())
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def commit(temporary: Path, place: Place, name: str) -> None:
@@ -173,33 +177,16 @@ def open_file(place: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def borrowed(place: Place) -> Iterator[Path]:
-    """The folder on this machine for as long as it is needed, and no copy of it after that."""
+    """The folder on this machine for as long as it is needed, and no copy of it after that.
+
+    Processes that need it at the same time have one between them.
+    """
     if isinstance(place, Path):
         yield place
         return
-    with scratch() as folder:
-        fetch(place, folder)
+    with held(_name(place)) as folder:
+        _fetch_once(place, folder)
         yield folder
-
-
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder of this machine for a while. What one that was killed has left goes first."""
-    cache = _cache()
-    folder = cache / f"scratch-{uuid.uuid4().hex}"
-    with lock(cache / "scratch.lock"):
-        for held in cache.glob("scratch-*.held"):
-            if not is_locked(held):
-                shutil.rmtree(held.with_suffix(""), ignore_errors=True)
-                held.unlink()
-        holding = lock(folder.with_suffix(".held"))
-        folder.mkdir()
-    with holding:
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_suffix(".held").unlink()
 
 
 class Kept:

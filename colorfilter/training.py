@@ -287,7 +287,7 @@ class _Run:
             curve = pl.DataFrame(state.curve, schema=_CURVE)
             curve.write_parquet(out / "curve.tmp", compression="zstd")
             write_atomically(out / "curve.tmp", out / "curve.parquet")
-            for left in out.glob("*.safetensors"):
+            for left in [*out.glob("*.safetensors"), *out.glob("*.tmp")]:
                 left.unlink()
             self.keep()
         return list(checkpoints.values())

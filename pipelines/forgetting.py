@@ -48,12 +48,13 @@ def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
     """Take the documents out of all that holds them, and of the copies that `gpu` works from;
     returns how many runs of Dagster went too.
 
-    Raises InputError while a run is at work.
+    Raises InputError while a run is at work, and UnreachableError as Gpu.withdraw does.
     """
     artifacts = ArtifactStore(home=str(home.root))
     documents = [found.document for found in surveys]
+    gpu.reach()  # before it is begun, for nothing runs until it has come to its end
     with home.forgetting():
-        gpu.withdraw(home.artifacts)  # first: it may be out of reach
+        gpu.withdraw(home.artifacts)
         runs = _forget_runs(home, documents)
         shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
         for found in surveys:

@@ -121,6 +121,8 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter.scoring import chunk_sequences, plan_chunks
         from colorfilter.tokens import open_tokens
 
+        if not jobs:  # nor is a cluster asked for then
+            return
         places, crew = self._places(), self._crew(begin_twice=True)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
         ranges: list[tuple[int, int, int, list[str]]] = []
@@ -180,6 +182,8 @@ class Gpu(dg.ConfigurableResource):
         from colorfilter import device
         from colorfilter.training import trained_tokens
 
+        if not specs:
+            return
         alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
         crew = self._crew(together=1 if alone else self.devices_per_model)
         places = self._places()
@@ -241,14 +245,17 @@ class Gpu(dg.ConfigurableResource):
         )
         return losses
 
+    def reach(self) -> None:
+        """Raise UnreachableError where the storage of a cluster cannot be reached."""
+        self._places().check()
+
     def withdraw(self, folder: Path) -> None:
         """Remove every copy that a cluster has of a folder of the home, and of what is in it.
 
         Raises UnreachableError where its storage cannot be reached.
         """
-        places = self._places()
-        places.check()
-        places.withdraw(folder)
+        self.reach()
+        self._places().withdraw(folder)
 
     def _evaluated(
         self,
@@ -260,6 +267,8 @@ class Gpu(dg.ConfigurableResource):
         progress: Progress = silent,
     ) -> list[Any]:
         """What `work(checkpoint, *by)` gives of each checkpoint, in their order."""
+        if not checkpoints:
+            return []
         crew, places = self._crew(), self._places()
         results: dict[int, Any] = {}
         shared = [places.share(b) if isinstance(b, Path) else b for b in by]

@@ -86,10 +86,11 @@ class Home:
 
     def identity(self) -> str:
         """What tells this home from others that share a storage with it, made up once."""
-        known: dict[str, str] = json.loads(self._owner.read_text(encoding="utf-8"))
-        if "id" not in known:
-            known["id"] = uuid.uuid4().hex[:12]
-            write_text_atomically(self._owner, json.dumps(known))
+        with lock(self.leases / self._owner.name):
+            known: dict[str, str] = json.loads(self._owner.read_text(encoding="utf-8"))
+            if "id" not in known:
+                known["id"] = uuid.uuid4().hex[:12]
+                write_text_atomically(self._owner, json.dumps(known))
         return known["id"]
 
     def _unusable(self, error: Exception) -> InputError:

@@ -235,6 +235,8 @@ def test_an_arm_that_keeps_leaks_is_an_arm_of_its_own_with_the_same_choice() -> 
         ({"address": "10.0.0.1:6379"}, "address belongs to backend: ray"),
         ({"devices_per_model": 2}, "devices_per_model belongs to backend: ray"),
         ({"backend": "ray", "storage": "shared"}, "an absolute folder or a URI"),
+        ({"backend": "ray", "storage": "s3://"}, "an absolute folder or a URI"),
+        ({"backend": "ray", "storage": "file:///pool"}, "an absolute folder or a URI"),
         ({"backend": "ray", "storage": "s3://me:secret@bucket"}, "no credentials in a recipe"),
         ({"backend": "ray", "storage": "s3://bucket?key=secret"}, "no credentials in a recipe"),
         ({"backend": "slurm"}, "'local' or 'ray'"),

@@ -13,7 +13,6 @@ import pytest
 
 from colorfilter import sharing, storage
 from colorfilter.errors import InputError
-from colorfilter.files import lock
 from colorfilter.sharing import Shared
 from colorfilter.storage import Kept, Place, borrowed, here, names
 from colorfilter.tokens import read_tokens, real_tokens
@@ -175,22 +174,39 @@ def test_a_copy_on_this_machine_is_made_once_and_kept_a_day(home: Path) -> None:
     assert not copy.exists()
 
 
-def test_a_cache_that_others_may_write_to_is_refused(home: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "tmp" / f"colorfilter-{os.getuid()}"
-    cache.mkdir()
-    cache.chmod(0o777)
-    with pytest.raises(InputError, match="others may write there"):
-        here("memory://bucket/model")
-    with borrowed(home) as folder:
-        assert folder == here(home) == home
-
-
 def test_borrowed_is_a_copy_for_as_long_as_it_is_needed(home: Path) -> None:
     fsspec.filesystem("memory").store.clear()
     place = Shared(home, "memory://bucket").share(home / "artifacts" / "model" / "abc")
     with borrowed(place) as folder:
         assert (folder / "config.json").read_text() == "{}"
-    assert not folder.exists()
+        with borrowed(place) as another:
+            assert another == folder
+        assert (folder / "config.json").exists()
+    assert list(folder.parent.iterdir()) == [folder.parent / "scratch.lock"]
+    with borrowed(home) as folder:
+        assert folder == here(home) == home
+
+
+def test_what_is_half_fetched_is_in_no_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    shared, out = Shared(home, "memory://bucket"), home / "artifacts" / "out"
+    storage.write_file(b"1", shared.begun(out), "curve.parquet")
+
+    def lost(_self: object, _name: str, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(filesystem), "get_file", lost)
+        with pytest.raises(OSError, match="lost"):
+            shared.take_all(out)
+    assert list(out.iterdir()) == []
+    (out / ".curve.parquet.123.tmp").write_bytes(b"of one that was killed")
+    shared.take_all(out)
+    assert [p.name for p in out.iterdir()] == ["curve.parquet"]
 
 
 def test_a_kept_folder_comes_back_on_another_machine(root: str, tmp_path: Path) -> None:
@@ -249,17 +265,6 @@ def test_states_of_a_training_that_was_begun_here_do_not_stay_beside_it(
     storage.write_file(b"", shared.begun(out), "curve.parquet")
     shared.take_all(out)
     assert [p.name for p in out.iterdir()] == ["curve.parquet"]
-
-
-def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
-    with storage.scratch() as mine:
-        for name in ("scratch-dead", "scratch-at-work"):
-            (mine.parent / name).mkdir()
-            (mine.parent / f"{name}.held").touch()
-        with lock(mine.parent / "scratch-at-work.held"), storage.scratch() as other:
-            there = {p.name for p in mine.parent.iterdir() if p.is_dir()}
-            assert there == {mine.name, other.name, "scratch-at-work"}
-    assert not mine.exists()
 
 
 def test_a_name_that_leads_out_of_its_place_is_passed_over(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from assets import forgetting
 from colorfilter import withdrawal
-from colorfilter.errors import InputError
+from colorfilter.errors import InputError, UnreachableError
 from colorfilter.files import lock
 from colorfilter.order import training_order
 from colorfilter.sharing import Shared
@@ -210,6 +210,14 @@ def test_a_document_of_d_prior_taught_every_model(
     copies.append(shared.share(gathered))
     shutil.rmtree(gathered)
     assert all(names(copy) for copy in copies)
+    (tmp_path / "away").touch()
+    with pytest.raises(UnreachableError, match="cannot write to"):
+        take_out(
+            project.home,
+            [found],
+            Gpu(home=str(root), backend="ray", storage=str(tmp_path / "away")),
+        )
+    project.home.refuse_forgetting()  # nothing was begun
     take_out(project.home, [found], Gpu(home=str(root), backend="ray", storage=storage))
     assert not any(names(copy) for copy in copies)
     assert telling(root, own) == []

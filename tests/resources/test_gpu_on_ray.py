@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from colorfilter import device, models, scoring, training
+from colorfilter.errors import UnreachableError
 from colorfilter.files import file_sha256
 from colorfilter.recipe import Model, Training
 from colorfilter.tokens import train_tokenizer
@@ -257,6 +258,16 @@ def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) 
     for place in ("tokens", *MODELS):
         gpu.withdraw(at / place)
     assert not fsspec.filesystem("s3").find("colorfilter/pool")
+
+
+def test_where_nothing_is_to_be_done_no_cluster_is_asked_for(root: Path) -> None:
+    resource.release()
+    gpu = Gpu(home=str(root / "home"), backend="ray", address="127.0.0.1:1")
+    at = root / "home" / "artifacts"
+    assert list(gpu.score([])) == list(gpu.train([])) == []
+    assert gpu.evaluate([], at / "tokens", at / "none") == []
+    with pytest.raises(UnreachableError, match=r"compute\.address"):
+        list(gpu.score([job(root, "none")]))
 
 
 @pytest.fixture(scope="module")
