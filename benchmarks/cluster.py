@@ -1,11 +1,12 @@
 """Scoring by a Ray cluster against this machine alone, and what Ray takes for very many chunks.
 
-    python benchmarks/cluster.py [--rounds 2] [--chunks 4] [--many 10000]
+    python benchmarks/cluster.py [--rounds 2] [--chunks 4] [--flops 1e13] [--many 10000]
 
-Random weights of 25 M parameters and random tokens on CPU cores, chunks of about a minute of one
-core, the resource's own verb. The local backend and Ray, each with one worker and with two, take
-turns. Then as many calls that do nothing as `--many`, on two workers, and the memory of the process
-that hands them out. A cluster of the cores of this machine is started, or name one by RAY_ADDRESS.
+Random weights of 42 M parameters and random tokens on CPU cores, the resource's own verb, chunks of
+so many operations, which are about a minute of a core that has products in bf16. The local backend
+and Ray, each with one worker and with two, take turns. Then as many calls that do nothing as
+`--many`, on two workers, and the memory of the process that hands them out. A cluster of the cores
+of this machine is started, or name one by RAY_ADDRESS.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import psutil
+
+from colorfilter import scoring
 
 LENGTH, VOCABULARY = 512, 16_384
 CONFIG = {
@@ -75,7 +78,8 @@ def measure(root: Path, options: argparse.Namespace) -> None:
     for round_ in range(options.rounds):
         for backend, workers in WAYS:
             own = ["--root", str(root), "--only", f"{backend}{round_}{workers}", backend]
-            command = [sys.executable, __file__, *own, str(workers), str(parameters)]
+            own += [str(workers), str(parameters), "--flops", str(options.flops)]
+            command = [sys.executable, __file__, *own]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             figures = [float(f) for f in done.stdout.split()]
             found.setdefault((backend, workers), []).append(figures)
@@ -119,10 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--flops", type=float, default=1e13, help="of a chunk")
     parser.add_argument("--many", type=int, default=10_000)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    scoring.FLOPS_PER_CHUNK["cpu"] = options.flops
     if options.only:
         name, backend, workers, parameters = options.only
         score(options.root, name, backend, int(workers), int(parameters))
