@@ -159,8 +159,7 @@ def _trained(
         missing = [(s, a) for s, a in zip(works, attempts, strict=True) if not a.standing]
         specs = [spec(seed, attempt.folder) for seed, attempt in missing]
         progress = Progress(context, sum(planned_tokens(s) for s in specs), "tokens")
-        done = gpu.train(specs, len(works), progress, progress.stands)
-        for i, checkpoints in done:
+        for i, checkpoints in gpu.train(specs, len(works), progress, progress.stands):
             seed, attempt = missing[i]
             attempt.commit(
                 {

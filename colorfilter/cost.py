@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from colorfilter.errors import InputError, one_line
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.refinement import sample_size
+from colorfilter.schedule import planned_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -311,8 +312,6 @@ def _candidates(recipe: Recipe, arm: Arm) -> int:
 
 def _trained(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
     """Tokens that one target model of an arm is trained on, the decays of its branches included."""
-    from colorfilter.training import planned_sequences
-
     ends = _endpoints(recipe, arm, sizes)
     return recipe.sequence_length * planned_sequences(recipe.target.training, ends)
 

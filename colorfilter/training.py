@@ -1,12 +1,6 @@
 """Train a causal language model on packed sequences: one pass, seeded, resumable.
 
-The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With the first, one run
-has several end points for the price of their decays: the trunk at constant rate goes on, and each
-end point is a branch with a full decay. A run is thus a list of phases,
-
-    trunk to 0.8 a | branch to a | trunk to 0.8 b | branch to b | ...
-
-where a branch starts from the trunk's last state. The state (weights, AdamW moments, step, curve)
+The course of a run is that of colorfilter.schedule. Its state (weights, AdamW moments, step, curve)
 is one safetensors file, scalars as JSON in its header, replaced atomically; a killed run goes on
 from it and ends with the same bits as an undisturbed one on the same machine.
 """
@@ -37,6 +31,7 @@ from colorfilter.online import Chooser, Online
 from colorfilter.order import training_order
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model, Training
+from colorfilter.schedule import Phase, learning_rate, phases
 from colorfilter.scoring import Scorer, sequence_losses
 from colorfilter.tokens import Encoder, open_tokens, real_tokens
 
@@ -83,16 +78,6 @@ class _State:
     curve: list[dict[str, float | int | None]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """Steps [start, stop) towards end point `target` (an index); a branch ends there."""
-
-    target: int
-    start: int
-    stop: int
-    branch: bool
-
-
 def keep_nothing() -> None:
     """For a folder that lasts."""
 
@@ -118,7 +103,7 @@ def train(
 
 def planned_tokens(spec: TrainSpec) -> int:
     """Tokens that a run trains on in all, branches included, and those it chooses from."""
-    return _tokens(spec, _phases(spec.training, spec.endpoints))
+    return _tokens(spec, phases(spec.training, spec.endpoints))
 
 
 def trained_tokens(spec: TrainSpec) -> int:
@@ -127,8 +112,8 @@ def trained_tokens(spec: TrainSpec) -> int:
     if not running.exists():
         return 0
     state = _scalars(running)
-    phases = _phases(spec.training, spec.endpoints)[: state["phase"] + 1]
-    return _tokens(spec, [*phases[:-1], replace(phases[-1], stop=state["step"])])
+    begun = phases(spec.training, spec.endpoints)[: state["phase"] + 1]
+    return _tokens(spec, [*begun[:-1], replace(begun[-1], stop=state["step"])])
 
 
 def _scalars(path: Path) -> dict[str, Any]:
@@ -138,12 +123,12 @@ def _scalars(path: Path) -> dict[str, Any]:
     return scalars
 
 
-def _tokens(spec: TrainSpec, phases: Sequence[_Phase]) -> int:
+def _tokens(spec: TrainSpec, course: Sequence[Phase]) -> int:
     size = spec.training.batch_sequences
     n_tokens = real_tokens(spec.tokens)
     seen = _seen(n_tokens, training_order(spec.seed, len(n_tokens)))
     tokens = 0
-    for phase in phases:
+    for phase in course:
         last = spec.endpoints[phase.target]
         start, stop = (min(step * size, last) for step in (phase.start, phase.stop))
         tokens += seen[stop] - seen[start]
@@ -153,46 +138,9 @@ def _tokens(spec: TrainSpec, phases: Sequence[_Phase]) -> int:
     return int(tokens)
 
 
-def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
-    """Sequences that a run to these end points trains on in all, branches included."""
-    size = training.batch_sequences
-    sequences = 0
-    for phase in _phases(training, endpoints):
-        last = endpoints[phase.target]
-        sequences += min(phase.stop * size, last) - min(phase.start * size, last)
-    return sequences
-
-
 def _seen(n_tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Tokens in the first 0, 1, 2, ... sequences of an order."""
     return np.concatenate([[0], np.cumsum(n_tokens[order])])
-
-
-def _phases(training: Training, endpoints: Sequence[int]) -> list[_Phase]:
-    ends = [math.ceil(n / training.batch_sequences) for n in endpoints]
-    phases, trunk = [], 0
-    for target, end in enumerate(ends):
-        if training.schedule == "cosine":
-            phases.append(_Phase(target, 0, end, branch=True))
-            continue
-        fork = max(trunk, end - math.ceil(training.decay * end))
-        phases.append(_Phase(target, trunk, fork, branch=False))
-        phases.append(_Phase(target, fork, end, branch=True))
-        trunk = fork
-    return phases
-
-
-def learning_rate(training: Training, step: int, first_end: int, end: int, branch: bool) -> float:
-    """The rate at a step. Warm-up is a share of the first end point, so that the trunk is one."""
-    warmup = math.ceil(training.warmup * first_end)
-    rate = training.learning_rate * min(1.0, (step + 1) / max(1, warmup))
-    if training.schedule == "cosine":
-        done = max(0.0, (step - warmup) / max(1, end - warmup))
-        low = training.final_learning_rate
-        return rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
-    if branch:
-        rate *= (end - step) / (math.ceil(training.decay * end) + 1)
-    return rate
 
 
 class _Run:
@@ -208,7 +156,7 @@ class _Run:
         self.keep = keep
         self.device = device
         self.progress = progress
-        self.phases = _phases(spec.training, spec.endpoints)
+        self.phases = phases(spec.training, spec.endpoints)
         self.tokens = open_tokens(spec.tokens)
         self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):
@@ -315,7 +263,7 @@ class _Run:
         tokens = int(self.seen[self.spec.endpoints[endpoint]])
         return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens)
 
-    def _advance(self, phase: _Phase, state: _State, running: Path) -> None:
+    def _advance(self, phase: Phase, state: _State, running: Path) -> None:
         size = self.spec.training.batch_sequences
         ends = [math.ceil(n / size) for n in self.spec.endpoints]
         every = max(1, ends[0] // CURVE_POINTS)

@@ -13,8 +13,9 @@ from colorfilter.group import Single
 from colorfilter.order import training_order
 from colorfilter.progress import silent
 from colorfilter.recipe import Model
+from colorfilter.schedule import learning_rate
 from colorfilter.tokens import Encoder, pack_examples, real_tokens
-from colorfilter.training import TrainSpec, held_out_loss, learning_rate, planned_tokens, train
+from colorfilter.training import TrainSpec, held_out_loss, planned_tokens, train
 from tests.colorfilter.conftest import ENDPOINTS
 
 

@@ -312,38 +312,35 @@ def assert_same(ours: list[Checkpoint], theirs: list[Checkpoint], out: Path, dev
         assert (one.path / "tokenizer.json").exists()
 
 
-STORED = [(None, 1), ("s3", 1), ("s3", 2)]
-
-
-@pytest.mark.parametrize(("storage", "devices"), STORED)
-def test_training_gives_what_one_machine_gives(
-    root: Path,
-    nodes: Any,
-    spec: TrainSpec,
-    trained: dict[int, list[Checkpoint]],
-    storage: str | None,
-    devices: int,
-) -> None:
-    specs = [
-        replace(spec, seed=seed, out=spec.tokens.with_name(f"{storage}_{devices}_{seed}"))
-        for seed in (3, 4)[: 3 - devices]
-    ]
+@pytest.fixture(params=[(None, 1), ("s3", 1), ("s3", 2)])
+def trainer(request: pytest.FixtureRequest, root: Path, nodes: Any) -> tuple[Gpu, Path]:
+    """By way of the home or of a storage, on a device or two; and a folder to train in."""
+    storage, devices = request.param
     more: dict[str, Any] = {"storage": f"{nodes.bucket}/trained"} if storage else {}
-    for i, made in on_ray(root, nodes, devices_per_model=devices, **more).train(specs):
-        assert_same(made, trained[specs[i].seed], specs[i].out, devices)
+    name = f"{request.function.__name__}_{storage}_{devices}"
+    gpu = on_ray(root, nodes, devices_per_model=devices, **more)
+    return gpu, root / "home" / "artifacts" / name
 
 
-@pytest.mark.parametrize(("storage", "devices"), STORED)
+def test_training_gives_what_one_machine_gives(
+    trainer: tuple[Gpu, Path], spec: TrainSpec, trained: dict[int, list[Checkpoint]]
+) -> None:
+    gpu, out = trainer
+    seeds = (3, 4)[: 3 - gpu.devices_per_model]
+    specs = [replace(spec, seed=seed, out=out / str(seed)) for seed in seeds]
+    for i, made in gpu.train(specs):
+        assert_same(made, trained[specs[i].seed], specs[i].out, gpu.devices_per_model)
+
+
 def test_a_training_whose_worker_is_killed_goes_on_from_its_state(
+    trainer: tuple[Gpu, Path],
     root: Path,
-    nodes: Any,
     spec: TrainSpec,
     trained: dict[int, list[Checkpoint]],
-    storage: str | None,
-    devices: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
+    gpu, out = trainer
     begun = tmp_path / "begun"
 
     def train_and_die(*arguments: Any) -> Any:
@@ -365,13 +362,12 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_state(
         workers.report = count
         return device.train(*arguments)
 
-    own = replace(spec, out=spec.tokens.with_name(f"killed_{storage}_{devices}"))
+    own = replace(spec, out=out)
     planned = training.planned_tokens(spec)
-    more: dict[str, Any] = {"storage": f"{nodes.bucket}/killed"} if storage else {}
     monkeypatch.setattr(device, "train", train_and_die)
-    ((_, made),) = on_ray(root, nodes, devices_per_model=devices, **more).train([own])
+    ((_, made),) = gpu.train([own])
     assert begun.exists()
-    assert_same(made, trained[3], own.out, devices)
+    assert_same(made, trained[3], out, gpu.devices_per_model)
     lines = map(json.loads, (root / "home" / "kernel_runs.jsonl").read_text().splitlines())
-    (line,) = [n for n in lines if n["folder"] == f"artifacts/{own.out.name}"]
+    (line,) = [n for n in lines if n["folder"] == f"artifacts/{out.name}"]
     assert line["tokens"] == planned - 5 * 8 * LENGTH

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colorfilter.recipe import Training
-from colorfilter.training import learning_rate
+from colorfilter.schedule import learning_rate
 
 PEAK = 0.5
 WSD = Training(learning_rate=PEAK, batch_sequences=1, warmup=0.1, decay=0.2)
