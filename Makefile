@@ -1,36 +1,40 @@
-# `make demo` runs the sample from nothing; `make test` runs lint, type check and tests.
-# Both make the virtual environment first, once. `make bench` measures speed and precision on a CPU,
-# in less than ten minutes; precision on the sample's models, so after `make demo`.
+# `make demo` runs the sample from nothing. `make test` runs lint, type check and the tests that guard
+# behaviour; `make test-all` adds those that are slow by nature: a browser, a Ray cluster, random
+# kills. Each makes the virtual environment first, once. `make bench` measures speed and precision on
+# a CPU, in less than ten minutes; precision on the sample's models, so after `make demo`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-all lint bench clean
 
-demo: $(STAMP)
+demo: $(RUNTIME)
 	$(BIN)/colorfilter run --recipe sample
 
-test: $(STAMP)
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/selection.py --sequences 3000000
 	$(BIN)/python benchmarks/precision.py
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME) $(DEV): pyproject.toml constraints.txt install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0 --constraint constraints.txt
-	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
-	@touch $(STAMP)
+		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) install.py $(VENV) $(patsubst .installed%,%,$(subst -,,$(notdir $@)))
 
 clean:
 	rm -rf $(VENV) .colorfilter

@@ -2,20 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
 from assets.common import OWNERS, Context, Progress, code_version, result
-from assets.corpus import pack_shard
 from assets.figures import curve_metadata
+from colorfilter.corpus import pack_shard
 from colorfilter.files import checkpoint_content
 from colorfilter.recipe import Domain, Model, Recipe, Training
+from colorfilter.train_spec import TrainSpec, planned_tokens
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
-
-if TYPE_CHECKING:
-    from colorfilter.training import TrainSpec
 
 GROUP = "auxiliary"
 
@@ -44,8 +42,6 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         path = recipe.prior.path
 
         def fresh(folder: Path) -> dict[str, Any]:
-            from colorfilter.training import TrainSpec
-
             packed = folder / "d_prior"
             counts = pack_shard(packed, plan.path, encoder.path, [], recipe.sequence_length)
             assert recipe.prior.model is not None
@@ -150,10 +146,8 @@ def domain_epoch(
     packed: Artifact,
     seed: int,
     out: Path,
-) -> "TrainSpec":
+) -> TrainSpec:
     """One epoch over D_down of a fresh model or from a checkpoint, in the order of a seed."""
-    from colorfilter.training import TrainSpec
-
     return TrainSpec(
         start=str(start) if isinstance(start, Path) else start,
         tokens=packed.path / "down",
@@ -228,12 +222,9 @@ def _conditional_beats_prior(domain: str) -> dg.AssetChecksDefinition:
     return conditional_beats_prior
 
 
-def trained(context: Context, gpu: Gpu, spec: "TrainSpec") -> dict[str, Any]:
+def trained(context: Context, gpu: Gpu, spec: TrainSpec) -> dict[str, Any]:
     """Train to the one end point of a spec; facts for the manifest."""
-    from colorfilter import models, training
-
-    progress = Progress(context, training.planned_tokens(spec), "tokens")
+    progress = Progress(context, planned_tokens(spec), "tokens")
     ((_, checkpoints),) = gpu.train([spec], 1, progress, progress.stands)
     done = checkpoints[-1]
-    sizes = models.n_parameters(models.load(done.path))
-    return {"checkpoint": done.path.name, "tokens": done.tokens, **sizes}
+    return {"checkpoint": done.path.name, "tokens": done.tokens, **done.sizes}

@@ -33,7 +33,8 @@ def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
     planned = [s.name for s in store.at.shards()]
     if not planned:
         raise InputError(
-            "no shards are planned yet; run `colorfilter run` or `colorfilter ui` once"
+            "no shards are planned yet; the sensor `arrivals` plans them within a minute, and so "
+            "does `colorfilter run`"
         )
     return planned + [probe_shard(d.name) for d in recipe.domains]
 

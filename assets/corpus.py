@@ -1,6 +1,6 @@
 """Stage 1: raw text to packed tokens."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from assets.common import (
     total,
 )
 from assets.tombstones import forgotten_texts
-from colorfilter import documents, sampling, shards, tokens, workers
+from colorfilter import documents, sampling, tokens
+from colorfilter.corpus import pack_shard, read_shard
 from colorfilter.errors import InputError
 from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
-from colorfilter.recipe import Recipe, Source
+from colorfilter.recipe import Recipe
 from resources.artifacts import Artifact, ArtifactStore, Work
 
 GROUP = "corpus"
@@ -239,29 +240,6 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
         )
 
     return [no_shared_documents]
-
-
-def read_shard(
-    folder: Path,
-    files: Sequence[shards.InputFile],
-    sources: Sequence[Source],
-    forgotten: Set[str],
-) -> dict[str, int]:
-    """Build one shard of `raw_corpus` (in a process of its own)."""
-    return documents.write_documents(files, sources, folder, workers.report, forgotten)
-
-
-def pack_shard(
-    folder: Path, raw: Path, tokenizer: Path, left_out: Sequence[Path], length: int
-) -> dict[str, int]:
-    """Build one shard of `corpus_tokens` (in a process of its own)."""
-    skipped = {
-        row["sha256"]
-        for plan in left_out
-        for row in documents.read_documents(plan / "documents.parquet", ["sha256"])
-    }
-    rows = documents.read_documents(raw / "documents.parquet")
-    return tokens.pack(rows, tokens.Encoder(tokenizer), length, folder, skipped, workers.report)
 
 
 def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Artifact:

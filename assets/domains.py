@@ -7,9 +7,10 @@ from typing import Any, Literal
 import dagster as dg
 
 from assets.common import OWNERS, Context, Progress, code_version, result
-from assets.corpus import GROUP, pack_shard
+from assets.corpus import GROUP
 from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, shards, tasks, tokens
+from colorfilter.corpus import pack_shard
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import ArtifactStore, Work

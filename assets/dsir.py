@@ -7,11 +7,11 @@ import dagster as dg
 import polars as pl
 
 from assets.common import OWNERS, Context, Progress, all_of, code_version, result, total
-from assets.corpus import pack_shard
 from assets.selected import GROUP, PACKED
 from assets.tombstones import forgotten, forgotten_texts
 from colorfilter import dsir
 from colorfilter import selection as method
+from colorfilter.corpus import pack_shard
 from colorfilter.documents import read_documents
 from colorfilter.errors import InputError
 from colorfilter.recipe import Arm, Domain, Recipe
@@ -38,7 +38,8 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             all_of("corpus_tokens"),
         ],
         group_name=GROUP,
-        kinds={"numpy", arm.name},
+        kinds={"numpy"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         code_version=code_version(1, arm.name, recipe.target.training_tokens, recipe.seed),
     )

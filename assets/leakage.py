@@ -48,7 +48,8 @@ def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
             all_of("raw_corpus"),
         ],
         group_name=GROUP,
-        kinds={"numpy", arm.name},
+        kinds={"numpy"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         code_version=code_version(1, int(whole)),
     )

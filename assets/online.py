@@ -15,6 +15,7 @@ from assets.selected import GROUP
 from assets.tombstones import forgotten
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.train_spec import Online, TrainSpec, planned_tokens
 from resources.artifacts import ArtifactStore, Work
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
@@ -34,7 +35,8 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         key_prefix=[domain.name, arm.name],
         deps=["score_tables", "tokenizer", all_of("corpus_tokens")],
         group_name=GROUP,
-        kinds={"pytorch", "duckdb", arm.name},
+        kinds={"pytorch", "duckdb"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         pool="gpu",
         code_version=code_version(
@@ -57,8 +59,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         def build(folder: Path) -> dict[str, Any]:
             import numpy as np
 
-            from colorfilter.online import Online, chosen_rows
-            from colorfilter.training import TrainSpec, planned_tokens
+            from colorfilter.online import chosen_rows
 
             with score_store.read() as connection:
                 candidates = method.count_candidates(connection)

@@ -38,7 +38,7 @@ from resources.score_store import ScoreStore
 if TYPE_CHECKING:
     import duckdb
 
-    from colorfilter.scoring import Receipt
+    from colorfilter.chunks import Receipt
 
 GROUP = "scores"
 REFINED = "refined.parquet"

@@ -38,7 +38,8 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
         key_prefix=[domain.name, arm.name],
         deps=[*scored, all_of("raw_corpus")],
         group_name=GROUP,
-        kinds={"duckdb", arm.name},
+        kinds={"duckdb"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         pool="scores",
         code_version=code_version(

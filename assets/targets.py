@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -10,11 +9,9 @@ from assets.auxiliary import domain_epoch
 from assets.common import OWNERS, Context, Progress, code_version, result
 from assets.figures import curve_metadata
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.train_spec import Checkpoint, TrainSpec, planned_tokens
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.gpu import Gpu
-
-if TYPE_CHECKING:
-    from colorfilter.training import Checkpoint, TrainSpec
 
 GROUP = "evaluated"
 
@@ -40,7 +37,8 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
             "tokenizer",
         ],
         group_name=GROUP,
-        kinds={"pytorch", arm.name},
+        kinds={"pytorch"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         pool="gpu",
         code_version=code_version(
@@ -54,9 +52,7 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
         held_out = artifacts.current(f"{domain.name}/domain_tokens")
         encoder = artifacts.current("tokenizer")
 
-        def spec(seed: int, out: Path) -> "TrainSpec":
-            from colorfilter.training import TrainSpec
-
+        def spec(seed: int, out: Path) -> TrainSpec:
             return TrainSpec(
                 start=recipe.target.model,
                 tokens=tokens.path,
@@ -103,7 +99,8 @@ def _finetuned_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
             "tokenizer",
         ],
         group_name=GROUP,
-        kinds={"pytorch", arm.name},
+        kinds={"pytorch"},
+        tags={"arm": arm.name},
         owners=OWNERS,
         pool="gpu",
         code_version=code_version(1, domain.training),
@@ -115,7 +112,7 @@ def _finetuned_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         packed = artifacts.current(f"{domain.name}/domain_tokens")
         targets = {s: artifacts.current(f"{name}/target_model", f"seed_{s}") for s in seeds}
 
-        def spec(seed: int, out: Path) -> "TrainSpec":
+        def spec(seed: int, out: Path) -> TrainSpec:
             _, start = _at_equal_tokens(targets[seed])
             return domain_epoch(start, domain.training, encoder, packed, seed, out)
 
@@ -148,13 +145,10 @@ def _trained(
     artifacts: ArtifactStore,
     gpu: Gpu,
     works: Mapping[int, Work],
-    spec: Callable[[int, Path], "TrainSpec"],
-    label: Callable[[int, "Checkpoint"], str],
+    spec: Callable[[int, Path], TrainSpec],
+    label: Callable[[int, Checkpoint], str],
 ) -> dg.MaterializeResult:
     """Train a model per seed, by `spec(seed, folder)`; `label(seed, checkpoint)` is its tokens."""
-    from colorfilter.models import load, n_parameters
-    from colorfilter.training import planned_tokens
-
     with artifacts.attempts(list(works.values())) as attempts:
         missing = [(s, a) for s, a in zip(works, attempts, strict=True) if not a.standing]
         specs = [spec(seed, attempt.folder) for seed, attempt in missing]
@@ -165,7 +159,7 @@ def _trained(
                 {
                     "seed": seed,
                     "checkpoints": {label(seed, c): c.path.name for c in checkpoints},
-                    **n_parameters(load(checkpoints[0].path)),
+                    **checkpoints[0].sizes,
                 }
             )
         made = [a.artifact for a in attempts]

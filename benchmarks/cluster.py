@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 import psutil
 
-from colorfilter import scoring
+from colorfilter import chunks
 
 LENGTH, VOCABULARY = 512, 16_384
 CONFIG = {
@@ -39,8 +39,8 @@ WAYS = [("local", 1), ("local", 2), ("ray", 1), ("ray", 2)]
 def write_work(root: Path, chunks: int) -> int:
     """A model and tokens for so many chunks under the home `root`; returns its parameters."""
     from colorfilter import models
+    from colorfilter.chunks import chunk_sequences
     from colorfilter.recipe import Model
-    from colorfilter.scoring import chunk_sequences
 
     built = models.build(Model(type="gpt_neox", config=CONFIG), VOCABULARY, LENGTH, 0)
     built.save_pretrained(root / "model")
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    scoring.FLOPS_PER_CHUNK["cpu"] = options.flops
+    chunks.FLOPS_PER_CHUNK["cpu"] = options.flops
     if options.only:
         name, backend, workers, parameters = options.only
         score(options.root, name, backend, int(workers), int(parameters))

@@ -188,7 +188,6 @@ class Cluster:
     begin_twice: bool = False
     together: int = 1
     notice: Notice = field(default=lambda _: None)
-    threads = 1
 
     @property
     def kind(self) -> str:

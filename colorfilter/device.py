@@ -4,9 +4,8 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +13,14 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from colorfilter import body, models, scoring, token_losses, training, workers
+from colorfilter.chunks import Chunk, Receipt
 from colorfilter.group import Group, Single
-from colorfilter.scoring import Losses, Receipt, Scorer
+from colorfilter.scoring import Losses, Scorer
 from colorfilter.scratch import scratch
 from colorfilter.storage import Kept, Place, borrowed, here
-from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
-from colorfilter.training import Checkpoint, TrainSpec
+from colorfilter.tokens import Encoder, read_tokens, real_tokens
+from colorfilter.train_spec import Checkpoint, TrainSpec
+from colorfilter.workers import Took
 
 # What is tried in turn where a precision is asked for.
 FALLBACKS = {
@@ -27,9 +28,6 @@ FALLBACKS = {
     "bf16": ("bf16", "float32"),
     "float32": ("float32",),
 }
-# Of fewer tokens in a step a thread waits for the others more than it works, and spins while it
-# waits: as soon as anything else runs on the machine, a step takes many times as long.
-TOKENS_PER_THREAD = 512
 TOLERANCE = 5e-3  # nats per token, of a sequence's loss in 16 bits against float64
 
 _loaded: dict[tuple[str, str], Scorer] = {}
@@ -51,39 +49,17 @@ def multiplies(precision: str) -> bool:
     return precision != "fp16" or kind() != "cpu"
 
 
+def devices() -> tuple[str, int]:
+    """The kind of device that this machine works on, and how many of it can work at once."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": workers.cores()}
+    return kind(), counts[kind()]
+
+
 def own_device() -> torch.device:
     """The worker's own device of that kind."""
     if kind() == "cuda":
         return torch.device("cuda", workers.index() % torch.cuda.device_count())
     return torch.device(kind())
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Sequences [start, stop) of packed tokens, to score by models: fingerprint -> checkpoint, and
-    -> place of its losses. `boundary` as in labels.shifted_labels.
-    """
-
-    models: Mapping[str, Place]
-    tokens: Place
-    shard: str
-    start: int
-    stop: int
-    outs: Mapping[str, Place]
-    precision: str
-    boundary: int | None
-
-    def __str__(self) -> str:
-        return f"sequences {self.start:,} to {self.stop:,} of shard {self.shard}"
-
-
-class Took(NamedTuple):
-    """What a piece of work took: tokens, seconds, on which kind of device, on which machine."""
-
-    tokens: int
-    seconds: float
-    device: str
-    node: str
 
 
 def _took(tokens: int, begun: float) -> Took:
@@ -117,8 +93,8 @@ def train(
 ) -> tuple[list[Checkpoint], Took]:
     """Train as the spec says, on so many CPU threads; also what it took.
 
-    On fewer where a step has little to divide between them. `places` says where the spec's folders
-    lie for all machines. Where torch has a process group, its processes train the model together.
+    `places` says where the spec's folders lie for all machines. Where torch has a process group,
+    its processes train the model together, and the first one counts.
     """
     _loaded.clear()
     tokens = 0
@@ -126,13 +102,12 @@ def train(
     def count(amount: int) -> None:
         nonlocal tokens
         tokens += amount
-        workers.report(amount)
+        workers.report(amount if group.rank == 0 else 0)
 
     begun = time.perf_counter()
     group = Group() if distributed.is_initialized() else Single()
     with _on_this_machine(spec, places, group.rank == 0) as (own, keep):
-        step = own.training.batch_sequences * open_tokens(own.tokens).shape[1]
-        torch.set_num_threads(max(1, min(threads, step // TOKENS_PER_THREAD)))
+        torch.set_num_threads(threads)
         body.prefer_onednn()
         checkpoints = training.train(own, own_device(), count, keep, group)
     made = [replace(c, path=spec.out / c.path.name) for c in checkpoints]

@@ -86,9 +86,7 @@ def rank_documents(
 def refuse_without_package() -> None:
     """Raise InputError where the package that DSIR is, data-selection, is missing."""
     if importlib.util.find_spec("data_selection") is None:
-        raise InputError(
-            "arms: dsir wants the package data-selection; pip install 'colorfilter[dsir]'"
-        )
+        raise InputError("arms: dsir wants the package data-selection; pip install '.[dsir]'")
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -24,10 +24,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedModel
 
+from colorfilter.chunks import batch_sequences
 from colorfilter.errors import InputError
 from colorfilter.labels import IGNORED
 from colorfilter.progress import Progress, silent
-from colorfilter.scoring import Scorer, batch_sequences
+from colorfilter.scoring import Scorer
 from colorfilter.scratch import scratch
 from colorfilter.tasks import Item, read_items
 from colorfilter.tokens import Encoder

@@ -7,7 +7,6 @@ that a killed run goes on with the same choices.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +15,9 @@ from transformers import PreTrainedModel
 from colorfilter.progress import Progress
 from colorfilter.scoring import Scorer, sequence_losses
 from colorfilter.tokens import open_tokens, real_tokens
+from colorfilter.train_spec import Online
 
 CHOSEN = np.dtype([("row", "<i8"), ("score", "<f8")])
-
-
-@dataclass(frozen=True)
-class Online:
-    """What is chosen by: `conditional` is a .npy of a loss per candidate, nats per token.
-
-    `boundary` is that of its labels (labels.shifted_labels).
-    """
-
-    conditional: Path
-    tau: float
-    boundary: int | None = None
-
-    def candidates(self, chosen: int) -> int:
-        """How many candidates have been seen when so many are chosen."""
-        return int(self.tau * chosen)
 
 
 class Chooser:

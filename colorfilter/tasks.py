@@ -380,5 +380,5 @@ def refuse_without_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "tasks are evaluated by lm-evaluation-harness, which is not installed: "
-            "pip install 'colorfilter[eval]'"
+            "pip install '.[eval]'"
         )

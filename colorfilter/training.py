@@ -9,8 +9,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +27,26 @@ from colorfilter.files import require_space, write_atomically
 from colorfilter.group import Single
 from colorfilter.labels import IGNORED, shifted_labels
 from colorfilter.objective import Objective
-from colorfilter.online import Chooser, Online
+from colorfilter.online import Chooser
 from colorfilter.order import training_order
 from colorfilter.progress import Progress, silent
-from colorfilter.recipe import Model, Training
+from colorfilter.recipe import Model
 from colorfilter.schedule import Phase, learning_rate, phases
 from colorfilter.scoring import Scorer, sequence_losses
 from colorfilter.tokens import Encoder, open_tokens, real_tokens
+from colorfilter.train_spec import (
+    RUNNING,
+    Checkpoint,
+    TrainSpec,
+    state_scalars,
+    tokens_seen,
+)
 
 # By kind of device. A CPU gains nothing from more, and keeps every layer's attention weights.
 MICRO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 CHECKPOINT_SECONDS = 30.0
 SAVING_PAUSE = 20.0  # times what it took to write and keep the last state, at least
 CURVE_POINTS = 5
-RUNNING = "running.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """One training run: all that decides its result, and where things lie."""
-
-    start: Model | str  # a fresh architecture, or the folder or hub name of a checkpoint
-    tokens: Path  # folder of packed sequences to train on
-    tokenizer: Path
-    training: Training
-    seed: int  # initial weights (if fresh) and order of the sequences
-    endpoints: tuple[int, ...]  # in sequences, rising; each gives a checkpoint
-    out: Path
-    held_out: Path | None = None  # packed sequences, for the learning curve
-    online: Online | None = None  # choose from `tokens` while learning; one end point
-
-    def __str__(self) -> str:
-        return f"training in {self.out}"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model at an end point."""
-
-    path: Path
-    tokens: int
 
 
 @dataclass
@@ -101,48 +81,6 @@ def train(
     return _Run(spec, torch.device(device), progress, keep, group or Single()).run()
 
 
-def planned_tokens(spec: TrainSpec) -> int:
-    """Tokens that a run trains on in all, branches included, and those it chooses from."""
-    return _tokens(spec, phases(spec.training, spec.endpoints))
-
-
-def trained_tokens(spec: TrainSpec) -> int:
-    """Of these, those of the steps that the state in the spec's folder has behind it."""
-    running = spec.out / RUNNING
-    if not running.exists():
-        return 0
-    state = _scalars(running)
-    begun = phases(spec.training, spec.endpoints)[: state["phase"] + 1]
-    return _tokens(spec, [*begun[:-1], replace(begun[-1], stop=state["step"])])
-
-
-def _scalars(path: Path) -> dict[str, Any]:
-    """What a state holds beside tensors: phase, step, curve."""
-    with safetensors.safe_open(path, "pt") as file:
-        scalars: dict[str, Any] = json.loads(file.metadata()["state"])
-    return scalars
-
-
-def _tokens(spec: TrainSpec, course: Sequence[Phase]) -> int:
-    size = spec.training.batch_sequences
-    n_tokens = real_tokens(spec.tokens)
-    seen = _seen(n_tokens, training_order(spec.seed, len(n_tokens)))
-    tokens = 0
-    for phase in course:
-        last = spec.endpoints[phase.target]
-        start, stop = (min(step * size, last) for step in (phase.start, phase.stop))
-        tokens += seen[stop] - seen[start]
-        if spec.online:
-            chosen_from = spec.online.candidates(stop) - spec.online.candidates(start)
-            tokens += chosen_from * open_tokens(spec.tokens).shape[1]
-    return int(tokens)
-
-
-def _seen(n_tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Tokens in the first 0, 1, 2, ... sequences of an order."""
-    return np.concatenate([[0], np.cumsum(n_tokens[order])])
-
-
 class _Run:
     def __init__(
         self,
@@ -162,7 +100,7 @@ class _Run:
         if spec.endpoints[-1] > len(self.tokens):
             raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
         self.order = training_order(spec.seed, len(self.tokens))
-        self.seen = _seen(self.n_tokens, self.order)
+        self.seen = tokens_seen(self.n_tokens, self.order)
         self.chooser = None
         if spec.online:
             spec.out.mkdir(parents=True, exist_ok=True)
@@ -261,7 +199,8 @@ class _Run:
 
     def _checkpoint(self, endpoint: int) -> Checkpoint:
         tokens = int(self.seen[self.spec.endpoints[endpoint]])
-        return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens)
+        sizes = models.n_parameters(self.model)
+        return Checkpoint(self.spec.out / f"tokens-{tokens}", tokens, sizes)
 
     def _advance(self, phase: Phase, state: _State, running: Path) -> None:
         size = self.spec.training.batch_sequences
@@ -375,7 +314,7 @@ class _Run:
         read: dict[str, torch.Tensor] = {}
         scalars: dict[str, Any] = {}
         if self.first:
-            scalars = _scalars(path)
+            scalars = state_scalars(path)
             with safetensors.safe_open(path, "pt") as file:
                 read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         scalars = self.group.said_by_first(scalars)

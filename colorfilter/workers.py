@@ -2,21 +2,27 @@
 
 import multiprocessing
 import os
+import pkgutil
 import platform
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from colorfilter.progress import Progress, silent
 
 POLL_SECONDS = 0.2
+# Loaded once, by the server that workers are forked from. Only what starts no threads of its own:
+# polars and pyarrow do, and a fork may inherit a lock that such a thread holds.
+PRELOADED = ["colorfilter", "torch", "transformers.modeling_utils"]
 
 
 def cores() -> int:
@@ -30,17 +36,52 @@ class StoppedError(Exception):
     """The work was called off by the process that wanted it."""
 
 
+def process_context() -> BaseContext:
+    """How worker processes start: on Linux as forks of a server that has loaded torch.
+
+    Loading torch and transformers takes a process 4 to 12 s. The server is itself a fresh process,
+    so a fork of it has no thread and no CUDA context of this one. Elsewhere every worker is a fresh
+    process.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function by its name, `module:function`, whose module only the worker imports."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return pkgutil.resolve_name(self.name)(*arguments)
+
+
+class Took(NamedTuple):
+    """What a piece of work took: tokens, seconds, on which kind of device, on which machine."""
+
+    tokens: int
+    seconds: float
+    device: str
+    node: str
+
+
 class Workers:
-    """Some processes, started when first needed and kept until closed."""
+    """Some processes, started when first needed and kept until closed.
+
+    A worker has the environment variables that this process had when it made the pool.
+    """
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self._done: Synchronized[int] = context.Value("q", 0)
         self._stop = context.Event()
         begun = context.Value("q", 0)
-        self._pool = ProcessPoolExecutor(
-            count, context, initializer=_begin, initargs=(self._done, self._stop, begun)
-        )
+        arguments = self._done, self._stop, begun, dict(os.environ)
+        self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=arguments)
         self.broken = False
         # A process that multiprocessing started waits for its own children before it lets the
         # pool end them. This comes before that, and before the queues close (10).
@@ -146,7 +187,15 @@ def node() -> str:
     return _inside[0].node if _inside else platform.node()
 
 
-def _begin(done: "Synchronized[int]", stop: Event, begun: "Synchronized[int]") -> None:
+def _begin(
+    done: "Synchronized[int]",
+    stop: Event,
+    begun: "Synchronized[int]",
+    environment: Mapping[str, str],
+) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     with begun.get_lock():
         become(_Inside(begun.value, done, stop))
         begun.value += 1

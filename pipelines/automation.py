@@ -23,6 +23,7 @@ def arrivals_sensor(recipe: Recipe) -> dg.SensorDefinition:
     @dg.sensor(
         name="arrivals",
         minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
         description="Looks at the recipe's sources. New and changed files become new shards; what "
         "has vanished is told and kept. Reads no file and starts no run: the schedule `refresh` "
         "does, or the job by hand.",

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -35,8 +36,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="CoLoR-Filter: choose pre-training data by conditional minus prior loss.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"colorfilter {version('colorfilter')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """CoLoR-Filter: choose pre-training data by conditional minus prior loss."""
 
 
 @app.command()
@@ -224,6 +242,7 @@ def ui(
     console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
     command += ["-h", "127.0.0.1", "-p", str(port)]
+    os.chdir(place.root)  # away from the checkout's dagster.yaml, which is not this instance's
     os.execv(sys.executable, command)  # noqa: S606
 
 

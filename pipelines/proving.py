@@ -110,8 +110,7 @@ def openlineage(
 
     if find_spec("openlineage") is None:
         raise InputError(
-            "openlineage wants the package openlineage-python; "
-            "pip install 'colorfilter[openlineage]'"
+            "openlineage wants the package openlineage-python; pip install '.[openlineage]'"
         )
     from resources.openlineage import events, send, write
 

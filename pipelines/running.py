@@ -43,8 +43,7 @@ def refuse_missing_packages(recipe: Recipe) -> None:
         tasks.refuse_without_harness()
     if recipe.compute.backend == "ray" and importlib.util.find_spec("ray") is None:
         raise InputError(
-            "compute.backend: ray is a package that is not installed: "
-            "pip install 'colorfilter[ray]'"
+            "compute.backend: ray is a package that is not installed: pip install '.[ray]'"
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import dagster as dg
+import yaml
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
@@ -168,7 +169,13 @@ class ArtifactStore(dg.ConfigurableResource):
         return self._run_id
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Show that the run's process lives, for as long as it does, and keep its recipe."""
+        """Make the home where there is none, and keep the recipe.
+
+        Shows that the run's process lives, for as long as it does. Raises InputError for a home
+        that belongs to another recipe.
+        """
+        if self.recipe:
+            self.at.claim(yaml.safe_load(self.recipe)["name"])
         if context.run:
             self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))

@@ -9,6 +9,8 @@ not stand still when another program takes one of them. Every kernel run leaves 
 import atexit
 import contextlib
 import json
+import operator
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -22,24 +24,33 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from colorfilter import provenance, storage
+from colorfilter.chunks import Chunk, Receipt, chunk_range, chunk_sequences, plan_chunks
 from colorfilter.files import append_line, require_space
 from colorfilter.progress import Progress, silent
 from colorfilter.sharing import Alone, Shared
 from colorfilter.storage import Place
-from colorfilter.workers import Workers, cores
+from colorfilter.tokens import open_tokens
+from colorfilter.train_spec import Checkpoint, TrainSpec, step_tokens, trained_tokens
+from colorfilter.workers import Call, Took, Workers, cores
 from resources.home import Home
 
 if TYPE_CHECKING:
     import numpy as np
 
     from colorfilter.cluster import Cluster
-    from colorfilter.device import Chunk, Took
-    from colorfilter.scoring import Losses, Receipt
-    from colorfilter.training import Checkpoint, TrainSpec
+    from colorfilter.scoring import Losses
 
 
 # Of a sequence's loss in a Parquet chunk, at most.
 BYTES_PER_LOSS = 16
+# Named and not imported: what they import takes seconds, and this process does not need it.
+SCORE, TRAIN, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
+    Call(f"colorfilter.device:{name}")
+    for name in ("score", "train", "evaluate", "evaluate_tasks", "losses_by_token", "devices")
+)
+IN_GROUP = Call("colorfilter.group:call_in_group")
+# Of fewer tokens in a step a process waits for the others more than it works.
+TOKENS_PER_PROCESS = 512
 TALLY_SECONDS = 10.0
 SHOWN = 8
 
@@ -70,10 +81,8 @@ class ScoreJob:
         models: Sequence[str],
         shared: Callable[[Path], Place],
         staged: Callable[[Path], Place],
-    ) -> "Chunk":
+    ) -> Chunk:
         """Sequences [start, stop) by some of the models, where those that work have them."""
-        from colorfilter.device import Chunk
-
         return Chunk(
             {m: shared(self.models[m]) for m in models},
             shared(self.tokens),
@@ -111,16 +120,12 @@ class Gpu(dg.ConfigurableResource):
         jobs: Sequence[ScoreJob],
         progress: Progress = silent,
         standing: Progress = silent,
-    ) -> Iterator[tuple[ScoreJob, str, list["Receipt"]]]:
+    ) -> Iterator[tuple[ScoreJob, str, list[Receipt]]]:
         """Score packed tokens chunk by chunk, in one pass by all models that are asked for.
 
         Gives each job and model with the receipts once all stand; what stood before is not scored
         again: `standing` is called with its tokens, `progress` with those that are scored.
         """
-        from colorfilter import device
-        from colorfilter.scoring import chunk_sequences, plan_chunks
-        from colorfilter.tokens import open_tokens
-
         if not jobs:  # nor is a cluster asked for then
             return
         places, crew = self._places(), self._crew(begin_twice=True)
@@ -148,11 +153,11 @@ class Gpu(dg.ConfigurableResource):
         tally = _Tally([jobs[i].shard for i, *_ in ranges])
         with places.sharing(dict.fromkeys(read)) as shared:
 
-            def call(n: int) -> tuple["Chunk"]:
+            def call(n: int) -> tuple[Chunk]:
                 i, start, stop, models = ranges[n]
                 return (jobs[i].chunk(start, stop, models, shared, places.staged),)
 
-            for n, done in crew.run(device.score, _Calls(call, len(ranges)), progress):
+            for n, done in crew.run(SCORE, _Calls(call, len(ranges)), progress):
                 i = ranges[n][0]
                 tally.add(jobs[i].shard, done[0].node)
                 for receipt in done:
@@ -167,30 +172,30 @@ class Gpu(dg.ConfigurableResource):
 
     def train(
         self,
-        specs: Sequence["TrainSpec"],
+        specs: Sequence[TrainSpec],
         share: int = 1,
         progress: Progress = silent,
         standing: Progress = silent,
-    ) -> Iterator[tuple[int, list["Checkpoint"]]]:
+    ) -> Iterator[tuple[int, list[Checkpoint]]]:
         """Train as the specs say; gives (index, a checkpoint per end point) as each is done.
 
-        `share` is the number of runs between which the CPU's cores are divided. It is that of all
-        that belong together and not of those still missing, for the last bits depend on it.
+        `share` is the number of runs between which the CPU's cores are divided. Count all runs of
+        the group, even finished ones: the number of processes affects the last bits.
         `standing` is called with the tokens of the steps that the states in the home have behind
         them, `progress` with those of the steps that are done.
         """
-        from colorfilter import device
-        from colorfilter.training import trained_tokens
-
         if not specs:
             return
         alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
         crew = self._crew(together=1 if alone else self.devices_per_model)
         places = self._places()
-        threads = max(1, crew.threads // share)
         standing(sum(trained_tokens(spec) for spec in specs))
-        calls = [(spec, threads, _lent(places, spec)) for spec in specs]
-        for i, (checkpoints, took) in crew.run(device.train, calls, progress):
+        calls = [(spec, _lent(places, spec)) for spec in specs]
+        if isinstance(crew, Machine):
+            trained = crew.train(calls, share, progress)
+        else:
+            trained = crew.run(TRAIN, [(spec, 1, lent) for spec, lent in calls], progress)
+        for i, (checkpoints, took) in trained:
             places.take_all(specs[i].out)
             self._record("train", specs[i].out, took, {"seed": specs[i].seed})
             yield i, checkpoints
@@ -200,10 +205,8 @@ class Gpu(dg.ConfigurableResource):
 
         Each is float32 [n] nats per token, int32 [n] number of labels; computed in float32.
         """
-        from colorfilter import device
-
         losses: list[Losses] = self._evaluated(
-            "evaluate", folder, device.evaluate, checkpoints, by=(tokens,)
+            "evaluate", folder, EVALUATE, checkpoints, by=(tokens,)
         )
         return losses
 
@@ -219,10 +222,8 @@ class Gpu(dg.ConfigurableResource):
         As harness.evaluate gives them; `folder` as in evaluate, `progress` is called with the
         number of choices done.
         """
-        from colorfilter import device
-
         metrics: list[dict[str, float]] = self._evaluated(
-            "evaluate_tasks", folder, device.evaluate_tasks, checkpoints, (items,), progress
+            "evaluate_tasks", folder, EVALUATE_TASKS, checkpoints, (items,), progress
         )
         return metrics
 
@@ -238,10 +239,8 @@ class Gpu(dg.ConfigurableResource):
         Each is float32 [N, T], as of colorfilter.token_losses; computed in float32. `folder` as in
         evaluate.
         """
-        from colorfilter import device
-
         losses: list[np.ndarray] = self._evaluated(
-            "token_losses", folder, device.losses_by_token, checkpoints, (tokens, boundary)
+            "token_losses", folder, TOKEN_LOSSES, checkpoints, (tokens, boundary)
         )
         return losses
 
@@ -298,9 +297,7 @@ class Gpu(dg.ConfigurableResource):
             self._places().check()
         return Cluster(self.workers, begin_twice, together, dg.get_dagster_logger().warning)
 
-    def _record_chunk(self, job: ScoreJob, receipt: "Receipt") -> None:
-        from colorfilter.device import Took
-
+    def _record_chunk(self, job: ScoreJob, receipt: Receipt) -> None:
         facts = {
             "model": receipt.model,
             "shard": job.shard,
@@ -313,7 +310,7 @@ class Gpu(dg.ConfigurableResource):
         took = Took(receipt.tokens, receipt.seconds, str(receipt.device), str(receipt.node))
         self._record("score", job.outs[receipt.model], took, facts)
 
-    def _record(self, verb: str, folder: Path, took: "Took", facts: Mapping[str, Any]) -> None:
+    def _record(self, verb: str, folder: Path, took: Took, facts: Mapping[str, Any]) -> None:
         home = Home(self.home)
         line = {
             "run_id": self._run_id,
@@ -379,8 +376,6 @@ class _Tally:
 
 def _take_over(places: Alone, out: Path) -> None:
     """Bring in the chunks that workers committed for a run which was killed."""
-    from colorfilter.scoring import chunk_range
-
     staged = places.staged(out)
     if staged == out:
         return
@@ -391,7 +386,7 @@ def _take_over(places: Alone, out: Path) -> None:
             there.add(chunk_range(name))
 
 
-def _lent(places: Alone, spec: "TrainSpec") -> dict[Path, Place]:
+def _lent(places: Alone, spec: TrainSpec) -> dict[Path, Place]:
     """Where the folders that a training reads and writes lie for those that work."""
     folders = [spec.tokens, spec.tokenizer]
     if spec.held_out:
@@ -417,19 +412,38 @@ class Machine(Workers):
     def __init__(self, kind: str, devices: int) -> None:
         super().__init__(devices)
         self.kind = kind
-        self.threads = cores()
+
+    def train(
+        self, calls: Sequence[tuple[Any, ...]], share: int, progress: Progress
+    ) -> Iterator[tuple[int, Any]]:
+        """Call device.train for all (spec, places); give (i, result) as each is done.
+
+        On a CPU each of `share` runs has its part of the cores: a process on each, which train the
+        model together. A run that chooses online is one process, with a thread on each.
+        """
+        part = max(1, cores() // share) if self.kind == "cpu" else 1
+        with tempfile.TemporaryDirectory(prefix="colorfilter-") as meetings:
+            members: list[tuple[Any, ...]] = []
+            firsts = {}
+            for i, (spec, places) in enumerate(calls):
+                size = 1 if spec.online else min(part, step_tokens(spec) // TOKENS_PER_PROCESS)
+                firsts[len(members)] = i
+                if size > 1:
+                    arguments = size, Path(meetings, str(i)), TRAIN, spec, 1, places
+                    members += [(IN_GROUP, rank, *arguments) for rank in range(size)]
+                else:
+                    members.append((TRAIN, spec, part, places))
+            for number, result in self.run(operator.call, members, progress):
+                if number in firsts:
+                    yield firsts[number], result
 
 
 def _machine() -> Machine:
-    """To load torch takes seconds, so it is that of this process."""
-    import torch
-
-    from colorfilter import device
-
+    """The workers of this process, which it keeps; one of them says what devices there are."""
     if not _standing or _standing[-1].broken:
-        counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": cores()}
-        kind = device.kind()
-        _standing[:] = [Machine(kind, counts[kind])]
+        with Workers(1) as one:
+            ((_, (kind, count)),) = one.run(DEVICES, [()])
+        _standing[:] = [Machine(kind, count)]
     return _standing[-1]
 
 

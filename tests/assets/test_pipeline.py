@@ -16,8 +16,8 @@ from assets.auxiliary import auxiliary_checks
 from assets.corpus import corpus_checks
 from assets.scores import score_checks
 from colorfilter import models, page
+from colorfilter.chunks import Receipt
 from colorfilter.examples import Example
-from colorfilter.scoring import Receipt
 from colorfilter.tables import fetch, fetch_row
 from colorfilter.tokens import Encoder, open_tokens
 from resources.artifacts import ArtifactStore

@@ -160,5 +160,5 @@ def test_a_recipe_with_tasks_wants_the_harness_before_anything_is_computed(
     failure = project.run(monkeypatch)
     assert failure is not None
     assert failure.input_is_wrong
-    assert "pip install 'colorfilter[eval]'" in failure.message
+    assert "pip install '.[eval]'" in failure.message
     assert [entry["asset"] for entry in project.ledger()] == ["recipe"]

@@ -14,7 +14,8 @@ from colorfilter import documents, tokens
 from colorfilter.recipe import Model, Training
 from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch
-from colorfilter.training import TrainSpec, train
+from colorfilter.train_spec import TrainSpec
+from colorfilter.training import train
 from resources.score_store import SCHEMA
 
 settings.register_profile("small", max_examples=40, derandomize=True, deadline=None, database=None)

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from colorfilter import device, models
-from colorfilter.recipe import Model, Training
+from colorfilter.recipe import Model
 from colorfilter.scoring import Scorer
-from colorfilter.training import TrainSpec
 
 SAMPLE = np.arange(16)[None] + 3
 
@@ -61,29 +60,3 @@ def test_the_share_of_the_matrix_rate_counts_every_product(tiny: Model) -> None:
     model = models.build(tiny, 300, 16, seed=0)
     per_layer = 16 * 48 + 16 * 16 + 2 * 16 * 32
     assert Scorer(model).flops_per_token == 2 * (per_layer + 300 * 16)
-
-
-@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (32, 1), (64, 2), (1_000, 3)])
-def test_a_step_of_few_tokens_is_not_divided_between_threads(
-    packed: Path,
-    tokenizer_folder: Path,
-    tiny: Model,
-    quick_training: Training,
-    tmp_path: Path,
-    batch: int,
-    threads: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    used: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", used.append)
-    spec = TrainSpec(
-        start=tiny,
-        tokens=packed,
-        tokenizer=tokenizer_folder,
-        training=quick_training.model_copy(update={"batch_sequences": batch}),
-        seed=0,
-        endpoints=(2,),
-        out=tmp_path,
-    )
-    device.train(spec, 3, {place: place for place in (packed, tokenizer_folder, tmp_path)})
-    assert used == [threads]

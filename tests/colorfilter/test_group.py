@@ -11,7 +11,8 @@ import pytest
 import safetensors.torch
 
 from colorfilter import training
-from colorfilter.training import TrainSpec, train
+from colorfilter.train_spec import TrainSpec
+from colorfilter.training import train
 
 # Gradients are added up in another order: the last bits of a float32, each step.
 TOLERANCE = 2e-5  # nats per token

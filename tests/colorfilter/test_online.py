@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from colorfilter import models, training
-from colorfilter.online import Online, chosen_rows
+from colorfilter.online import chosen_rows
 from colorfilter.recipe import Model, Training
-from colorfilter.training import TrainSpec, planned_tokens, train, trained_tokens
+from colorfilter.train_spec import Online, TrainSpec, planned_tokens, trained_tokens
+from colorfilter.training import train
 from tests.colorfilter.test_training import assert_same_result
 from tests.colorfilter.test_training_resume import killed
 

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from colorfilter import models, scoring
+from colorfilter.chunks import Receipt
 from colorfilter.labels import IGNORED
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Model
 from colorfilter.scoring import (
-    Receipt,
     Scorer,
     score_chunk,
     score_shard,

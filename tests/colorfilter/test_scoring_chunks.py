@@ -8,14 +8,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from colorfilter import scoring
+from colorfilter.chunks import Receipt, chunk_sequences, plan_chunks
 from colorfilter.files import file_sha256
-from colorfilter.scoring import (
-    Receipt,
-    Scorer,
-    chunk_sequences,
-    plan_chunks,
-    score_shard,
-)
+from colorfilter.scoring import Scorer, score_shard
 from tests.colorfilter.test_scoring import (
     CHUNK,
     MODELS,

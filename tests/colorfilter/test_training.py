@@ -15,7 +15,8 @@ from colorfilter.progress import silent
 from colorfilter.recipe import Model
 from colorfilter.schedule import learning_rate
 from colorfilter.tokens import Encoder, pack_examples, real_tokens
-from colorfilter.training import TrainSpec, held_out_loss, planned_tokens, train
+from colorfilter.train_spec import TrainSpec, planned_tokens
+from colorfilter.training import held_out_loss, train
 from tests.colorfilter.conftest import ENDPOINTS
 
 

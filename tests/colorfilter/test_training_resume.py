@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from colorfilter import models, training
-from colorfilter.training import TrainSpec, train
+from colorfilter.train_spec import TrainSpec, planned_tokens, trained_tokens
+from colorfilter.training import train
 from tests.colorfilter.test_training import assert_same_result
 
 STEPS = 18  # 10 steps to the first end point, and to the second 4 of the trunk and 4 of decay
@@ -46,13 +47,13 @@ def test_a_killed_run_ends_with_the_same_bits(
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     monkeypatch.setattr(training, "SAVING_PAUSE", 0.0)
     run = replace(spec, out=tmp_path)
-    assert training.trained_tokens(run) == 0
+    assert trained_tokens(run) == 0
     killed(run, after)
-    standing = training.trained_tokens(run)
+    standing = trained_tokens(run)
     done: list[int] = []
     train(run, progress=done.append)
     assert len(done) == STEPS - after + 1
-    assert standing + sum(done) == training.planned_tokens(run)
+    assert standing + sum(done) == planned_tokens(run)
     assert_same_result(tmp_path, undisturbed)
 
 

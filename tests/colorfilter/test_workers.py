@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from colorfilter import workers
-from colorfilter.workers import Workers
+from colorfilter.workers import Call, Workers
 
 
 def count(upto: int) -> tuple[int, int]:
@@ -45,6 +45,12 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def facts() -> tuple[int, set[str], dict[str, str], str]:
+    """The process that forked this one, modules that were loaded before, variables, folder."""
+    loaded = {"torch", "transformers.modeling_utils"} & sys.modules.keys()
+    return os.getppid(), loaded, dict(os.environ), str(Path.cwd())
 
 
 def which_one() -> int:
@@ -102,7 +108,7 @@ def test_a_killed_worker_is_told_of_and_the_pool_is_known_to_be_broken() -> None
 PROGRAM = """
 import sys
 from pathlib import Path
-from colorfilter.workers import Workers
+from colorfilter.workers import Call, Workers
 from tests.colorfilter.test_workers import go_on_for_ever
 if __name__ == "__main__":
     list(Workers(1).run(go_on_for_ever, [(Path(sys.argv[1]),)]))
@@ -136,7 +142,7 @@ def test_a_process_that_keeps_its_workers_ends_and_they_with_it() -> None:
     run = multiprocessing.get_context("spawn").Process(target=keep_workers)
     run.start()
     until(lambda: bool(psutil.Process(run.pid).children()))
-    workers_of_it = psutil.Process(run.pid).children()
+    workers_of_it = psutil.Process(run.pid).children(recursive=True)
     run.join(30)
     assert run.exitcode == 0
     until(lambda: not any(worker.is_running() for worker in workers_of_it))
@@ -146,11 +152,11 @@ def test_a_process_that_keeps_its_workers_ends_and_they_with_it() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_work_that_is_called_off_as_its_workers_die_ends(tmp_path: Path) -> None:
     """As by a signal to the whole group. Of calls that wait a broken pool says nothing more."""
-    others = set(psutil.Process().children())
+    others = set(multiprocessing.active_children())
     ended: list[str] = []
 
     def interrupted(_: int) -> None:
-        for worker in set(psutil.Process().children()) - others:
+        for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         raise KeyboardInterrupt
 
@@ -168,3 +174,34 @@ def test_work_that_is_called_off_as_its_workers_die_ends(tmp_path: Path) -> None
     thread.start()
     thread.join(30)
     assert ended == ["called off"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker is a fresh process")
+def test_workers_are_forks_of_one_process_that_has_loaded_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = set()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLORFILTER_ONE", "here")
+    monkeypatch.delenv("COLORFILTER_OTHER", raising=False)
+    for _ in range(2):
+        with Workers(1) as one:
+            ((_, (server, loaded, environment, folder)),) = one.run(facts, [()])
+        servers.add(server)
+        assert loaded == {"torch", "transformers.modeling_utils"}
+        assert environment["COLORFILTER_ONE"] == "here"
+        assert "COLORFILTER_OTHER" not in environment
+        assert folder == str(tmp_path)
+    (server,) = servers
+    assert server != os.getpid()
+    assert psutil.Process(server).ppid() == os.getpid()
+    # Threads of OpenBLAS, which ends them before a fork, and no others.
+    names = {t.id for t in psutil.Process(server).threads()}
+    commands = {Path(f"/proc/{server}/task/{i}/comm").read_text().strip() for i in names}
+    assert commands == {Path(f"/proc/{server}/comm").read_text().strip()}
+
+
+def test_a_call_is_imported_by_the_worker_alone() -> None:
+    with Workers(1) as one:
+        ((_, found),) = one.run(Call("colorfilter.schedule:planned_sequences.__name__.upper"), [()])
+    assert found == "PLANNED_SEQUENCES"

@@ -18,12 +18,12 @@ import polars as pl
 import psutil
 import pytest
 
-from colorfilter import device, models, scoring, training
+from colorfilter import chunks, models
 from colorfilter.errors import UnreachableError
 from colorfilter.files import file_sha256
 from colorfilter.recipe import Model, Training
 from colorfilter.tokens import train_tokenizer
-from colorfilter.training import Checkpoint, TrainSpec
+from colorfilter.train_spec import Checkpoint, TrainSpec, planned_tokens
 from resources import gpu as resource
 from resources.gpu import Gpu, ScoreJob
 from resources.home import Home
@@ -43,11 +43,11 @@ FLOPS = {"cpu": 6.5 * 2 * PARAMETERS * BATCH * LENGTH}  # six batches to a chunk
 DRIVER = """
 import sys
 from pathlib import Path
-from colorfilter import scoring
+from colorfilter import chunks
 from resources.gpu import Gpu, ScoreJob
 
 root, address, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-scoring.FLOPS_PER_CHUNK = {"cpu": float(sys.argv[4])}
+chunks.FLOPS_PER_CHUNK = {"cpu": float(sys.argv[4])}
 at = root / "home" / "artifacts"
 job = ScoreJob(
     {m: at / m for m in ("one", "two")}, {m: at / name / m for m in ("one", "two")}, 10**6,
@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(scoring, "FLOPS_PER_CHUNK", FLOPS)
+        monkeypatch.setattr(chunks, "FLOPS_PER_CHUNK", FLOPS)
         # Before the nodes, which have their environment.
         with (
             loopback_only(),
@@ -221,7 +221,7 @@ def test_a_run_goes_on_where_chunks_of_another_size_stand(
     out.mkdir(parents=True)
     for path in sorted((root / "home" / "artifacts" / "local" / "one").iterdir())[3:9]:
         (out / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setitem(scoring.FLOPS_PER_CHUNK, "cpu", 3 * FLOPS["cpu"])
+    monkeypatch.setitem(chunks.FLOPS_PER_CHUNK, "cpu", 3 * FLOPS["cpu"])
     found = list(on_ray(root, nodes).score([job(root, "other")]))
     assert len(files(root, "other")) < len(local)
     for _, model, receipts in found:
@@ -363,8 +363,8 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_state(
         return device.train(*arguments)
 
     own = replace(spec, out=out)
-    planned = training.planned_tokens(spec)
-    monkeypatch.setattr(device, "train", train_and_die)
+    planned = planned_tokens(spec)
+    monkeypatch.setattr(resource, "TRAIN", train_and_die)
     ((_, made),) = gpu.train([own])
     assert begun.exists()
     assert_same(made, trained[3], out, gpu.devices_per_model)

@@ -21,11 +21,11 @@ LENGTH, VOCAB = 128, 2048
 SCORE = """
 import sys
 from pathlib import Path
-from colorfilter import scoring
+from colorfilter import chunks
 from resources.gpu import Gpu, ScoreJob
 
 root, flops = Path(sys.argv[1]), float(sys.argv[2])
-scoring.FLOPS_PER_CHUNK = {"cpu": flops}
+chunks.FLOPS_PER_CHUNK = {"cpu": flops}
 models = {name: root / name for name in ("one", "two")}
 outs = {name: root / "home" / sys.argv[3] / name for name in models}
 job = ScoreJob(models, outs, 10**6, root / "tokens", "web", "float32")

@@ -1,0 +1,159 @@
+"""Training by the machine's own workers: how it is divided, and what it gives."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+
+from colorfilter import tokens
+from colorfilter.errors import InputError
+from colorfilter.recipe import Model, Training
+from colorfilter.train_spec import Online, TrainSpec
+from resources import gpu as resource
+from resources.gpu import IN_GROUP, TRAIN, Gpu, Machine
+from resources.home import Home
+
+LENGTH = 64
+CONFIG = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": LENGTH,
+}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    """Steps of 1,024 tokens, which two processes share."""
+    root = tmp_path_factory.mktemp("training")
+    texts = [f"{i} is followed by {i + 1}, and that by {i + 2}; " * 8 for i in range(300)]
+    (root / "tokenizer").mkdir()
+    tokens.train_tokenizer(texts, 300, root / "tokenizer")
+    rows = [{"doc_id": str(i), "sha256": str(i), "text": text} for i, text in enumerate(texts)]
+    tokens.pack(rows, tokens.Encoder(root / "tokenizer"), LENGTH, root / "packed")
+    return TrainSpec(
+        start=Model(type="gpt_neox", config=CONFIG),
+        tokens=root / "packed",
+        tokenizer=root / "tokenizer",
+        training=Training(learning_rate=1e-2, batch_sequences=16),
+        seed=3,
+        endpoints=(160,),
+        out=root / "out",
+    )
+
+
+class Recorded(Machine):
+    """A machine of eight cores that notes calls and makes none."""
+
+    def __init__(self, kind: str = "cpu") -> None:
+        self.kind = kind
+        self.members: list[tuple[Any, ...]] = []
+
+    def run(self, _: Any, arguments: Any, *__: Any) -> Iterator[tuple[int, Any]]:
+        self.members = list(arguments)
+        yield from ((i, f"result {i}") for i in range(len(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "runs", "share", "processes"),
+    [(16, 1, 1, 2), (64, 1, 1, 8), (1_000, 1, 1, 8), (64, 3, 3, 2), (64, 1, 9, 1), (4, 1, 1, 1)],
+)
+def test_the_cores_are_divided_between_runs_and_a_run_between_processes(
+    spec: TrainSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    runs: int,
+    share: int,
+    processes: int,
+) -> None:
+    monkeypatch.setattr(resource, "cores", lambda: 8)
+    own = replace(spec, training=spec.training.model_copy(update={"batch_sequences": batch}))
+    machine = Recorded()
+    done = list(machine.train([(own, {})] * runs, share, lambda _: None))
+    assert len(machine.members) == runs * processes
+    if processes > 1:
+        assert done == [(i, f"result {i * processes}") for i in range(runs)]
+        assert [m[:3] for m in machine.members[:processes]] == [
+            (IN_GROUP, rank, processes) for rank in range(processes)
+        ]
+        assert len({m[3] for m in machine.members}) == runs  # a meeting each
+        assert all(m[4:6] == (TRAIN, own) for m in machine.members)
+        assert {m[6] for m in machine.members} == {1}
+    else:
+        assert machine.members == [(TRAIN, own, max(1, 8 // share), {})] * runs
+
+
+def test_what_chooses_online_is_one_process_and_on_a_gpu_all_are(
+    spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "cores", lambda: 8)
+    online = replace(spec, online=Online(Path("conditional.npy"), 2.0))
+    machine = Recorded()
+    list(machine.train([(online, {})], 1, lambda _: None))
+    assert machine.members == [(TRAIN, online, 8, {})]
+    machine = Recorded("cuda")
+    list(machine.train([(spec, {})], 1, lambda _: None))
+    assert machine.members == [(TRAIN, spec, 1, {})]
+
+
+def trained(spec: TrainSpec, folder: Path, cores: int) -> tuple[pl.DataFrame, int]:
+    """The curve of a run on so many cores, and the progress that was told."""
+    told: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "cores", lambda: cores)
+        patch.setattr(resource, "_standing", [])
+        home = Home(folder).claim("tests")
+        own = replace(spec, out=home.artifacts / "model")
+        with Machine("cpu", cores) as machine:
+            resource._standing.append(machine)
+            ((_, (checkpoint,)),) = Gpu(home=str(home.root)).train([own], 1, told.append)
+        assert checkpoint.path == own.out / f"tokens-{checkpoint.tokens}"
+    return pl.read_parquet(own.out / "curve.parquet"), sum(told)
+
+
+def test_two_processes_train_the_model_that_one_does(spec: TrainSpec, tmp_path: Path) -> None:
+    alone, told = trained(spec, tmp_path / "alone", 1)
+    together, told_together = trained(spec, tmp_path / "together", 2)
+    again, _ = trained(spec, tmp_path / "again", 2)
+    assert told == told_together == alone["tokens"][-1]
+    assert np.abs(alone["loss"] - together["loss"]).max() < 2e-5
+    assert alone["loss"][-1] < alone["loss"][0] - 0.3
+    assert again.equals(together)
+
+
+def test_what_fails_in_a_group_is_raised_and_the_others_end(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    wrong = replace(spec, start=Model(type="gpt_neox", config={**CONFIG, "hidden_act": "none"}))
+    with pytest.raises(InputError, match="gpt_neox"):
+        trained(wrong, tmp_path, 2)
+
+
+def test_a_group_that_loses_a_process_fails_and_goes_on_when_run_again(
+    spec: TrainSpec, tmp_path: Path
+) -> None:
+    whole, _ = trained(spec, tmp_path / "whole", 2)
+    home = Home(tmp_path / "killed").claim("tests")
+    own = replace(spec, out=home.artifacts / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "cores", lambda: 2)
+        patch.setattr(resource, "_standing", [])
+        machine = Machine("cpu", 2)
+        resource._standing.append(machine)
+
+        def kill_one(_: int) -> None:
+            process = next(iter(machine._pool._processes.values()))
+            psutil.Process(process.pid).send_signal(signal.SIGKILL)
+
+        with pytest.raises(RuntimeError, match="run again"):
+            list(Gpu(home=str(home.root)).train([own], 1, kill_one))
+        assert machine.broken
+    curve, _ = trained(spec, tmp_path / "killed", 2)
+    assert curve.equals(whole)
