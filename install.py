@@ -60,7 +60,8 @@ def _by_uv(python: Path, wanted: list[str]) -> bool:
     listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=True)
     settings = pip_settings(listed.stdout)
     options, variables = uv_settings(settings)
-    install = [python, "-m", "uv", "pip", "install", "--python", python, *wanted, *options]
+    install = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
+    install += [*wanted, *options]
     if not sys.stderr.isatty():
         install.append("--quiet")
     environment = {**variables, **os.environ}

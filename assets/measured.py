@@ -11,6 +11,7 @@ from assets.common import probe_shard
 from colorfilter import cost
 from colorfilter.cost import Measured, Text
 from colorfilter.recipe import Domain, Recipe
+from colorfilter.workers import Workers
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
@@ -25,7 +26,9 @@ def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[
     probe = artifacts.current("corpus_tokens", probe_shard(domain.name)).facts["tokens"]
     text = Text(packed["down_tokens"], packed["held_out_tokens"], probe)
     sample = artifacts.current("prior_model").facts.get("tokens", 0)  # none where it was given
-    sizes = replace(cost.sizes_of(recipe, corpus), sample=sample, domains={domain.name: text})
+    with Workers(1) as one:  # which has loaded torch, that takes seconds
+        ((_, sizes),) = one.run(cost.sizes_of, [(recipe, corpus)])
+    sizes = replace(sizes, sample=sample, domains={domain.name: text})
     took = took_by_stage(artifacts.at, kernel_runs(artifacts.at))
     rows = []
     for stage in cost.predict(recipe, sizes):

@@ -19,6 +19,8 @@ pytest.importorskip("ray")
 from colorfilter import cluster
 from colorfilter.cluster import LOSSES, Cluster, connected
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[..., Any]
 
 

@@ -23,6 +23,8 @@ from tests.conftest import MODULES, STDLIB, Project, copy_of, recipe_facts, writ
 from tests.pipelines.program import colorfilter
 from tests.pipelines.server import Server, serving, wait_for
 
+pytestmark = pytest.mark.slow
+
 # Enough to score for some seconds, a chunk to each shard.
 MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 10_000)
 

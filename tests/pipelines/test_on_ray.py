@@ -21,6 +21,8 @@ from tests.pipelines.test_daemon import (
 )
 from tests.three_nodes import loopback_only, three_nodes
 
+pytestmark = pytest.mark.slow
+
 EVENTS = """
     query($id: ID!) {logsForRun(runId: $id) {... on EventConnection {events {
         ... on MessageEvent {message}

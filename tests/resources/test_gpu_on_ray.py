@@ -46,6 +46,8 @@ from pathlib import Path
 from colorfilter import chunks
 from resources.gpu import Gpu, ScoreJob
 
+pytestmark = pytest.mark.slow
+
 root, address, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 chunks.FLOPS_PER_CHUNK = {"cpu": float(sys.argv[4])}
 at = root / "home" / "artifacts"

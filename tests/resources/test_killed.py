@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
 
 from resources.home import Home
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("COLORFILTER_TEST_KILLS", "2"))
 LENGTH, VOCAB = 128, 2048
