@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
-OLDEST, NEWEST = (3, 11), (3, 14)
+OLDEST, NEWEST = (3, 11), (3, 13)
 # pip's settings by uv's options. Each of several values, apart by spaces, is an option of its own.
 OPTIONS = {
     "index-url": "--default-index",

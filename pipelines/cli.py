@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -267,22 +268,30 @@ def _dry_run(recipe: str, home: Path) -> None:
     print_plan(console, plan, place)
 
 
+def call(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, by default this process's own; returns its exit code.
+
+    Bad input is one line and exit code 2.
+    """
+    try:
+        app(arguments)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    except InputError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; run again to go on from there")
+        return 130
+    return 0
+
+
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point of the program."""
     warnings.filterwarnings("ignore", module="dagster")
     for library in ("transformers", "openlineage"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        app()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except InputError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        code = 2
-    except KeyboardInterrupt:
-        errors.print("stopped; run again to go on from there")
-        code = 130
+    code = call()
     sys.stdout.flush()
     sys.stderr.flush()
     # Leave without the interpreter's teardown, in which DuckDB 2.0 prints a page of leak reports.

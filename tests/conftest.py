@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 import yaml
 
+from colorfilter.files import lock
 from colorfilter.recipe import Recipe
 from colorfilter.recipe_file import load
 from pipelines.graph import build_definitions
@@ -60,7 +61,8 @@ def recipe_facts(corpus: Path) -> dict:
                 ],
                 "held_out": 0.1,
                 "probe": 0.1,
-                "training": training,
+                # The reference is long: by small batches it would take most of a run's time.
+                "training": {"learning_rate": 1e-2, "batch_sequences": 64},
             }
         ],
         "arms": [
@@ -128,14 +130,22 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project that has been run to the end. Read it; change a copy only."""
-    root = tmp_path_factory.mktemp("finished")
-    write_corpus(root / "corpus", MODULES)
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Project:
+    """A project that has been run to the end. Read it; change a copy only.
+
+    The processes of pytest-xdist share it: the first that wants it makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "finished"
+    root.mkdir(exist_ok=True)
     project = Project(root, recipe_facts(root / "corpus"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        failure = project.run(monkeypatch)
-    assert failure is None, failure
+    with lock(root / "lock"):
+        if not (root / "made").exists():
+            write_corpus(root / "corpus", MODULES)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                failure = project.run(monkeypatch)
+            assert failure is None, failure
+            (root / "made").touch()
     return project
 
 

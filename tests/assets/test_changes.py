@@ -121,7 +121,7 @@ def test_beyond_a_limit_the_last_dataset_stands_or_it_is_told(
 def test_after_other_models_scores_are_not_said_to_drift(
     movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    movable.facts["domains"][0]["training"] = {"learning_rate": 1e-3, "batch_sequences": 8}
+    movable.facts["domains"][0]["training"] = {"learning_rate": 2e-3, "batch_sequences": 64}
     limit(movable, drift=0, overlap=0, beyond="block")
     write_corpus(tmp_path / "corpus", ["textwrap"])
     assert movable.run(monkeypatch) is None

@@ -387,12 +387,13 @@ def test_what_arrives_is_told_with_copies_leaks_and_rejects(
     assert pruned.both <= len(now & was_selected)
 
 
+@pytest.mark.slow
 def test_other_models_are_told_as_the_cause_and_a_new_sample_as_other_sequences(
     movable: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = kept(movable)
     row = before.row(0, named=True)
-    movable.facts["domains"][0]["training"] = {"learning_rate": 1e-3, "batch_sequences": 8}
+    movable.facts["domains"][0]["training"] = {"learning_rate": 2e-3, "batch_sequences": 64}
     movable.write()
     assert movable.run(monkeypatch) is None
     found = dataset(movable)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import models, scoring
+from colorfilter import chunks, models
 from colorfilter.chunks import Receipt
 from colorfilter.labels import IGNORED
 from colorfilter.progress import Progress, silent
@@ -143,7 +143,10 @@ def test_half_precision_losses_keep_their_tolerance(
 WIDE = {**SMALL, "hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Without products in bf16 a processor takes a minute.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_loss_has_the_same_bits_in_any_company_order_and_number_of_threads(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -173,7 +176,7 @@ def test_a_loss_hardly_depends_on_the_shape_of_batches(
     _, rows = write_packed(tmp_path, n_tokens.tolist())
     found = []
     for batch in (1, 48, 10_000):
-        monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": batch})
+        monkeypatch.setattr(chunks, "BATCH_TOKENS", {"cpu": batch})
         found += [nll for nll, _ in sequence_losses([Scorer(model)], rows, n_tokens)]
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[2], found[0], rtol=0, atol=1e-5)
@@ -250,7 +253,7 @@ GROWTH_LIMIT = 16 * 2**20
 
 
 def test_memory_stays_flat_over_thousands_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 256})
+    monkeypatch.setattr(chunks, "BATCH_TOKENS", {"cpu": 256})
     vocab_size = 4096
     wide = Model(type="gpt_neox", config={**SMALL, "hidden_size": 64})
     scorer = Scorer(lively(wide, 0, vocab_size))

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from transformers import PreTrainedModel
 
-from colorfilter import scoring
+from colorfilter import chunks
 from colorfilter.chunks import Receipt, chunk_sequences, plan_chunks
 from colorfilter.files import file_sha256
 from colorfilter.scoring import Scorer, score_shard
@@ -156,7 +156,7 @@ def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(
 def test_a_run_killed_within_a_chunk_loses_that_chunk_alone(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 16})
+    monkeypatch.setattr(chunks, "BATCH_TOKENS", {"cpu": 16})
     folder, _ = write_packed(tmp_path / "tokens", [16] * 17)
     calls = 0
 

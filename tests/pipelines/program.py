@@ -1,19 +1,24 @@
-"""The command line as a program that tests start."""
+"""The command line, as a program that tests start and as a call in their own process."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pipelines import cli
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+Done = subprocess.CompletedProcess[str]
 
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.cli", *arguments]
 
 
-def colorfilter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def colorfilter(*arguments: str, **environment: str) -> Done:
+    """Run a command to its end, in a process of its own."""
     return subprocess.run(
         command(*arguments),
         capture_output=True,
@@ -23,3 +28,20 @@ def colorfilter(*arguments: str, **environment: str) -> subprocess.CompletedProc
         cwd=REPOSITORY,
         check=False,
     )
+
+
+class Caller:
+    """Calls commands in this process, where what takes seconds to load is loaded already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Done:
+        for name in ("DAGSTER_HOME", "COLORFILTER_HOME", "COLORFILTER_RECIPE"):  # which it sets
+            self._monkeypatch.setenv(name, os.environ.get(name, ""))
+            self._monkeypatch.delenv(name)
+        self._capsys.readouterr()
+        code = cli.call(list(arguments))
+        out, err = self._capsys.readouterr()
+        return Done(list(arguments), code, out, err)

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,18 +93,17 @@ class Server:
         """
         return {run["runId"]: run for run in self.ask(query)["runsOrError"]["results"]}
 
-    def ticked(self, sensor: str) -> bool:
-        """Whether a sensor has ticked."""
+    def ticks(self, sensor: str) -> list[dict[str, Any]]:
+        """The ticks of a sensor that have ended. Fails where one of them failed."""
         query = """
             query($it: SensorSelector!) {sensorOrError(sensorSelector: $it) {
-                ... on Sensor {sensorState {ticks(limit: 1) {status}}}
+                ... on Sensor {sensorState {ticks(limit: 20) {status error {message}}}}
             }}
         """
         found = self.ask(query, it={**self.repository(), "sensorName": sensor})
-        return any(
-            tick["status"] in {"SUCCESS", "SKIPPED"}
-            for tick in found["sensorOrError"]["sensorState"]["ticks"]
-        )
+        ticks = found["sensorOrError"]["sensorState"]["ticks"]
+        assert not [tick for tick in ticks if tick["status"] == "FAILURE"], ticks
+        return [tick for tick in ticks if tick["status"] in {"SUCCESS", "SKIPPED"}]
 
     def new_run_succeeds(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The one run not known yet, once it has succeeded."""
@@ -128,10 +127,13 @@ class Server:
             "repositoryName": "__repository__",
         }
 
-    def launch(self, job: str, tags: Mapping[str, str]) -> str:
-        """Launch a run of a job, as the launchpad does; returns its id."""
+    def launch(self, job: str, tags: Mapping[str, str], assets: Sequence[str] = ()) -> str:
+        """Launch a run of a job, or of some assets of it, as the web UI does; returns its id."""
+        selector: dict[str, Any] = {**self.repository(), "jobName": job}
+        if assets:
+            selector["assetSelection"] = [{"path": asset.split("/")} for asset in assets]
         parameters = {
-            "selector": {**self.repository(), "jobName": job},
+            "selector": selector,
             "runConfigData": {},
             "executionMetadata": {"tags": [{"key": k, "value": v} for k, v in tags.items()]},
         }
@@ -188,11 +190,24 @@ def free_port() -> int:
 
 def start(recipe: Path, home: Path, port: int) -> Server:
     """`colorfilter ui` from outside the repository, its code loaded."""
+    arguments = "--recipe", str(recipe), "--home", str(home), "--port", str(port)
+    return start_by(command("ui", *arguments), home.parent, home, port)
+
+
+def start_by(
+    command: Sequence[str],
+    folder: Path,
+    home: Path,
+    port: int,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
+    """A server by a command that is called in a folder, its code loaded."""
     log = home.parent / f"ui-{port}.log"
     with log.open("ab") as output:
         started = subprocess.Popen(
-            command("ui", "--recipe", str(recipe), "--home", str(home), "--port", str(port)),
-            cwd=home.parent,
+            command,
+            cwd=folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

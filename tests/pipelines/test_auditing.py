@@ -12,7 +12,7 @@ import pytest
 
 from colorfilter.errors import InputError
 from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
-from tests.pipelines.program import colorfilter
+from tests.pipelines.program import Caller
 from tests.pipelines.server import serving
 from tests.pipelines.tampering import (
     append,
@@ -50,6 +50,7 @@ def test_a_finished_home_holds(finished: Project) -> None:
     assert done.rescored.largest <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_shard_without_a_document_and_every_method_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_raw_file_is_changed_or_gone(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(told) == 2
 
 
+@pytest.mark.slow
 def test_what_a_changed_file_was_and_a_recipe_that_came_back_are_no_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,22 +242,24 @@ def test_dagsters_history_is_wiped(project: Project) -> None:
 # The command -----------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_does_not_hold(project: Project, tmp_path: Path) -> None:
+def test_the_command_says_what_does_not_hold(
+    call: Caller, project: Project, tmp_path: Path
+) -> None:
     where = "--recipe", str(project.path), "--home", str(project.home.root)
     page = tmp_path / "audit.html"
-    done = colorfilter("audit", *where, "--html", str(page))
+    done = call("audit", *where, "--html", str(page))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all holds" in done.stdout
     assert "All of it holds." in page.read_text()
     flip(folder(project, "tokenizer") / "tokenizer.json")
-    done = colorfilter("audit", *where, "--json", "reference/color_tau4/target_model[seed_1]")
+    done = call("audit", *where, "--json", "reference/color_tau4/target_model[seed_1]")
     assert done.returncode == 1
     facts = json.loads(done.stdout)
     assert not facts["passed"]
     (told,) = [f for f in facts["findings"] if not f["warning"]]
     assert told["asset"] == "tokenizer"
     assert told["artefact"].endswith("tokenizer.json")
-    done = colorfilter("audit", *where, "nothing")
+    done = call("audit", *where, "nothing")
     assert done.returncode == 2
     assert done.stderr.startswith(
         "error: nothing: is no artefact of this home; give the folder of one"

@@ -216,6 +216,7 @@ def test_refreshing_scores_the_new_shard_and_publishes_a_new_dataset(
     assert due(store, movable.recipe, sorted(planned(movable))) == []
 
 
+@pytest.mark.slow
 def test_retraining_draws_a_new_sample_and_running_everything_keeps_it(
     movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

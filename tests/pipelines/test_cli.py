@@ -14,7 +14,7 @@ import yaml
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
-from tests.pipelines.program import REPOSITORY, colorfilter, command
+from tests.pipelines.program import REPOSITORY, Caller, colorfilter, command
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refuse(facts: dict, root: Path) -> str:
+def refuse(call: Caller, facts: dict, root: Path) -> str:
     """Run a recipe that must be refused; the one line that says why."""
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(facts))
-    done = colorfilter("run", "--recipe", str(path), "--home", str(root / "home"))
+    done = call("run", "--recipe", str(path), "--home", str(root / "home"))
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
@@ -47,79 +47,85 @@ def test_an_unknown_recipe_names_those_there_are() -> None:
     assert "sample" in done.stderr
 
 
-def test_an_impossible_value_names_its_place(corpus: Path, tmp_path: Path) -> None:
+def test_an_impossible_value_names_its_place(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["arms"][0]["tau"] = 0.5
-    assert "arms.0.tau" in refuse(facts, tmp_path)
+    assert "arms.0.tau" in refuse(call, facts, tmp_path)
 
 
-def test_an_unknown_key_names_its_place(corpus: Path, tmp_path: Path) -> None:
+def test_an_unknown_key_names_its_place(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["target"]["learning_rate"] = 1
-    assert "target.learning_rate: unknown key" in refuse(facts, tmp_path)
+    assert "target.learning_rate: unknown key" in refuse(call, facts, tmp_path)
 
 
-def test_a_source_that_matches_nothing(corpus: Path, tmp_path: Path) -> None:
+def test_a_source_that_matches_nothing(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["corpus"]["sources"][0]["files"] = str(tmp_path / "*.jsonl")
-    assert "source code: nothing matches" in refuse(facts, tmp_path)
+    assert "source code: nothing matches" in refuse(call, facts, tmp_path)
 
 
-def test_a_source_without_a_usable_document(corpus: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_usable_document(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["corpus"]["sources"][0]["text_field"] = "body"
-    line = refuse(facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
     assert "holds no usable document" in line
     assert "text_field" in line
 
 
-def test_an_unreadable_source(tmp_path: Path) -> None:
+def test_an_unreadable_source(call: Caller, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "broken.jsonl.gz").write_bytes(b"not gzip")
     facts = recipe_facts(folder)
     facts["corpus"]["sources"][0]["files"] = str(folder / "*.gz")
-    line = refuse(facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
     assert "broken.jsonl.gz cannot be read" in line
 
 
-def test_more_training_tokens_than_the_selection_holds(corpus: Path, tmp_path: Path) -> None:
+def test_more_training_tokens_than_the_selection_holds(
+    call: Caller, corpus: Path, tmp_path: Path
+) -> None:
     facts = recipe_facts(corpus)
     facts["target"]["training_tokens"] = 10_000_000
-    assert "target.training_tokens: needs" in refuse(facts, tmp_path)
+    assert "target.training_tokens: needs" in refuse(call, facts, tmp_path)
 
 
-def test_a_corpus_too_small_for_the_sample(corpus: Path, tmp_path: Path) -> None:
+def test_a_corpus_too_small_for_the_sample(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["prior"]["sample_chars"] = 10_000_000
-    assert "prior.sample_chars: 10000000 characters are wanted" in refuse(facts, tmp_path)
+    assert "prior.sample_chars: 10000000 characters are wanted" in refuse(call, facts, tmp_path)
 
 
-def test_a_domain_too_small_to_split(corpus: Path, tmp_path: Path) -> None:
+def test_a_domain_too_small_to_split(call: Caller, corpus: Path, tmp_path: Path) -> None:
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({"text": "one document"}))
     facts = recipe_facts(corpus)
     facts["domains"][0]["sources"] = [{"name": "one", "files": str(one)}]
-    line = refuse(facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
     assert "domain reference: 1 documents are too few to split" in line
 
 
-def test_a_domain_that_shares_documents_with_the_corpus(corpus: Path, tmp_path: Path) -> None:
+def test_a_domain_that_shares_documents_with_the_corpus(
+    call: Caller, corpus: Path, tmp_path: Path
+) -> None:
     facts = recipe_facts(corpus)
     facts["domains"][0]["sources"].append({"name": "same", "files": str(corpus / "ast.jsonl")})
-    line = refuse(facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
     assert "no_shared_documents" in line
     assert "take them out of one" in line
 
 
-def test_a_sequence_longer_than_the_models_context(corpus: Path, tmp_path: Path) -> None:
+def test_a_sequence_longer_than_the_models_context(
+    call: Caller, corpus: Path, tmp_path: Path
+) -> None:
     facts = recipe_facts(corpus)
     facts["sequence_length"] = 64
-    assert "longer than the model's context" in refuse(facts, tmp_path)
+    assert "longer than the model's context" in refuse(call, facts, tmp_path)
 
 
 def test_a_tokenizer_that_does_not_fit_the_checkpoint(
-    finished: Project, corpus: Path, tmp_path: Path
+    call: Caller, finished: Project, corpus: Path, tmp_path: Path
 ) -> None:
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -135,28 +141,31 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint(
     GPTNeoXForCausalLM(small).save_pretrained(tmp_path / "model")
     facts = recipe_facts(corpus)
     facts["prior"] = {"sample_chars": 20_000, "path": str(tmp_path / "model")}
-    line = refuse(facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
     assert "do not fit the 100" in line
     assert "tokenizer.path" in line
 
 
-def test_a_home_of_another_recipe(finished: Project, corpus: Path, tmp_path: Path) -> None:
+def test_a_home_of_another_recipe(
+    call: Caller, finished: Project, corpus: Path, tmp_path: Path
+) -> None:
     facts = {**recipe_facts(corpus), "name": "other"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(facts))
     home = str(finished.home.root)
-    done = colorfilter("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
+    done = call("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
     assert done.returncode == 2
     assert "belongs to the recipe 'tests', not to 'other'" in done.stderr
 
 
-def test_a_home_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written(call: Caller, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_facts(corpus)))
     home = str(tmp_path / "recipe.yaml" / "home")
-    done = colorfilter("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
+    done = call("run", "--recipe", str(tmp_path / "recipe.yaml"), "--home", home)
     assert done.returncode == 2
     assert "cannot be used" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_path: Path) -> None:
     arguments = ["run", "--recipe", str(finished.path), "--home", str(tmp_path)]
     process = subprocess.Popen(
@@ -186,9 +195,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_
         assert before == after
 
 
-def test_status_tells_what_stands(finished: Project) -> None:
+def test_status_tells_what_stands(call: Caller, finished: Project) -> None:
     arguments = ("--recipe", str(finished.path), "--home", str(finished.home.root))
-    done = colorfilter("status", *arguments)
+    done = call("status", *arguments)
     assert done.returncode == 0, done.stderr
     shards = len(finished.home.shards()) + 1
     (line,) = [row for row in done.stdout.splitlines() if " raw_corpus " in row]
@@ -207,7 +216,9 @@ def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) ->
     assert not done.stderr.strip()
 
 
-def test_a_backup_is_restored_to_another_home(finished: Project, tmp_path: Path) -> None:
+def test_a_backup_is_restored_to_another_home(
+    call: Caller, finished: Project, tmp_path: Path
+) -> None:
     folder, home = str(tmp_path / "backup"), str(tmp_path / "home")
     made = len({entry["path"] for entry in finished.ledger()})
     for verb, place, there in (
@@ -215,20 +226,20 @@ def test_a_backup_is_restored_to_another_home(finished: Project, tmp_path: Path)
         ("backup", str(finished.home.root), made),
         ("restore", home, 0),
     ):
-        done = colorfilter(verb, folder, "--home", place)
+        done = call(verb, folder, "--home", place)
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.strip().splitlines()
         assert line.startswith(f"{made - there} artefacts copied, {there} already there; ")
         assert not done.stderr.strip()
     shown = [
-        colorfilter("status", "--recipe", str(finished.path), "--home", place).stdout
+        call("status", "--recipe", str(finished.path), "--home", place).stdout
         for place in (str(finished.home.root), home)
     ]
     assert shown[0] == shown[1]
 
 
 def test_what_cannot_be_backed_up_or_restored_is_told_in_a_line(
-    finished: Project, tmp_path: Path
+    call: Caller, finished: Project, tmp_path: Path
 ) -> None:
     home = str(finished.home.root)
     (tmp_path / "file").write_text("in the way")
@@ -238,18 +249,20 @@ def test_what_cannot_be_backed_up_or_restored_is_told_in_a_line(
         (("backup", str(tmp_path / "file"), "--home", home), "File exists"),
         (("restore", str(tmp_path), "--home", str(tmp_path / "new")), "is not a backup"),
     ):
-        done = colorfilter(*arguments)
+        done = call(*arguments)
         assert done.returncode == 2, done.stdout
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ")
         assert why in line
 
 
-def test_select_says_what_would_change_and_then_does_it(finished: Project, tmp_path: Path) -> None:
+def test_select_says_what_would_change_and_then_does_it(
+    call: Caller, finished: Project, tmp_path: Path
+) -> None:
     project = copy_of(finished, tmp_path)
     where = ("--recipe", str(project.path), "--home", str(project.home.root))
     before = len(project.ledger())
-    asked = colorfilter("select", "--domain", "reference", "--tau", "3", "--dry-run", *where)
+    asked = call("select", "--domain", "reference", "--tau", "3", "--dry-run", *where)
     assert asked.returncode == 0, asked.stderr
     facts = dict(line.rsplit(maxsplit=1) for line in asked.stdout.splitlines() if line.strip())
     assert facts["arm"] == "color_tau3"
@@ -257,28 +270,30 @@ def test_select_says_what_would_change_and_then_does_it(finished: Project, tmp_p
     assert int(facts["entering"]) > 0
     assert facts["overlap"] == "1.0000"
     assert len(project.ledger()) == before
-    done = colorfilter("select", "--domain", "reference", "--tau", "3", *where)
+    done = call("select", "--domain", "reference", "--tau", "3", *where)
     assert done.returncode == 0, done.stderr
     made = ArtifactStore(home=str(project.home.root)).current("reference/color_tau3/selection")
     assert made.facts["selected"] == int(facts["selected"])
-    wrong = colorfilter("select", "--domain", "nowhere", "--tau", "3", *where)
+    wrong = call("select", "--domain", "nowhere", "--tau", "3", *where)
     assert wrong.returncode == 2
     assert wrong.stderr.strip() == (
         "error: domain: the recipe has none named 'nowhere'; give reference"
     )
 
 
-def test_explain_tells_a_person_or_a_program_and_writes_nothing(finished: Project) -> None:
+def test_explain_tells_a_person_or_a_program_and_writes_nothing(
+    call: Caller, finished: Project
+) -> None:
     where = ("--recipe", str(finished.path), "--home", str(finished.home.root))
     made = ArtifactStore(home=str(finished.home.root)).current("reference/color_tau4/selection")
     best = pl.read_parquet(made.path / "selection.parquet").row(0, named=True)
     before = len(finished.ledger())
     place = f"{best['shard']}:{best['position']}"
-    told = colorfilter("explain", place, *where)
+    told = call("explain", place, *where)
     assert told.returncode == 0, told.stderr
     assert f"color {best['color']:+.4f}" in told.stdout
     assert f"1 of {made.facts['selected']:,}" in told.stdout
-    facts = json.loads(colorfilter("explain", place, "--json", *where).stdout)
+    facts = json.loads(call("explain", place, "--json", *where).stdout)
     (score,) = facts["sequence"]["standing"]["scores"]
     assert (score["color"], score["rank"]) == (best["color"], 1)
     doc_id = facts["sequence"]["spans"][0]["doc_id"]
@@ -286,10 +301,10 @@ def test_explain_tells_a_person_or_a_program_and_writes_nothing(finished: Projec
         (doc_id, f"document {doc_id}, shard {best['shard']}: corpus"),
         ("reference/color_tau4", "It is the first"),
     ):
-        told = colorfilter("explain", what, *where)
+        told = call("explain", what, *where)
         assert told.returncode == 0, told.stderr
         assert words in told.stdout
-    wrong = colorfilter("explain", "0123456789", *where)
+    wrong = call("explain", "0123456789", *where)
     assert wrong.returncode == 2
     (line,) = wrong.stderr.splitlines()
     assert line.startswith("error: doc_id 0123456789: no document")
@@ -315,8 +330,8 @@ def test_prune_says_what_it_would_remove_and_asks(finished: Project, tmp_path: P
 
 
 @pytest.mark.parametrize("verb", ["run", "select", "cost", "status", "explain", "prune", "ui"])
-def test_help_says_what_a_command_takes(verb: str) -> None:
-    done = colorfilter(verb, "--help")
+def test_help_says_what_a_command_takes(call: Caller, verb: str) -> None:
+    done = call(verb, "--help")
     assert done.returncode == 0
     assert "--recipe" in done.stdout
     assert "--home" in done.stdout

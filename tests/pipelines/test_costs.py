@@ -15,7 +15,7 @@ from pipelines.settings import RECIPES, recipe_path
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import Project, recipe_facts
-from tests.pipelines.program import colorfilter
+from tests.pipelines.program import Caller
 
 
 def shown(recipe: str, home: Path, width: int = 200, **options: float) -> str:
@@ -121,29 +121,32 @@ def test_records_of_another_recipe_are_not_used(finished: Project) -> None:
 @pytest.mark.parametrize(
     ("option", "value"), [("--corpus-tokens", "10"), ("--tflops", "0"), ("--tflops", "nan")]
 )
-def test_bad_input_is_one_line(option: str, value: str, tmp_path: Path) -> None:
-    done = colorfilter("cost", "--home", str(tmp_path / "home"), option, value)
+def test_bad_input_is_one_line(call: Caller, option: str, value: str, tmp_path: Path) -> None:
+    done = call("cost", "--home", str(tmp_path / "home"), option, value)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {option}")
     assert not files_under(tmp_path)
 
 
-def dry_run(facts: dict, root: Path) -> tuple[int, str, str]:
+def dry_run(
+    call: Caller, monkeypatch: pytest.MonkeyPatch, facts: dict, root: Path
+) -> tuple[int, str, str]:
     """A dry run, and that it left nothing behind, in the user's own folder neither."""
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(facts))
     before = files_under(root)
-    done = colorfilter(
-        "run", "--dry-run", "--recipe", str(path), "--home", str(root / "home"), HOME=str(root)
-    )
+    monkeypatch.setenv("HOME", str(root))
+    done = call("run", "--dry-run", "--recipe", str(path), "--home", str(root / "home"))
     assert files_under(root) == before
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_dry_run_opens_no_source_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_opens_no_source_and_writes_nothing(
+    call: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     facts = recipe_facts(tmp_path / "not-there")
-    code, out, error = dry_run(facts, tmp_path)
+    code, out, error = dry_run(call, monkeypatch, facts, tmp_path)
     assert code == 0, error
     assert not error
     assert "not-there/*.jsonl (corpus)" in out
@@ -153,14 +156,16 @@ def test_a_dry_run_opens_no_source_and_writes_nothing(tmp_path: Path) -> None:
     assert "nothing was written" in out
 
 
-def test_a_dry_run_refuses_what_a_run_would(finished: Project, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_what_a_run_would(
+    call: Caller, monkeypatch: pytest.MonkeyPatch, finished: Project, tmp_path: Path
+) -> None:
     facts = recipe_facts(tmp_path)
     facts["target"] = {**facts["target"], "model": {"type": "gpt_neox", "config": {"layers": 1}}}
-    code, _, error = dry_run(facts, tmp_path)
+    code, _, error = dry_run(call, monkeypatch, facts, tmp_path)
     assert code == 2
     assert error.splitlines() == [
         "error: model.config.layers: not a setting of gpt_neox; remove it"
     ]
-    done = colorfilter("run", "--dry-run", "--recipe", "sample", "--home", str(finished.home.root))
+    done = call("run", "--dry-run", "--recipe", "sample", "--home", str(finished.home.root))
     assert done.returncode == 2
     assert "belongs to the recipe 'tests', not to 'sample'" in done.stderr

@@ -267,14 +267,18 @@ def test_all_shards_are_materialized_in_one_run_and_a_lost_one_is_made_again(
     assert (again.path, again.fingerprint) == (lost.path, lost.fingerprint)
 
 
-def test_the_sensor_is_switched_on_by_a_click(page: "Page", server: Server) -> None:
+def test_the_sensors_are_on_and_the_schedule_is_switched_on_by_a_click(
+    page: "Page", server: Server
+) -> None:
     page.goto("/automation")
     for name in ("arrivals", "refresh", "cut_off_runs"):
         see(page, name)
-    switch = page.locator("label[class*=Switch]").first  # they stand in order of name
-    switch.click()
-    sync_api.expect(switch.locator("input")).to_be_checked()
-    wait_for("tick", lambda: server.ticked("arrivals") or None, 60)
+    switches = page.locator("label[class*=Switch]")  # they stand in order of name
+    for place, on in enumerate((True, True, False)):
+        sync_api.expect(switches.nth(place).locator("input")).to_be_checked(checked=on)
+    switches.last.click()
+    sync_api.expect(switches.last.locator("input")).to_be_checked()
+    wait_for("tick", lambda: server.ticks("arrivals") or None, 60)
 
 
 def test_another_tau_is_selected_from_the_launchpad(page: "Page", server: Server) -> None:

@@ -29,7 +29,10 @@ from resources.gpu import Gpu, ScoreJob
 from resources.home import Home
 from tests.three_nodes import loopback_only, s3_server, three_nodes
 
+pytestmark = pytest.mark.slow
+
 LENGTH, VOCAB, BATCH, CHUNKS = 128, 2048, 16, 24
+
 MODELS = ("one", "two")
 PARAMETERS = 10**6
 CONFIG = {
@@ -45,8 +48,6 @@ import sys
 from pathlib import Path
 from colorfilter import chunks
 from resources.gpu import Gpu, ScoreJob
-
-pytestmark = pytest.mark.slow
 
 root, address, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 chunks.FLOPS_PER_CHUNK = {"cpu": float(sys.argv[4])}

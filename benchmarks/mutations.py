@@ -1,0 +1,402 @@
+"""Deliberate faults, one at a time: does a test find them?
+
+    python benchmarks/mutations.py [--results FILE] [--only NAME ...]
+
+Each fault is put into a copy of the working tree. First the tests nearest to it run, then all that
+`make test` runs, then those that `make test-all` adds; the first failure ends it. What was found is
+kept in FILE, a JSON line for each fault, and a fault with a line there is not tried again. Exits
+with 1 where more than two faults pass `make test`, or one passes `make test-all`.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST, SLOW = "not slow", "slow"
+MISSED_BY_FAST = 2  # faults that `make test` may miss
+HUNG_SECONDS = 1_200
+
+
+class Fault(NamedTuple):
+    """A fault: `old` stands once in the file at `path`; `tests` are those nearest to it."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    Fault(
+        "a label on padding",
+        "colorfilter/labels.py",
+        "ignored = following >= n_tokens[:, None]",
+        "ignored = following > n_tokens[:, None]",
+        "tests/colorfilter/test_labels.py",
+    ),
+    Fault(
+        "blocks of the vocabulary joined without their maximum",
+        "colorfilter/kernels/chunked.py",
+        "total = total * (top - new_top).exp() + part",
+        "total = total + part",
+        "tests/colorfilter/test_loss.py",
+    ),
+    Fault(
+        "columns past the vocabulary counted",
+        "colorfilter/kernels/triton.py",
+        'logits = tl.where(column[None, :] < vocab, logits, float("-inf"))',
+        "logits = tl.where(column[None, :] < vocab, logits, 0.0)",
+        "tests/colorfilter/kernels",
+    ),
+    Fault(
+        "a chunk that stands is scored again",
+        "colorfilter/chunks.py",
+        'whole = sha256.startswith(path.stem.rpartition("-")[2]) and stop <= len(n_tokens)',
+        "whole = False",
+        "tests/colorfilter/test_scoring_chunks.py",
+    ),
+    Fault(
+        "color turned round",
+        "resources/score_store.py",
+        "loss_conditional::DOUBLE - loss_prior::DOUBLE AS color",
+        "loss_prior::DOUBLE - loss_conditional::DOUBLE AS color",
+        "tests/resources/test_score_store.py",
+    ),
+    Fault(
+        "ties not broken by shard",
+        "colorfilter/selection.py",
+        "ORDER BY score, number, position\n    LIMIT",
+        "ORDER BY score, position, number\n    LIMIT",
+        "tests/colorfilter/test_selection.py",
+    ),
+    Fault(
+        "one sequence too many",
+        "colorfilter/selection.py",
+        "keep = int(candidates / tau)",
+        "keep = int(candidates / tau) + 1",
+        "tests/colorfilter/test_selection.py",
+    ),
+    Fault(
+        "later copies are candidates",
+        "colorfilter/score_tables.py",
+        "    connection.execute(COPIES)\n",
+        "",
+        "tests/colorfilter/test_selection.py",
+    ),
+    Fault(
+        "the seed of a draw ignored",
+        "colorfilter/sampling.py",
+        'f"{seed}|{sha256}"',
+        'f"0|{sha256}"',
+        "tests/colorfilter/test_sampling.py",
+    ),
+    Fault(
+        "spans that say every document begins there",
+        "colorfilter/tokens.py",
+        '"doc_start": start,',
+        '"doc_start": 0,',
+        "tests/colorfilter/test_tokens.py",
+    ),
+    Fault(
+        "duplicates within a shard kept",
+        "colorfilter/documents.py",
+        "seen.add(bytes.fromhex(sha256))",
+        "pass",
+        "tests/colorfilter/test_documents.py",
+    ),
+    Fault(
+        "fourteen words in a row instead of thirteen",
+        "colorfilter/leakage.py",
+        "NGRAM_WORDS = 13",
+        "NGRAM_WORDS = 14",
+        "tests/colorfilter/test_leakage.py",
+    ),
+    Fault(
+        "moments of AdamW lost where a training goes on",
+        "colorfilter/training.py",
+        'for key in ("step", "exp_avg", "exp_avg_sq")',
+        'for key in ("step", "exp_avg_sq")',
+        "tests/colorfilter/test_training_resume.py",
+    ),
+    Fault(
+        "a decay that ends a step early",
+        "colorfilter/schedule.py",
+        "rate *= (end - step) / (",
+        "rate *= (end - step - 1) / (",
+        "tests/colorfilter/test_schedule.py",
+    ),
+    Fault(
+        "rows counted twice in a group",
+        "colorfilter/training.py",
+        "torch.full_like(labels[:idle], IGNORED)",
+        "labels[:idle]",
+        "tests/colorfilter/test_group.py",
+    ),
+    Fault(
+        "RHO-down chooses the highest",
+        "colorfilter/online.py",
+        "scores = self._conditional[seen].astype(np.float64) - current",
+        "scores = current - self._conditional[seen].astype(np.float64)",
+        "tests/colorfilter/test_online.py",
+    ),
+    Fault(
+        "better without its interval",
+        "colorfilter/evaluation.py",
+        "difference.mean + difference.half_width < 0",
+        "difference.mean < 0",
+        "tests/colorfilter/test_evaluation.py",
+    ),
+    Fault(
+        "tokens-to-match interpolated in tokens",
+        "colorfilter/evaluation.py",
+        "n0 * (n1 / n0) ** share / tokens",
+        "(n0 + (n1 - n0) * share) / tokens",
+        "tests/colorfilter/test_evaluation.py",
+    ),
+    Fault(
+        "drift in deviations of the new shards",
+        "colorfilter/drift.py",
+        "stddev_samp(score) FILTER (NOT is_new)",
+        "stddev_samp(score) FILTER (is_new)",
+        "tests/colorfilter/test_drift.py",
+    ),
+    Fault(
+        "a file renamed before it is on the disk",
+        "colorfilter/files.py",
+        '    with temporary.open("rb") as stream:\n        os.fsync(stream.fileno())\n',
+        "",
+        "tests/colorfilter/test_files.py",
+    ),
+    Fault(
+        "unknown keys of a recipe accepted",
+        "colorfilter/section.py",
+        'extra="forbid"',
+        'extra="ignore"',
+        "tests/colorfilter/test_recipe.py",
+    ),
+    Fault(
+        "workers that are not told to stop",
+        "colorfilter/workers.py",
+        "        if self.stop.is_set():\n            raise StoppedError\n",
+        "",
+        "tests/colorfilter/test_workers.py",
+    ),
+    Fault(
+        "a training that keeps what it divides between processes to one",
+        "resources/gpu.py",
+        "members += [(IN_GROUP, rank, *arguments) for rank in range(size)]",
+        "members += [(IN_GROUP, 0, 1, *arguments[1:])]",
+        "tests/resources/test_gpu.py",
+    ),
+    Fault(
+        "entries of the ledger unchained",
+        "resources/ledger.py",
+        '{"previous": _hash_of_last(stream, whole), **entry}',
+        '{"previous": NOTHING, **entry}',
+        "tests/resources/test_ledger.py",
+    ),
+    Fault(
+        "a lease that is not let go",
+        "resources/artifacts.py",
+        "        self._lease.close()\n",
+        "        globals().setdefault('_kept', []).append(self._lease)\n",
+        "tests/resources/test_artifacts.py",
+    ),
+    Fault(
+        "a damaged file stands",
+        "colorfilter/provenance.py",
+        'path.stat().st_size == held["bytes"] if held["sha256"]',
+        'path.exists() if held["sha256"]',
+        "tests/colorfilter/test_provenance.py",
+    ),
+    Fault(
+        "what is at work is pruned",
+        "resources/pruning.py",
+        "if path in needed or at_work(artifacts, folder):",
+        "if path in needed:",
+        "tests/resources/test_pruning.py",
+    ),
+    Fault(
+        "a backup restored unchecked",
+        "resources/backup.py",
+        "if not manifest.exists() or file_sha256(manifest) != sha256:",
+        "if not manifest.exists():",
+        "tests/resources/test_backup.py",
+    ),
+    Fault(
+        "a home of another recipe taken",
+        "resources/home.py",
+        "if owner not in {None, recipe}:",
+        "if False:",
+        "tests/resources/test_home.py",
+    ),
+    Fault(
+        "losses that stand twice published",
+        "resources/score_parts.py",
+        "    if twice:\n",
+        "    if twice and not bad and False:\n",
+        "tests/resources/test_score_parts.py",
+    ),
+    Fault(
+        "a check that always passes",
+        "assets/auxiliary.py",
+        "passed = math.isfinite(conditional) and conditional < prior",
+        "passed = True",
+        "tests/assets/test_pipeline.py",
+    ),
+    Fault(
+        "a drift downwards passed over",
+        "assets/changes.py",
+        'abs(found["drift"]) > limits.drift',
+        'found["drift"] > limits.drift',
+        "tests/assets/test_changes.py",
+    ),
+    Fault(
+        "the target model's seed not in its key",
+        "assets/targets.py",
+        '                    "endpoints": ends,\n                },\n                seed=seed,\n',
+        '                    "endpoints": ends,\n                },\n                seed=0,\n',
+        "tests/assets/test_pipeline.py",
+    ),
+    Fault(
+        "a device held by a run that is gone",
+        "pipelines/cut_off.py",
+        "        instance.event_log_storage.free_concurrency_slots_for_run(run_id)\n",
+        "",
+        "tests/pipelines/test_cut_off.py",
+    ),
+    Fault(
+        "a refresh that failed half-way not taken up",
+        "pipelines/automation.py",
+        "if not wanted and not unfinished(artifacts, recipe, found.shards):",
+        "if not wanted:",
+        "tests/pipelines/test_automation.py",
+    ),
+    Fault(
+        "bad input ends with 1",
+        "pipelines/cli.py",
+        "        return 2\n",
+        "        return 1\n",
+        "tests/pipelines/test_cli.py",
+    ),
+    Fault(
+        "a call that is lost with its worker is not made again",
+        "colorfilter/cluster.py",
+        '            self.waiting.appendleft(call)\n            self._say(call, f"lost with',
+        '            self._say(call, f"lost with',
+        "tests/colorfilter/test_cluster.py",
+    ),
+]
+
+
+class Found(NamedTuple):
+    """Which test found a fault, in which suite; both None where none did."""
+
+    fault: str
+    test: str | None
+    suite: str | None
+    seconds: float
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what git tracks, and new files that it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def put_in(fault: Fault, folder: Path) -> None:
+    """Put a fault into a copy of the tree. Raises ValueError where it does not fit."""
+    file = folder / fault.path
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.name}: stands {text.count(fault.old)} times in {fault.path}")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def first_failure(folder: Path, tests: str, suite: str) -> str | None:
+    """The first test that fails in a copy of the tree; None where all pass or there are none."""
+    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", suite, tests]
+    if (folder / tests).is_dir() and suite == FAST:
+        command += ["-n", "2", "--dist", "loadfile"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HUNG_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{tests} (not at its end after {HUNG_SECONDS} s)"
+    if done.returncode in {0, 5}:
+        return None
+    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return named[1] if named else f"{tests} (exit code {done.returncode})"
+
+
+def find(fault: Fault) -> Found:
+    """Put a fault into a copy of the tree and run tests until one fails."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="colorfilter-") as folder:
+        copy_tree(Path(folder))
+        put_in(fault, Path(folder))
+        for suite in (FAST, SLOW):
+            for tests in (fault.tests, "tests"):
+                test = first_failure(Path(folder), tests, suite)
+                if test:
+                    return Found(fault.name, test, suite, round(time.monotonic() - begun, 1))
+    return Found(fault.name, None, None, round(time.monotonic() - begun, 1))
+
+
+def main() -> int:
+    """Try every fault that has no result yet, and print what found them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / ".mutations.jsonl")
+    parser.add_argument("--only", nargs="+", choices=[f.name for f in FAULTS], metavar="NAME")
+    options = parser.parse_args()
+    known = {}
+    if options.results.exists():
+        lines = options.results.read_text(encoding="utf-8").splitlines()
+        known = {found.fault: found for found in (Found(**json.loads(line)) for line in lines)}
+    for number, fault in enumerate(FAULTS, 1):
+        if options.only and fault.name not in options.only:
+            continue
+        if fault.name not in known or options.only:
+            known[fault.name] = found = find(fault)
+            with options.results.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(found._asdict()) + "\n")
+        found = known[fault.name]
+        by = {FAST: "make test", SLOW: "make test-all"}.get(found.suite or "", "nothing")
+        shown = f"found by {by}: {found.test}" if found.test else "NOT FOUND"
+        print(f"{number:>2} of {len(FAULTS)}  {fault.name:<55} {shown}", flush=True)
+    tried = [known[f.name] for f in FAULTS if f.name in known]
+    fast = sum(found.suite == FAST for found in tried)
+    found_at_all = sum(found.test is not None for found in tried)
+    print(f"{len(tried)} faults: make test finds {fast}, make test-all {found_at_all}")
+    return int(found_at_all < len(tried) or fast < len(tried) - MISSED_BY_FAST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
