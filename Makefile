@@ -2,6 +2,7 @@
 # behaviour; `make test-all` adds those that are slow by nature: a browser, a Ray cluster, random
 # kills. Each makes the virtual environment first, once. `make bench` measures speed and precision on
 # a CPU, in less than ten minutes; precision on the sample's models, so after `make demo`.
+# `make mutations` puts deliberate faults in, one at a time, and says which test finds each.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,16 +10,21 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all mutations lint bench clean
 
 demo: $(RUNTIME)
 	$(BIN)/colorfilter run --recipe sample
 
+# A file's tests stay in one process, which makes once what they share. What is slow by nature starts
+# servers and clusters of its own, so it runs by itself.
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test-all: lint
-	$(BIN)/pytest
+test-all: test
+	$(BIN)/pytest -m slow
+
+mutations: $(DEV)
+	$(BIN)/python benchmarks/mutations.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -18,6 +18,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+
+# isort: split
 import torch
 
 from colorfilter import body, harness, models

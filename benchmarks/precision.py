@@ -14,6 +14,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+
+# isort: split
 import numpy as np
 import torch
 from torch.nn import functional

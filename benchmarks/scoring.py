@@ -19,6 +19,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+
+# isort: split
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel

@@ -21,6 +21,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
+import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+
+# isort: split
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel

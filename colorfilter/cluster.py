@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from colorfilter import data_parallel, workers
+from colorfilter import WAIT_ASLEEP, data_parallel, workers
 from colorfilter.errors import InputError, UnreachableError, one_line
 from colorfilter.progress import Progress, silent
 from colorfilter.scratch import sweep
@@ -51,7 +51,8 @@ def connected(address: str | None) -> Iterator[None]:
     named = address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"num_cpus": workers.cores(), "object_store_memory": STORE_BYTES}
     # The code that runs there is the code here: nodes need the libraries only.
-    environment = {"py_modules": [str(Path(__file__).parent)]}
+    variables = {name: os.environ[name] for name in WAIT_ASLEEP if name in os.environ}
+    environment = {"py_modules": [str(Path(__file__).parent)], "env_vars": variables}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if named:
         _reach(named)

@@ -1,6 +1,9 @@
-"""The rule of the layers: imports only go down."""
+"""The rule of the layers, imports only go down; and what must come before torch."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,40 @@ def test_torch_is_imported_inside_functions_only(package: str) -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, module
+
+
+def test_benchmarks_import_colorfilter_before_torch() -> None:
+    for module in (ROOT / "benchmarks").glob("*.py"):
+        order = [
+            (node.names[0].name if isinstance(node, ast.Import) else str(node.module)).split(".")[0]
+            for node in ast.parse(module.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        for heavy in {"torch", "transformers"} & set(order):
+            assert order.index("colorfilter") < order.index(heavy), module
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_asleep_unless_the_user_says_how(
+    given: dict[str, str], found: dict[str, str]
+) -> None:
+    names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    program = (
+        f"import colorfilter, os; print({{n: os.environ[n] for n in {names} & {{*os.environ}}}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**bare, **given},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ast.literal_eval(done.stdout) == found

@@ -6,5 +6,5 @@ from tests.pipelines.program import Caller
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Caller:
-    return Caller(monkeypatch, capsys)
+def call(monkeypatch: pytest.MonkeyPatch) -> Caller:
+    return Caller(monkeypatch)

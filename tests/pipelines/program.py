@@ -1,5 +1,7 @@
 """The command line, as a program that tests start and as a call in their own process."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -33,15 +35,16 @@ def colorfilter(*arguments: str, **environment: str) -> Done:
 class Caller:
     """Calls commands in this process, where what takes seconds to load is loaded already."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._capsys = capsys
 
     def __call__(self, *arguments: str) -> Done:
         for name in ("DAGSTER_HOME", "COLORFILTER_HOME", "COLORFILTER_RECIPE"):  # which it sets
             self._monkeypatch.setenv(name, os.environ.get(name, ""))
             self._monkeypatch.delenv(name)
-        self._capsys.readouterr()
-        code = cli.call(list(arguments))
-        out, err = self._capsys.readouterr()
-        return Done(list(arguments), code, out, err)
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
+            code = cli.call(list(arguments))
+        return Done(list(arguments), code, out.getvalue(), err.getvalue())

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -205,15 +207,37 @@ def test_status_tells_what_stands(call: Caller, finished: Project) -> None:
     assert "reference/report" in done.stdout
 
 
-def test_run_ends_with_the_comparison_and_where_things_lie(finished: Project) -> None:
-    arguments = ("--recipe", str(finished.path), "--home", str(finished.home.root))
-    done = colorfilter("run", *arguments)
+RUN = """
+import sys
+from pipelines import cli
+if __name__ == "__main__":
+    code = cli.call(sys.argv[1:])
+    print({"torch", "transformers.modeling_utils"} & sys.modules.keys())
+    sys.exit(code)
+"""
+
+
+def test_run_ends_with_the_comparison_and_where_things_lie(
+    finished: Project, tmp_path: Path
+) -> None:
+    """Its own process loads neither torch nor transformers' models."""
+    project = copy_of(finished, tmp_path)
+    for asset in ("report", "color_tau4/evaluation"):
+        shutil.rmtree(project.home.artifacts / "reference" / asset)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, "run", "--recipe", str(project.path)]
+        + ["--home", str(project.home.root)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "color_tau4" in done.stdout
     assert "probe_auc" in done.stdout
     for what in ("report.html", "scores.duckdb", "results.duckdb", "filtered_dataset"):
         assert what in done.stdout
-    assert not done.stderr.strip()
+    assert "set()" in done.stdout.splitlines()
 
 
 def test_a_backup_is_restored_to_another_home(
