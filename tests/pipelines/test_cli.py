@@ -224,9 +224,9 @@ def test_run_ends_with_the_comparison_and_where_things_lie(
     project = copy_of(finished, tmp_path)
     for asset in ("report", "color_tau4/evaluation"):
         shutil.rmtree(project.home.artifacts / "reference" / asset)
+    arguments = "--recipe", str(project.path), "--home", str(project.home.root)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, "run", "--recipe", str(project.path)]
-        + ["--home", str(project.home.root)],
+        [sys.executable, "-W", "ignore", "-c", RUN, "run", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
