@@ -240,7 +240,12 @@ def ui(
         "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
     )
     workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
-    console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    console.print(
+        "starting Dagster's code server, web server and daemon, which takes 15 s, on a busy machine "
+        f"a minute; then: http://127.0.0.1:{port}  (Ctrl-C ends it)",
+        highlight=False,
+        soft_wrap=True,
+    )
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
     command += ["-h", "127.0.0.1", "-p", str(port)]
     os.chdir(place.root)  # away from the checkout's dagster.yaml, which is not this instance's
