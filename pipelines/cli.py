@@ -241,7 +241,7 @@ def ui(
     )
     workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
     console.print(
-        "starting Dagster's code server, web server and daemon, which takes 15 s, on a busy machine "
+        "starting Dagster's code server, web server and daemon: 15 s, on a busy machine "
         f"a minute; then: http://127.0.0.1:{port}  (Ctrl-C ends it)",
         highlight=False,
         soft_wrap=True,
