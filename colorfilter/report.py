@@ -196,6 +196,23 @@ def comparison_in_brief(lines: Sequence[ArmLine]) -> tuple[list[str], list[list[
     return ["arm", "tokens", "mean, 95 %", "than random", "tokens-to-match"], rows
 
 
+def comparison_in_a_sentence(lines: Sequence[ArmLine]) -> str:
+    """What the best arm at the fewest tokens gains over random, by the seed that gains least."""
+    first = min(line.tokens for line in lines)
+    best = next((line for line in lines if line.tokens == first and line.matches), None)
+    if best is None or best.against_random is None or verdict(best.against_random) != "better":
+        return f"At {first:,} tokens no arm is told apart from random as the better one."
+    least = min(best.matches, key=lambda match: (match.bound != "<", match.ratio))
+    seeds = f"each of {len(best.matches)} seeds"
+    if least.bound == "<":
+        return f"{best.arm} is better than random at {first:,} tokens, but not with {seeds}."
+    more = "more than" if least.bound == ">" else "at least"
+    return (
+        f"{best.arm} reached with {first:,} tokens what random needs {more} "
+        f"{least.ratio * first:,.0f} for, with {seeds}."
+    )
+
+
 Rows = Sequence[Mapping[str, object]]
 
 LOSSES = {

@@ -23,7 +23,13 @@ from rich.table import Table
 
 from assets import common
 from colorfilter.recipe import Recipe
-from colorfilter.report import LOSSES, arm_lines, comparison_in_brief, judged_by
+from colorfilter.report import (
+    LOSSES,
+    arm_lines,
+    comparison_in_a_sentence,
+    comparison_in_brief,
+    judged_by,
+)
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
@@ -134,7 +140,8 @@ def print_report(console: Console, plan: Recipe, place: Home) -> None:
         report = artifacts.current(f"{domain.name}/report")
         rows = pl.read_parquet(report.path / "evaluations.parquet")
         measured = rows.filter(~pl.col("metric").str.starts_with("tokens_to_match"))
-        header, brief = comparison_in_brief(arm_lines(measured))
+        lines = arm_lines(measured)
+        header, brief = comparison_in_brief(lines)
         words = LOSSES[judged_by(measured)].lower().rstrip(",")
         title = f"{domain.name}: {words}, nats per token, lower is better"
         table = Table(title=title, box=box.SIMPLE, pad_edge=False)
@@ -142,6 +149,8 @@ def print_report(console: Console, plan: Recipe, place: Home) -> None:
             table.add_column(name, overflow="fold")
         for line in brief:
             table.add_row(*line)
+        console.print()
+        console.print(f"{domain.name}: {comparison_in_a_sentence(lines)}", highlight=False)
         console.print(table)
         for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
             console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")

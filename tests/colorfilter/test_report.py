@@ -17,6 +17,7 @@ from colorfilter.report import (
     COMPARISON_HEADER,
     EVALUATIONS,
     arm_lines,
+    comparison_in_a_sentence,
     comparison_in_brief,
     comparison_rows,
     interval,
@@ -149,6 +150,38 @@ def test_in_brief_equal_matches_are_told_once() -> None:
     }
     assert by_arm["color_tau8", "100"]["tokens-to-match"] == "1.41 2.00"
     assert list(by_arm["random", "100"].values())[3:] == ["-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ((4.0, 4.0), "reached with 100 tokens what random needs more than 200 for, with each of 2"),
+        ((5.5, 5.49), "reached with 100 tokens what random needs at least 141 for, with each of 2"),
+        ((5.99, 6.01), "At 100 tokens no arm is told apart from random as the better one."),
+    ],
+)
+def test_the_sentence_says_what_the_seed_that_gains_least_does(
+    losses: tuple[float, float], sentence: str
+) -> None:
+    random = [(100, 6.0), (200, 5.0)]
+    rows = [
+        row
+        for seed in (1, 2)
+        for n, loss in random
+        for row in losses_and_bits("random", seed, n, loss)
+    ]
+    for seed, loss in enumerate(losses, 1):
+        rows += losses_and_bits("color_tau8", seed, 100, loss)
+    assert sentence in comparison_in_a_sentence(arm_lines(evaluations(*rows)))
+
+
+def test_a_seed_that_is_worse_is_told_where_the_arm_is_better() -> None:
+    rows = []
+    for seed, (own, other) in enumerate([(4.0, 6.0), (3.9, 5.9), (4.1, 6.1), (6.05, 6.0)] * 3, 1):
+        rows += losses_and_bits("random", seed, 100, other)
+        rows += losses_and_bits("color_tau8", seed, 100, own)
+    told = comparison_in_a_sentence(arm_lines(evaluations(*rows)))
+    assert told == "color_tau8 is better than random at 100 tokens, but not with each of 12 seeds."
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli
+from pipelines import cli, terminal
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 Done = subprocess.CompletedProcess[str]
@@ -42,9 +42,12 @@ class Caller:
         for name in ("DAGSTER_HOME", "COLORFILTER_HOME", "COLORFILTER_RECIPE"):  # which it sets
             self._monkeypatch.setenv(name, os.environ.get(name, ""))
             self._monkeypatch.delenv(name)
-        with (
-            contextlib.redirect_stdout(io.StringIO()) as out,
-            contextlib.redirect_stderr(io.StringIO()) as err,
-        ):
-            code = cli.call(list(arguments))
+        err = io.StringIO()
+        # sys.stderr stays: where it is another, a logging handler of absl closes the one it has.
+        terminal.errors.file = err
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                code = cli.call(list(arguments))
+        finally:
+            terminal.errors.file = None  # which is sys.stderr, whatever that is then
         return Done(list(arguments), code, out.getvalue(), err.getvalue())
