@@ -29,7 +29,7 @@ mutations: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/scoring.py
