@@ -94,6 +94,7 @@ def test_a_group_gives_the_loss_curve_of_one_process(
     assert {p.name for p in spec.out.iterdir()} == {p.name for p in alone.out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_group_that_was_killed_goes_on_from_its_state(alone: TrainSpec, tmp_path: Path) -> None:
     spec = replace(alone, out=tmp_path / "out")
     assert together(spec, tmp_path / "first", steps=6) == [9, 9]

@@ -18,6 +18,8 @@ from pipelines.graph import build_definitions
 from pipelines.running import bring_in
 from tests.conftest import Project, copy_of, made_since
 
+pytestmark = pytest.mark.slow
+
 DATASET = ("selection", "leakage", "filtered_dataset")
 MODEL = ("target_model", "evaluation")
 
