@@ -120,7 +120,10 @@ def shared_documents(corpus: Mapping[str, Path], texts: Mapping[str, Path]) -> l
     known: dict[str, str] = {}
     for name, path in texts.items():
         known |= dict.fromkeys(pl.read_parquet(path, columns=["sha256"])["sha256"], name)
-    wanted = pl.LazyFrame({"sha256": list(known), "text": list(known.values())})
+    wanted = pl.LazyFrame(
+        {"sha256": list(known), "text": list(known.values())},
+        schema={"sha256": pl.String, "text": pl.String},
+    )
     return [
         row
         for path in corpus.values()
