@@ -144,3 +144,8 @@ def test_shared_documents_are_found_with_their_place(tmp_path: Path) -> None:
     }
     del corpus["s1"], known["held_out"]
     assert shared_documents(corpus, known) == []
+
+
+def test_where_no_text_was_read_none_is_shared(tmp_path: Path) -> None:
+    table = documents_table(tmp_path / "one", CORPUS) / "documents.parquet"
+    assert shared_documents({"one": table}, {}) == []
