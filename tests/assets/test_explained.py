@@ -241,13 +241,18 @@ def test_text_that_only_the_domain_has_is_told_as_such(finished: Project) -> Non
 
 
 def test_a_documents_sequences_are_told_together_as_each_by_itself(finished: Project) -> None:
-    row = kept(finished).row(0, named=True)
-    doc_id = sequence(finished, row["shard"], row["position"]).spans[0].doc_id
+    selected = kept(finished).select("shard", "position")
+    shard = selected["shard"][0]
+    spans = pl.read_parquet(current(finished, "corpus_tokens", shard) / "spans.parquet")
+    of_selected = spans.join(selected.filter(shard=shard), on="position", how="semi")["doc_id"]
+    documents = spans.filter(pl.col("doc_id").is_in(of_selected.to_list())).group_by("doc_id")
+    several = documents.agg(pl.col("position").unique().sort()).filter(
+        pl.col("position").list.len().is_between(2, 12)
+    )
+    doc_id, mine = several.sort("doc_id").row(-1)
     found = document(finished, doc_id)
-    spans = pl.read_parquet(current(finished, "corpus_tokens", row["shard"]) / "spans.parquet")
-    mine = spans.filter(pl.col("doc_id") == doc_id)["position"].unique().sort().to_list()
     assert [s.position for s in found.sequences] == mine
-    assert found.sequences == [sequence(finished, row["shard"], p) for p in mine]
+    assert found.sequences == [sequence(finished, shard, p) for p in mine]
 
 
 def test_a_padded_sequence_is_told_to_be_excluded(finished: Project) -> None:

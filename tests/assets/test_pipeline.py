@@ -41,7 +41,7 @@ def test_a_second_run_computes_nothing(
     assert len(project.kernel_runs()) == kernels
 
 
-def test_a_new_file_costs_its_own_scoring_and_nothing_else(
+def test_a_new_file_costs_its_own_scoring_and_a_touched_one_its_reading(
     movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(movable.ledger())
@@ -56,16 +56,43 @@ def test_a_new_file_costs_its_own_scoring_and_nothing_else(
     assert not trained & made.keys()
     assert made["reference/cutoff_confidence"] == {None}  # and no second conditional
 
-
-def test_a_touched_file_is_read_again_and_nothing_else(
-    movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for touched in (1, 2):  # the first time, what was read elsewhere is read here
-        before = len(movable.ledger())
-        for file in (tmp_path / "corpus").iterdir():
-            os.utime(file, (touched, touched))
-        assert movable.run(monkeypatch) is None
+    before = len(movable.ledger())
+    for file in (tmp_path / "corpus").glob("*.jsonl"):
+        os.utime(file, (1, 1))
+    assert movable.run(monkeypatch) is None
     assert set(made_since(movable, before)) == {"raw_corpus"}
+
+
+def shown_examples(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
+    """Of the report that is made next."""
+    shown: list[Example] = []
+    monkeypatch.setattr(page, "html", lambda _, found: shown.extend(found[-1].examples) or "")
+    return shown
+
+
+def check_examples(project: Project, shown: list[Example], labels: str) -> None:
+    """The losses of the tokens shown make up their color."""
+    store = ArtifactStore(home=str(project.home.root))
+    encoder = Encoder(store.current("tokenizer").path)
+    assert len(shown) == 5 * len({example.place for example in shown}) == 30
+    for example in shown:
+        difference = example.conditional.astype(np.float64) - example.prior
+        assert np.nanmean(difference) == pytest.approx(example.color, abs=1e-4)
+        tokens = open_tokens(store.current("corpus_tokens", example.shard).path)[example.position]
+        closed = (tokens[:-1] == encoder.end_of_text).sum()
+        assert np.isnan(difference).sum() == 1 + (closed if labels == "within_documents" else 0)
+        decoded = encoder.decode(t for t in tokens if t != encoder.end_of_text)
+        assert "".join(example.texts) == decoded
+
+
+def test_the_losses_of_the_tokens_shown_make_up_their_color(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path)
+    shown = shown_examples(monkeypatch)
+    shutil.rmtree(project.home.artifacts / "reference" / "report")
+    project.materialize(monkeypatch, ["reference/report"])
+    check_examples(project, shown, "all")
 
 
 def test_other_labels_cost_the_scoring_alone(
@@ -75,7 +102,9 @@ def test_other_labels_cost_the_scoring_alone(
     project.facts = {**finished.facts, "scoring": {"labels": "within_documents"}}
     project.write()
     before = len(project.ledger())
+    shown = shown_examples(monkeypatch)
     assert project.run(monkeypatch) is None
+    check_examples(project, shown, "within_documents")
     made = made_since(project, before)
     assert {"prior_scores", "reference/conditional_scores", "score_tables"} <= made.keys()
     assert not {"corpus_tokens", "prior_model", "reference/conditional_model"} & made.keys()
@@ -271,30 +300,6 @@ def test_a_conditional_that_is_no_better_fails_the_check(finished: Project, tmp_
     worse = loss.facts["prior_held_out_loss"] + 0.1
     project.home.ledger.write_text(ledger.replace(f"{loss.facts['held_out_loss']}", f"{worse}"))
     assert not evaluate(check, project).passed
-
-
-@pytest.mark.parametrize("labels", ["all", "within_documents"])
-def test_the_losses_of_the_tokens_shown_make_up_their_color(
-    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str
-) -> None:
-    project = copy_of(finished, tmp_path)
-    project.facts = {**finished.facts, "scoring": {"labels": labels}}
-    project.write()
-    shown: list[Example] = []
-    monkeypatch.setattr(page, "html", lambda _, found: shown.extend(found[-1].examples) or "")
-    shutil.rmtree(project.home.artifacts / "reference" / "report")
-    assert project.run(monkeypatch) is None
-    store = ArtifactStore(home=str(project.home.root))
-    encoder = Encoder(store.current("tokenizer").path)
-    assert len(shown) == 5 * len({example.place for example in shown}) == 30
-    for example in shown:
-        difference = example.conditional.astype(np.float64) - example.prior
-        assert np.nanmean(difference) == pytest.approx(example.color, abs=1e-4)
-        tokens = open_tokens(store.current("corpus_tokens", example.shard).path)[example.position]
-        closed = (tokens[:-1] == encoder.end_of_text).sum()
-        assert np.isnan(difference).sum() == 1 + (closed if labels == "within_documents" else 0)
-        decoded = encoder.decode(t for t in tokens if t != encoder.end_of_text)
-        assert "".join(example.texts) == decoded
 
 
 def test_losses_in_the_table_are_the_models_losses(finished: Project) -> None:

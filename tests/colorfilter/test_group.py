@@ -1,6 +1,5 @@
 """Two processes that train one model together, by gloo on the CPU, against one that does alone."""
 
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import safetensors.torch
 from colorfilter import training
 from colorfilter.train_spec import TrainSpec
 from colorfilter.training import train
+from colorfilter.workers import process_context
 
 # Gradients are added up in another order: the last bits of a float32, each step.
 TOLERANCE = 2e-5  # nats per token
@@ -42,9 +42,9 @@ def train_as(rank: int, size: int, meeting: Path, spec: TrainSpec, steps: int | 
 
 def together(spec: TrainSpec, meeting: Path, size: int = 2, steps: int | None = None) -> list[int]:
     """Exit codes of a group's processes."""
-    spawn = multiprocessing.get_context("spawn")
+    context = process_context()
     group = [
-        spawn.Process(target=train_as, args=(rank, size, meeting, spec, steps))
+        context.Process(target=train_as, args=(rank, size, meeting, spec, steps))
         for rank in range(size)
     ]
     for process in group:

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from colorfilter.errors import InputError
+from pipelines.settings import Job
 from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
 from tests.pipelines.program import Caller
 from tests.pipelines.server import serving
@@ -46,7 +47,8 @@ def test_a_finished_home_holds(finished: Project) -> None:
     )
     assert done.artefacts == len({e["path"] for e in finished.ledger()})
     assert done.rescored is not None
-    assert done.rescored.losses == 2 * 3 * 9  # by two models, of eight shards and the probe's
+    shards = len(finished.home.shards()) + 1  # the probe's too
+    assert done.rescored.losses == 2 * 3 * shards  # by two models
     assert done.rescored.largest <= 2e-5
 
 
@@ -140,16 +142,14 @@ def test_what_is_replaced_and_taken_up_again_is_found(project: Project) -> None:
     )
 
 
-def test_a_raw_file_is_changed_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_corpus(tmp_path / "corpus", MODULES[:3])
-    facts = recipe_facts(tmp_path / "corpus")
-    facts["target"]["training_tokens"] = 800
-    project = Project(tmp_path, facts)
-    assert project.run(monkeypatch) is None
+def test_a_raw_file_is_changed_or_gone(
+    movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert movable.run(monkeypatch, Job.REFRESH) is None  # it is read where it lies now
     changed, gone = (tmp_path / "corpus" / f"{name}.jsonl" for name in MODULES[:2])
     flip(changed)
     gone.unlink()
-    done = audited(project)
+    done = audited(movable)
     assert not done.passed
     told = {str(f) for f in done.findings}
     assert any(re.match(rf"raw_corpus\S+: {changed}: expected .* with the sha256", s) for s in told)

@@ -86,11 +86,11 @@ def test_an_unreadable_source(call: Caller, tmp_path: Path) -> None:
 
 
 def test_more_training_tokens_than_the_selection_holds(
-    call: Caller, corpus: Path, tmp_path: Path
+    call: Caller, finished: Project, tmp_path: Path
 ) -> None:
-    facts = recipe_facts(corpus)
-    facts["target"]["training_tokens"] = 10_000_000
-    assert "target.training_tokens: needs" in refuse(call, facts, tmp_path)
+    facts = copy_of(finished, tmp_path).facts
+    target = {**facts["target"], "training_tokens": 10_000_000}
+    assert "target.training_tokens: needs" in refuse(call, {**facts, "target": target}, tmp_path)
 
 
 def test_a_corpus_too_small_for_the_sample(call: Caller, corpus: Path, tmp_path: Path) -> None:
