@@ -66,7 +66,7 @@ def recipe_facts(corpus: Path) -> dict:
                 ],
                 "held_out": 0.1,
                 "probe": 0.1,
-                "training": whole,
+                "training": {**whole},
             }
         ],
         "arms": [

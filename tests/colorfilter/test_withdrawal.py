@@ -3,6 +3,8 @@
 import hashlib
 import html
 import json
+import random
+import string
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,14 @@ TEXT = (
 )
 def test_a_page_tells_of_a_text_however_it_is_written(page: str, told: bool) -> None:
     assert Forgotten("", set(), set(), TEXT).is_told_in(page) is told
+
+
+def test_any_thirty_letters_in_a_row_tell_of_a_text() -> None:
+    """A report's table shows about as many of a sequence."""
+    text = "".join(random.Random(0).choices(string.ascii_letters, k=200))
+    gone = Forgotten("", set(), set(), text)
+    for start in range(len(text) - 29):
+        assert gone.is_told_in(f"| 12 | {text[start : start + 30]} | 0.5 |")
 
 
 def test_a_short_text_is_told_as_a_whole_and_an_unknown_one_never() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import urllib.request
@@ -145,6 +146,8 @@ def test_what_is_replaced_and_taken_up_again_is_found(project: Project) -> None:
 def test_a_raw_file_is_changed_or_gone(
     movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for path in (tmp_path / "corpus").iterdir():
+        os.utime(path, (1, 1))
     assert movable.run(monkeypatch, Job.REFRESH) is None  # it is read where it lies now
     changed, gone = (tmp_path / "corpus" / f"{name}.jsonl" for name in MODULES[:2])
     flip(changed)

@@ -208,7 +208,8 @@ def test_refreshing_scores_the_new_shard_and_publishes_a_new_dataset(
     runs = movable.kernel_runs()[kernels:]
     assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
     made = made_since(movable, before)
-    assert made["raw_corpus"] == {new}
+    for asset in ("raw_corpus", "corpus_tokens", "prior_scores"):
+        assert made[asset] == {new}
     assert made["reference/color_tau4/filtered_dataset"] == {None}
     assert not any("model" in asset or "evaluation" in asset for asset in made)
     assert dataset.path.exists()

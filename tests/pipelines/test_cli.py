@@ -77,7 +77,7 @@ def test_a_source_without_a_usable_document(call: Caller, corpus: Path, tmp_path
 
 def test_an_unreadable_source(call: Caller, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
-    folder.mkdir()
+    write_corpus(folder, [])
     (folder / "broken.jsonl.gz").write_bytes(b"not gzip")
     facts = recipe_facts(folder)
     facts["corpus"]["sources"][0]["files"] = str(folder / "*.gz")
