@@ -252,6 +252,7 @@ def test_labels_across_documents_can_be_left_out(tmp_path: Path) -> None:
 GROWTH_LIMIT = 16 * 2**20
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_thousands_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "BATCH_TOKENS", {"cpu": 256})
     vocab_size = 4096

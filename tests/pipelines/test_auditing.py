@@ -207,6 +207,7 @@ def test_what_cannot_be_read_is_told_among_the_rest(project: Project, broken: st
 # Dagster's history -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_materialization_is_forged_through_the_web_server(project: Project) -> None:
     asset = "reference/color_tau4/filtered_dataset"
     with serving(project.path, project.home.root) as server:

@@ -19,7 +19,7 @@ from resources.home import Home
 from resources.ledger import Ledger
 from resources.openlineage import _address
 from tests.conftest import Project
-from tests.pipelines.program import colorfilter
+from tests.pipelines.program import Caller, colorfilter
 
 Event = dict[str, Any]
 
@@ -246,7 +246,10 @@ def test_an_openlineage_yml_says_where_to(
 
 
 def refusal(home: Path, *arguments: str, **environment: str) -> str:
-    done = colorfilter("openlineage", "--home", str(home), *arguments, **environment)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        done = Caller(monkeypatch)("openlineage", "--home", str(home), *arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     return line
