@@ -26,10 +26,13 @@ def fail() -> None:
 
 
 def go_on_for_ever(begun: Path) -> None:
+    """Until it is stopped; where nobody does, it leaves a file `late` after a minute."""
     begun.touch()
-    while True:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         workers.report(1)
         time.sleep(0.01)
+    begun.with_name("late").touch()
 
 
 def kill_itself() -> None:
@@ -89,6 +92,7 @@ def test_a_failure_is_raised_and_the_other_calls_stop(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no good"):
             list(calls)
         assert next(two.run(count, [(1,)]))[1][0] == 1
+    assert not (tmp_path / "late").exists()
 
 
 def test_who_leaves_early_stops_the_other_calls(tmp_path: Path) -> None:
@@ -96,6 +100,7 @@ def test_who_leaves_early_stops_the_other_calls(tmp_path: Path) -> None:
         for _ in two.run(call, [(count, 1), (go_on_for_ever, tmp_path / "begun")]):
             break
         assert next(two.run(count, [(1,)]))[1][0] == 1
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_killed_worker_is_told_of_and_the_pool_is_known_to_be_broken() -> None:
