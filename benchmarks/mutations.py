@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAST, SLOW = "not slow", "slow"
 MISSED_BY_FAST = 2  # faults that `make test` may miss
 HUNG_SECONDS = 1_200
+TEST_HUNG_SECONDS = 300
 
 
 class Fault(NamedTuple):
@@ -335,6 +336,7 @@ def put_in(fault: Fault, folder: Path) -> None:
 def first_failure(folder: Path, tests: str, suite: str) -> str | None:
     """The first test that fails in a copy of the tree; None where all pass or there are none."""
     command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", suite, tests]
+    command += ["--timeout", str(TEST_HUNG_SECONDS)]
     if (folder / tests).is_dir() and suite == FAST:
         command += ["-n", "2", "--dist", "loadfile"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
