@@ -39,12 +39,12 @@ MODEL = {
 
 
 def recipe_facts(corpus: Path) -> dict:
-    """A recipe over what `write_corpus` has written there, seconds to run.
+    """Return a recipe over the files of `write_corpus`; it runs in seconds.
 
-    What is read whole is read by large batches: by small ones it would take most of a run's time.
+    The auxiliary models train by large batches: small ones would take most of a run's time.
     """
     training = {"learning_rate": 5e-3, "batch_sequences": 8}
-    whole = {"learning_rate": 1e-2, "batch_sequences": 32}
+    auxiliary = {"learning_rate": 1e-2, "batch_sequences": 32}
     return {
         "name": "tests",
         "sequence_length": 32,
@@ -53,7 +53,7 @@ def recipe_facts(corpus: Path) -> dict:
             "shard_bytes": 60_000,
         },
         "tokenizer": {"vocab_size": 320},
-        "prior": {"sample_chars": 60_000, "model": MODEL, "training": whole},
+        "prior": {"sample_chars": 60_000, "model": MODEL, "training": auxiliary},
         "domains": [
             {
                 "name": "reference",
@@ -66,7 +66,7 @@ def recipe_facts(corpus: Path) -> dict:
                 ],
                 "held_out": 0.1,
                 "probe": 0.1,
-                "training": {**whole},
+                "training": {**auxiliary},
             }
         ],
         "arms": [
@@ -82,7 +82,7 @@ def recipe_facts(corpus: Path) -> dict:
 def write_corpus(folder: Path, names: list[str]) -> None:
     """A JSON Lines file per standard library module, a document per block of lines.
 
-    And the beginnings of the language reference's topics, for the domain.
+    Also `topics.py`, the first 4,000 characters of each topic of the language reference.
     """
     folder.mkdir(parents=True, exist_ok=True)
     topics = pkgutil.resolve_name("pydoc_data.topics:topics")

@@ -69,14 +69,14 @@ def test_a_new_file_costs_its_own_scoring_and_a_touched_one_its_reading(
 
 
 def shown_examples(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
-    """Of the report that is made next."""
+    """Return a list that the next report adds its examples to."""
     shown: list[Example] = []
     monkeypatch.setattr(page, "html", lambda _, found: shown.extend(found[-1].examples) or "")
     return shown
 
 
 def check_examples(project: Project, shown: list[Example], labels: str) -> None:
-    """The losses of the tokens shown make up their color."""
+    """Check that the losses of the tokens shown add up to each sequence's color."""
     store = ArtifactStore(home=str(project.home.root))
     encoder = Encoder(store.current("tokenizer").path)
     assert len(shown) == 5 * len({example.place for example in shown}) == 30
