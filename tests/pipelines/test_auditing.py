@@ -33,22 +33,22 @@ def project(finished: Project, tmp_path: Path) -> Project:
     return copy_of(finished, tmp_path)
 
 
-def test_a_finished_home_holds(finished: Project) -> None:
-    before = sorted(finished.home.root.iterdir()), len(finished.kernel_runs())
-    done = audited(finished, again=True, sample=3)
-    assert (sorted(finished.home.root.iterdir()), len(finished.kernel_runs())) == before
+def test_a_finished_home_holds(project: Project) -> None:
+    before = sorted(project.home.root.iterdir()), len(project.kernel_runs())
+    done = audited(project, again=True, sample=3)
+    assert (sorted(project.home.root.iterdir()), len(project.kernel_runs())) == before
     assert done.passed
     assert [str(f) for f in done.findings] == []
     assert all(done.checked.values())
     assert (
         done.head
         == hashlib.sha256(
-            finished.home.ledger.read_bytes().splitlines(keepends=True)[-1]
+            project.home.ledger.read_bytes().splitlines(keepends=True)[-1]
         ).hexdigest()
     )
-    assert done.artefacts == len({e["path"] for e in finished.ledger()})
+    assert done.artefacts == len({e["path"] for e in project.ledger()})
     assert done.rescored is not None
-    shards = len(finished.home.shards()) + 1  # the probe's too
+    shards = len(project.home.shards()) + 1  # the probe's too
     assert done.rescored.losses == 2 * 3 * shards  # by two models
     assert done.rescored.largest <= 2e-5
 
