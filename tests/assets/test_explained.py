@@ -417,7 +417,7 @@ def test_other_models_are_told_as_the_cause_and_a_new_sample_as_other_sequences(
     assert (old.decision, old.score) == ("refused", None)
     assert "no longer in the tables" in str(old.why)
 
-    movable.facts["prior"] = {**movable.facts["prior"], "sample_chars": 50_000}
+    movable.facts["prior"] = {**movable.facts["prior"], "sample_chars": 20_000}
     movable.write()
     assert movable.run(monkeypatch, Job.RETRAIN) is None
     found = dataset(movable)
