@@ -52,7 +52,7 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         kinds={"html", "duckdb"},
         owners=OWNERS,
         pool="gpu",
-        code_version=code_version(3),
+        code_version=code_version(4),
     )
     def report(artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore) -> dg.MaterializeResult:
         """All arms compared, for people (`report.html`) and as tables (`results.duckdb`).
@@ -105,7 +105,7 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                     *models,
                     *scored,
                 ],
-                code=3,
+                code=4,
             ),
             build,
         )

@@ -278,6 +278,8 @@ def sections(
     """
     lines = arm_lines(evaluations)
     words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])
+    if any(line.matches for line in lines):
+        words = f"{comparison_in_a_sentence(lines)} {words}"
     found = [Section("Comparison", words, Table(COMPARISON_HEADER, comparison_rows(lines)))]
     on_tasks = task_rows(evaluations)
     if on_tasks:
@@ -291,7 +293,7 @@ def sections(
     if matches:
         found.append(Section("tokens-to-match", MATCHES, picture=figures.match_plot(matches)))
     by_tau = _losses_by_tau(lines, arms)
-    if by_tau:
+    if len({tau for line in by_tau.values() for tau in line}) > 1:
         random = next((line.loss for line in lines if line.arm == "random"), None)
         loss = LOSSES[judged_by(evaluations)].rstrip(",")
         picture = figures.tau_sweep(by_tau, random, loss)

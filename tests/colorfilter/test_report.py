@@ -220,7 +220,11 @@ def report_of(evaluations: pl.DataFrame, **changed: Any) -> dict[str, Section]:
 
 
 def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
-    probed = pl.concat([COMPARED, evaluations(("color_tau8", None, None, "probe_auc", 0.98765))])
+    added = [
+        *losses_and_bits("color_tau32", 1, 100, 5.0),
+        ("color_tau8", None, None, "probe_auc", 0.98765),
+    ]
+    probed = pl.concat([COMPARED, evaluations(*added)])
     made = report_of(probed)
     assert list(made) == [
         "Comparison",
@@ -236,6 +240,18 @@ def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
     assert comparison == Table(COMPARISON_HEADER, comparison_rows(arm_lines(probed)))
     assert scores == Table(["arm", "metric", "value"], [["color_tau8", "probe_auc", "0.9877"]])
     assert len(made["What was selected"].examples) == 1
+
+
+def test_the_report_begins_with_the_sentence_that_a_run_ends_with() -> None:
+    told = report_of(COMPARED)["Comparison"].text
+    assert told.startswith(
+        "best_tau8 reached with 100 tokens what random needs more than 200 for, with each of 2 "
+        "seeds. Held-out loss in nats per token"
+    )
+
+
+def test_one_tau_is_no_sweep() -> None:
+    assert "Loss by tau" not in report_of(COMPARED)
 
 
 def test_tokens_to_match_are_drawn_at_the_tokens_that_all_arms_have(
@@ -295,6 +311,7 @@ def test_a_report_on_random_alone_has_nothing_to_match_or_sweep() -> None:
     rows = COMPARED.filter(pl.col("arm") == "random")
     made = report_of(rows, arms=[Arm(method="random")])
     assert list(made) == ["Comparison", "Learning curves", "Scores", "What was selected"]
+    assert made["Comparison"].text.startswith("Held-out loss")
 
 
 def test_a_report_on_one_seed_is_made() -> None:

@@ -199,7 +199,7 @@ def test_the_report_opens_offline(server: Server, browser: "Browser") -> None:
             0
         )
         pictures = page.evaluate("[...document.images].map(i => [i.currentSrc, i.naturalWidth])")
-        assert len(pictures) == 4
+        assert len(pictures) == 3
         assert all(source.startswith("data:") and width > 100 for source, width in pictures)
         assert [url for url in asked if not url.startswith("data:")] == [page.url]
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
