@@ -15,13 +15,14 @@ DEV := $(VENV)/.installed-dev
 demo: $(RUNTIME)
 	$(BIN)/colorfilter run --recipe sample
 
-# A file's tests stay in one process, which makes once what they share. What is slow by nature starts
-# servers and clusters of its own, so it runs by itself.
+# A file's tests stay in one process, which makes once what they share.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 test: lint
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 mutations: $(DEV)
 	$(BIN)/python benchmarks/mutations.py

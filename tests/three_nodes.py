@@ -12,11 +12,12 @@ import socket
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec.asyn
+import psutil
 import pytest
 
 CLONE_NEWNET = 0x40000000
@@ -60,6 +61,16 @@ def three_nodes() -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def workers_at_work() -> list[psutil.Process]:
+    """Workers on the nodes that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "_Worker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextmanager

@@ -399,6 +399,7 @@ def test_other_models_are_told_as_the_cause_and_a_new_sample_as_other_sequences(
     before = kept(movable)
     row = before.row(0, named=True)
     movable.facts["domains"][0]["training"] = {"learning_rate": 2e-3, "batch_sequences": 64}
+    movable.facts["target"]["training_tokens"] = 800  # no target model is looked at
     movable.write()
     assert movable.run(monkeypatch) is None
     found = dataset(movable)

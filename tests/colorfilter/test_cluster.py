@@ -295,7 +295,11 @@ def test_the_place_of_one_that_is_left_out_is_free_when_its_node_is_gone(
     assert added.node_id in used
 
 
-def test_what_a_group_raises_is_raised_here(nodes: Any) -> None:
+def test_what_a_group_raises_is_raised_here(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from colorfilter import data_parallel
+
+    monkeypatch.setattr(data_parallel, "FAILURES", 1)
+
     def refuse(name: str) -> None:
         from colorfilter.errors import InputError
 

@@ -200,6 +200,24 @@ def test_a_damaged_chunk_of_another_name_does_not_stay_beside_the_new_one(
     assert contents(out) == before
 
 
+def test_a_run_goes_on_where_chunks_of_another_size_stand(
+    model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
+) -> None:
+    folder, out, receipts = scored
+    before = read_chunks(out).sort("position")
+    for i in (0, 3):
+        (out / receipts[i].file).unlink()
+    scorer = Counting(model)
+    (again,) = score_shard({"m": scorer}, folder, "s", {"m": out}, 2 * CHUNK).values()
+    assert [(r.start, r.stop) for r in again] == [(0, 5), (5, 10), (10, 15), (15, 17)]
+    assert scorer.scored == 5 + 2
+    (out / receipts[1].file).unlink()
+    (out / receipts[0].file).unlink()
+    (again,) = score_shard({"m": scorer}, folder, "s", {"m": out}, 2 * CHUNK).values()
+    assert [(r.start, r.stop) for r in again] == [(0, 10), (10, 15), (15, 17)]
+    assert read_chunks(out).sort("position").equals(before)
+
+
 def test_leftovers_of_a_killed_run_are_removed_and_not_read(
     model: PreTrainedModel, scored: tuple[Path, Path, list[Receipt]]
 ) -> None:

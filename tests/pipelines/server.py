@@ -203,6 +203,8 @@ def start_by(
 ) -> Server:
     """A server by a command that is called in a folder, its code loaded."""
     log = home.parent / f"ui-{port}.log"
+    # Where these tests run in the background of a shell, they and what they start ignore SIGINT.
+    command = ["env", "--default-signal=INT", *command]
     with log.open("ab") as output:
         started = subprocess.Popen(
             command,

@@ -222,6 +222,8 @@ def test_retraining_draws_a_new_sample_and_running_everything_keeps_it(
     movable: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path / "corpus", ["textwrap", "shlex"])
+    movable.facts["target"]["training_tokens"] = 800
+    movable.write()
     assert movable.run(monkeypatch, Job.REFRESH) is None
     before = len(movable.ledger())
     assert movable.run(monkeypatch, Job.RETRAIN) is None

@@ -21,12 +21,12 @@ from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import MODULES, STDLIB, Project, copy_of, recipe_facts, write_corpus
 from tests.pipelines.program import colorfilter
-from tests.pipelines.server import Server, serving, wait_for
+from tests.pipelines.server import Server, free_port, start, wait_for
 
 pytestmark = pytest.mark.slow
 
 # Enough to score for some seconds, a chunk to each shard.
-MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 10_000)
+MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 40_000)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,25 @@ def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Proj
     return made
 
 
-@pytest.fixture(scope="class")
-def server(project: Project) -> Iterator[Server]:
-    with serving(project.path, project.home.root) as server:
-        yield server
+@pytest.fixture(scope="module")
+def started() -> Iterator[list[Server]]:
+    """The servers that were started, of which the last may be at work."""
+    servers: list[Server] = []
+    yield servers
+    if servers:
+        assert not servers[-1].stop_as_by_ctrl_c()
+
+
+def at_work(project: Project, started: list[Server]) -> Server:
+    """The server at work; it is started where a test has killed the one before."""
+    if not started or not started[-1].process.is_running():
+        started.append(start(project.path, project.home.root, free_port()))
+    return started[-1]
+
+
+@pytest.fixture
+def server(project: Project, started: list[Server]) -> Server:
+    return at_work(project, started)
 
 
 def every_shard(home: Home) -> dict[str, str]:
@@ -113,6 +128,7 @@ def mid_scoring(
         assert time.monotonic() < end, "nothing was scored in 90 s"
         time.sleep(0.01)
     process.suspend()
+    assert done < len(project.home.shards()), "all was scored before it could be held"
     assert server.runs()[run_id]["status"] == "STARTED"
     return process, done
 
@@ -127,138 +143,135 @@ def whole_once(project: Project, before: int) -> int:
     return len(scored)
 
 
-class TestServer:
-    """What one server does, from start to end."""
-
-    def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
-        self, project: Project, server: Server
-    ) -> None:
-        home, before = project.home, len(project.kernel_runs())
-        standing, known = {s.name for s in home.shards()}, server.runs()
-        with automation(server):
-            dropped = time.time()
-            write_corpus(project.root / "corpus", ["textwrap"])
-            run = server.new_run_succeeds(known, 150)
-        (new,) = {s.name for s in home.shards()} - standing
-        tags = {tag["key"]: tag["value"] for tag in run["tags"]}
-        assert run["jobName"] == "refresh"
-        assert tags["dagster/schedule_name"] == "refresh"
-        assert tags["dagster/asset_partition_range_start"] == new
-        runs = project.kernel_runs()[before:]
-        assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
-        with duckdb.connect(str(home.scores), read_only=True) as scores:
-            (n,) = scores.execute(
-                "SELECT count(*) FROM sequences WHERE shard = ?", [new]
-            ).fetchall()[0]
-        assert {r["sequences"] for r in runs} == {n}
-        first = min(known.values(), key=lambda run: run["startTime"])
-        losses = [r for r in project.kernel_runs()[:before] if r["verb"] == "score"]
-        print(
-            f"\none new shard of {len(standing) + 1}: its run began "
-            f"{run['startTime'] - dropped:.0f} s later and took "
-            f"{run['endTime'] - run['startTime']:.1f} s, the first one, of everything over "
-            f"{len(MODULES)}, {first['endTime'] - first['startTime']:.1f} s; {n} sequences scored "
-            f"by two models, of {sum(r['sequences'] for r in losses)} losses that stood"
-        )
-
-    def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chunk(
-        self, project: Project, server: Server
-    ) -> None:
-        write_corpus(project.root / "corpus", MANY)
-        by_hand(project, "refresh")
-        before = forget_scores(project)
-        run_id = server.launch("rescore", every_shard(project.home))
-        process, done = mid_scoring(server, project, run_id, before)
-        own = process.children(recursive=True)
-        process.kill()
-        killed = time.time()
-        assert server.ended(run_id, 30)["status"] == "FAILURE"
-        failed = time.time() - killed
-
-        def again() -> dict[str, Any] | None:
-            for run in server.runs().values():
-                if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]:
-                    return run if run["startTime"] else None
-            return None
-
-        second = wait_for("second run", again, 60)
-        assert server.ended(second["runId"], 120)["status"] == "SUCCESS"
-        scored = whole_once(project, before)
-        assert not any(child.is_running() for child in own)
-        wait_for("end of the run's process", lambda: server.run_process(run_id) is None or None, 30)
-        print(
-            f"\nkilled after {done} chunks: failed {failed:.1f} s later, gone on with after "
-            f"{second['startTime'] - killed:.1f} s; {scored} chunks in all, none twice"
-        )
-
-    def test_a_cancelled_run_stops_and_another_goes_on(
-        self, project: Project, server: Server
-    ) -> None:
-        before = forget_scores(project)
-        run_id = server.launch("rescore", every_shard(project.home))
-        process, done = mid_scoring(server, project, run_id, before)
-        asked = time.time()
-        process.resume()
-        server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
-        assert server.ended(run_id, 30)["status"] == "CANCELED"
-        stopped = time.time() - asked
-        at_stop = len(chunks(project)) - before
-        second = server.launch("rescore", every_shard(project.home))
-        assert server.ended(second, 120)["status"] == "SUCCESS"
-        scored = whole_once(project, before)
-        print(
-            f"\ncancelled after {done} chunks: stopped {stopped:.1f} s later with {at_stop}; "
-            f"{scored} chunks in all, none twice"
-        )
-
-    def test_runs_that_want_the_same_at_once_share_the_work(
-        self, project: Project, server: Server
-    ) -> None:
-        """Two of the web UI and one of the command line, on one device."""
-        before = forget_scores(project)
-        begun = time.time()
-        runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
-        by_hand(project, "rescore")
-        for run_id in runs:
-            assert server.ended(run_id, 120)["status"] == "SUCCESS"
-        scored = whole_once(project, before)
-        print(
-            f"\nthree at once: all done after {time.time() - begun:.0f} s, {scored} chunks, "
-            "none twice"
-        )
+def test_what_is_dropped_into_the_source_is_scored_by_the_next_tick(
+    project: Project, server: Server
+) -> None:
+    home, before = project.home, len(project.kernel_runs())
+    standing, known = {s.name for s in home.shards()}, server.runs()
+    with automation(server):
+        dropped = time.time()
+        write_corpus(project.root / "corpus", ["textwrap"])
+        run = server.new_run_succeeds(known, 150)
+    (new,) = {s.name for s in home.shards()} - standing
+    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+    assert run["jobName"] == "refresh"
+    assert tags["dagster/schedule_name"] == "refresh"
+    assert tags["dagster/asset_partition_range_start"] == new
+    runs = project.kernel_runs()[before:]
+    assert {(r["verb"], r["shard"]) for r in runs} == {("score", new)}
+    with duckdb.connect(str(home.scores), read_only=True) as scores:
+        (n,) = scores.execute("SELECT count(*) FROM sequences WHERE shard = ?", [new]).fetchall()[0]
+    assert {r["sequences"] for r in runs} == {n}
+    first = min(known.values(), key=lambda run: run["startTime"])
+    losses = [r for r in project.kernel_runs()[:before] if r["verb"] == "score"]
+    print(
+        f"\none new shard of {len(standing) + 1}: its run began "
+        f"{run['startTime'] - dropped:.0f} s later and took "
+        f"{run['endTime'] - run['startTime']:.1f} s, the first one, of everything over "
+        f"{len(MODULES)}, {first['endTime'] - first['startTime']:.1f} s; {n} sequences scored "
+        f"by two models, of {sum(r['sequences'] for r in losses)} losses that stood"
+    )
 
 
-def test_a_run_goes_on_when_the_daemon_is_killed(project: Project) -> None:
-    with serving(project.path, project.home.root) as first:
-        before = forget_scores(project)
-        run_id = first.launch("rescore", every_shard(project.home))
-        process, done = mid_scoring(first, project, run_id, before)
-        (daemon,) = [p for p in first.processes() if "dagster._daemon" in p.cmdline()]
-        daemon.kill()
-        first.process.wait(30)
-        process.resume()
-    with serving(project.path, project.home.root) as server:
+def test_a_run_that_is_killed_is_launched_again_and_goes_on_behind_its_last_chunk(
+    project: Project, server: Server
+) -> None:
+    write_corpus(project.root / "corpus", MANY)
+    by_hand(project, "refresh")
+    before = forget_scores(project)
+    run_id = server.launch("rescore", every_shard(project.home))
+    process, done = mid_scoring(server, project, run_id, before)
+    own = process.children(recursive=True)
+    process.kill()
+    killed = time.time()
+    assert server.ended(run_id, 30)["status"] == "FAILURE"
+    failed = time.time() - killed
+
+    def again() -> dict[str, Any] | None:
+        for run in server.runs().values():
+            if {"key": "dagster/parent_run_id", "value": run_id} in run["tags"]:
+                return run if run["startTime"] else None
+        return None
+
+    second = wait_for("second run", again, 60)
+    assert server.ended(second["runId"], 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    assert not any(child.is_running() for child in own)
+    wait_for("end of the run's process", lambda: server.run_process(run_id) is None or None, 30)
+    print(
+        f"\nkilled after {done} chunks: failed {failed:.1f} s later, gone on with after "
+        f"{second['startTime'] - killed:.1f} s; {scored} chunks in all, none twice"
+    )
+
+
+def test_a_cancelled_run_stops_and_another_goes_on(project: Project, server: Server) -> None:
+    before = forget_scores(project)
+    run_id = server.launch("rescore", every_shard(project.home))
+    process, done = mid_scoring(server, project, run_id, before)
+    asked = time.time()
+    process.resume()
+    server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
+    assert server.ended(run_id, 30)["status"] == "CANCELED"
+    stopped = time.time() - asked
+    at_stop = len(chunks(project)) - before
+    second = server.launch("rescore", every_shard(project.home))
+    assert server.ended(second, 120)["status"] == "SUCCESS"
+    scored = whole_once(project, before)
+    print(
+        f"\ncancelled after {done} chunks: stopped {stopped:.1f} s later with {at_stop}; "
+        f"{scored} chunks in all, none twice"
+    )
+
+
+def test_runs_that_want_the_same_at_once_share_the_work(project: Project, server: Server) -> None:
+    """Two of the web UI and one of the command line, on one device."""
+    before = forget_scores(project)
+    begun = time.time()
+    runs = [server.launch("rescore", every_shard(project.home)) for _ in range(2)]
+    by_hand(project, "rescore")
+    for run_id in runs:
         assert server.ended(run_id, 120)["status"] == "SUCCESS"
     scored = whole_once(project, before)
-    print(f"\ndaemon killed after {done} chunks: the run went on; {scored} in all, none twice")
+    print(
+        f"\nthree at once: all done after {time.time() - begun:.0f} s, {scored} chunks, none twice"
+    )
 
 
-def test_after_a_power_cut_the_next_start_puts_things_right(project: Project) -> None:
-    with serving(project.path, project.home.root) as first:
-        before = forget_scores(project)
-        run_id = first.launch("rescore", every_shard(project.home))
-        _, done = mid_scoring(first, project, run_id, before)
-        first.kill()
+def test_after_a_power_cut_the_next_start_puts_things_right(
+    project: Project, started: list[Server]
+) -> None:
+    first = at_work(project, started)
+    before = forget_scores(project)
+    run_id = first.launch("rescore", every_shard(project.home))
+    _, done = mid_scoring(first, project, run_id, before)
+    first.kill()
     wait_for("free lease", lambda: None if project.home.run_is_alive(run_id) else True, 10)
-    with serving(project.path, project.home.root) as server:
-        begun = time.time()
-        assert server.runs()[run_id]["status"] == "STARTED"
-        assert server.ended(run_id, 60)["status"] == "FAILURE"
-        failed = time.time() - begun
-        second = server.launch("rescore", every_shard(project.home))
-        assert server.ended(second, 120)["status"] == "SUCCESS"
+    server = at_work(project, started)
+    begun = time.time()
+    assert server.runs()[run_id]["status"] == "STARTED"
+    assert server.ended(run_id, 60)["status"] == "FAILURE"
+    failed = time.time() - begun
+    second = server.launch("rescore", every_shard(project.home))
+    assert server.ended(second, 120)["status"] == "SUCCESS"
     scored = whole_once(project, before)
     print(
         f"\npower cut after {done} chunks: failed {failed:.1f} s after the start; {scored} chunks "
         "in all, none twice"
     )
+
+
+def test_a_run_goes_on_when_the_daemon_is_killed(project: Project, server: Server) -> None:
+    before = forget_scores(project)
+    run_id = server.launch("rescore", every_shard(project.home))
+    process, done = mid_scoring(server, project, run_id, before)
+    (daemon,) = [p for p in server.processes() if "dagster._daemon" in p.cmdline()]
+    daemon.kill()
+    server.process.wait(30)
+    process.resume()
+    wait_for("end of the run", lambda: None if project.home.run_is_alive(run_id) else True, 120)
+    with dg.DagsterInstance.from_config(str(project.home.dagster)) as instance:
+        run = instance.get_run_by_id(run_id)
+    assert run is not None
+    assert run.status == dg.DagsterRunStatus.SUCCESS
+    scored = whole_once(project, before)
+    print(f"\ndaemon killed after {done} chunks: the run went on; {scored} in all, none twice")

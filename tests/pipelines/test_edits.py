@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -83,47 +82,52 @@ FROM_CONDITIONAL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("edit", "computed", "marked"),
-    [
-        (
-            set_tau,
-            of(["color_tau6"], DATASET + MODEL) | REPORT,
-            of(["color_tau6"], DATASET + MODEL) | REPORT,
-        ),
-        (
-            set_domain_rate,
-            FROM_CONDITIONAL,
-            {"reference/conditional_model", "reference/cutoff_confidence"},
-        ),
-        (set_prior_rate, FROM_CONDITIONAL | {"prior_model", "prior_scores"}, {"prior_model"}),
-        (
-            set_target_rate,
-            of([*SCORED, "random"], MODEL) | REPORT,
-            of([*SCORED, "random"], ("target_model",)),
-        ),
-        (  # conditional_only has seeds of its own
-            set_seeds,
-            of(["color_tau4", "random"], MODEL) | REPORT,
-            of(["color_tau4", "random"], ("target_model",)),
-        ),
-        (set_schedule, set(), set()),
-    ],
-)
+EDITS = [
+    (set_schedule, set(), set()),
+    (
+        set_target_rate,
+        of([*SCORED, "random"], MODEL) | REPORT,
+        of([*SCORED, "random"], ("target_model",)),
+    ),
+    (
+        set_domain_rate,
+        FROM_CONDITIONAL,
+        {"reference/conditional_model", "reference/cutoff_confidence"},
+    ),
+    (set_prior_rate, FROM_CONDITIONAL | {"prior_model", "prior_scores"}, {"prior_model"}),
+    (  # conditional_only has seeds of its own
+        set_seeds,
+        of(["color_tau4", "random"], MODEL) | REPORT,
+        of(["color_tau4", "random"], ("target_model",)),
+    ),
+    (
+        set_tau,
+        of(["color_tau6"], DATASET + MODEL) | REPORT,
+        of(["color_tau6"], DATASET + MODEL) | REPORT,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The finished project, to be edited again and again."""
+    project = copy_of(finished, tmp_path_factory.mktemp("edits"))
+    project.facts = json.loads(json.dumps(finished.facts))  # no part is shared
+    return project
+
+
+@pytest.mark.parametrize(("edit", "computed", "marked"), EDITS)
 def test_only_what_depends_on_an_edit_is_computed_again(
-    finished: Project,
-    tmp_path: Path,
+    project: Project,
     monkeypatch: pytest.MonkeyPatch,
     edit: Callable[[dict[str, Any]], None],
     computed: set[str],
     marked: set[str],
 ) -> None:
     """Dagster marks where a change begins, and not what follows from it."""
-    project = copy_of(finished, tmp_path)
     monkeypatch.setenv("DAGSTER_HOME", str(project.home.dagster))
     bring_in(project.recipe, project.home)
-    assert called_stale(project) == set()
-    project.facts = json.loads(json.dumps(finished.facts))  # no part is shared
+    assert called_stale(project) == set()  # nor is anything after the edit before
     edit(project.facts)
     project.write()
     stale, before = called_stale(project), len(project.ledger())
@@ -135,4 +139,10 @@ def test_only_what_depends_on_an_edit_is_computed_again(
         print(f"  {asset:<48} {words[0]:<10} {words[1]}")
     assert made == computed
     assert stale == marked
+
+
+def test_nothing_is_marked_after_the_last_edit(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(project.home.dagster))
     assert called_stale(project) == set()

@@ -1,10 +1,8 @@
 """The pipeline on a Ray cluster of three nodes, started and cancelled from the web server."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 
 from resources.artifacts import ArtifactStore
@@ -19,7 +17,7 @@ from tests.pipelines.test_daemon import (
     mid_scoring,
     whole_once,
 )
-from tests.three_nodes import loopback_only, three_nodes
+from tests.three_nodes import loopback_only, three_nodes, workers_at_work
 
 pytestmark = pytest.mark.slow
 
@@ -72,11 +70,11 @@ def test_a_cancelled_run_lets_the_cluster_go_and_another_ends_it(
     before = forget_scores(project)
     run_id = server.launch("rescore", every_shard(project.home))
     process, _ = mid_scoring(server, project, run_id, before)
-    assert at_work()
+    assert workers_at_work()
     process.resume()
     server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
     assert server.ended(run_id, 60)["status"] == "CANCELED"
-    wait_for("end of the workers", lambda: None if at_work() else True, 30)
+    wait_for("end of the workers", lambda: None if workers_at_work() else True, 30)
 
     second = server.launch("rescore", every_shard(project.home))
     assert server.ended(second, 180)["status"] == "SUCCESS", server.log.read_text()[-5000:]
@@ -97,9 +95,3 @@ def test_a_cancelled_run_lets_the_cluster_go_and_another_ends_it(
     }
     assert shown
     assert all("127.0.0.1/" in nodes for nodes in shown.values())
-
-
-def at_work() -> list[psutil.Process]:
-    """Workers of ours on the cluster."""
-    time.sleep(0.2)
-    return [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in str(p.info["cmdline"])]

@@ -57,8 +57,8 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
         built = models.build(Model(type="gpt_neox", config=config), VOCAB, LENGTH, seed)
         built.save_pretrained(tmp_path / name)
     home = Home(tmp_path / "home").claim("tests").root
-    # Two seconds of one core to a chunk, and more chunks than what kills let through.
-    batches = 12
+    # Half a second of one core to a chunk, and more chunks than what kills let through.
+    batches = 3
     n = 16 * batches * (4 + 2 * KILLS)
     tokens = tmp_path / "tokens"
     tokens.mkdir()
@@ -75,7 +75,7 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
         process = start(tmp_path, flops, "killed")
         assert process.stdout is not None
         assert process.stdout.readline() == "scored\n"
-        time.sleep(moments.uniform(0, 4))
+        time.sleep(moments.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed_at.append(len(list((home / "killed").rglob("*.parquet"))))
