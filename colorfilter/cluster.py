@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from colorfilter import WAIT_ASLEEP, data_parallel, workers
+from colorfilter import WAIT_ASLEEP, workers
 from colorfilter.errors import InputError, UnreachableError, one_line
 from colorfilter.progress import Progress, silent
 from colorfilter.scratch import sweep
@@ -215,6 +215,8 @@ class Cluster:
         if not arguments:
             return
         if self.together > 1:
+            from colorfilter import data_parallel  # with Ray Train, which loads torch
+
             groups = self._groups()
             yield from data_parallel.run(
                 function, arguments, groups, self.together, self.resource, progress, self.notice

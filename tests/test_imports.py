@@ -47,6 +47,14 @@ def test_torch_is_imported_inside_functions_only(package: str) -> None:
             assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, module
 
 
+@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.graph", "colorfilter.cluster"])
+def test_a_process_that_hands_work_out_does_not_load_torch(module: str) -> None:
+    """Nor by way of another library: it takes seconds, in each of a cluster's workers too."""
+    pytest.importorskip("ray")
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_benchmarks_import_colorfilter_before_torch() -> None:
     for module in (ROOT / "benchmarks").glob("*.py"):
         order = [
