@@ -11,7 +11,6 @@ import contextlib
 import json
 import operator
 import tempfile
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from colorfilter.tokens import open_tokens
 from colorfilter.train_spec import Checkpoint, TrainSpec, step_tokens, trained_tokens
 from colorfilter.workers import Call, Took, Workers, cores
 from resources.home import Home
+from resources.tally import Tally
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +51,6 @@ SCORE, TRAIN, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
 IN_GROUP = Call("colorfilter.group:call_in_group")
 # Of fewer tokens in a step a process waits for the others more than it works.
 TOKENS_PER_PROCESS = 512
-TALLY_SECONDS = 10.0
-SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Gpu(dg.ConfigurableResource):
             if not left[i, model]:
                 yield jobs[i], model, found
         read = (folder for i, _, _, models in ranges for folder in jobs[i].read_for(models))
-        tally = _Tally([jobs[i].shard for i, *_ in ranges])
+        tally = Tally([jobs[i].shard for i, *_ in ranges])
         with places.sharing(dict.fromkeys(read)) as shared:
 
             def call(n: int) -> tuple[Chunk]:
@@ -347,31 +345,6 @@ class _Calls(Sequence[Any]):
         if n >= self._size:
             raise IndexError(n)
         return self._call(n)
-
-
-class _Tally:
-    """Says from time to time which shards' chunks are done, and by which machines."""
-
-    def __init__(self, shards: Sequence[str]) -> None:
-        self._size = Counter(shards)
-        self._done: Counter[str] = Counter()
-        self._nodes: Counter[str] = Counter()
-        self._said = -TALLY_SECONDS
-
-    def add(self, shard: str, node: str | None) -> None:
-        self._done[shard] += 1
-        self._nodes[str(node)] += 1
-        done, size = self._done.total(), self._size.total()
-        if done == size or time.monotonic() - self._said >= TALLY_SECONDS:
-            self._said = time.monotonic()
-            begun = [s for s, n in self._done.items() if n < self._size[s]]
-            whole = len(self._done) - len(begun)
-            at_work = "".join(f", {s} {self._done[s]} of {self._size[s]}" for s in begun[:SHOWN])
-            nodes = ", ".join(f"{node} {n:,}" for node, n in self._nodes.most_common(SHOWN))
-            dg.get_dagster_logger().info(
-                f"chunks: {done:,} of {size:,}; by shard: {whole:,} of {len(self._size):,} "
-                f"whole{at_work}; by node: {nodes}"
-            )
 
 
 def _take_over(places: Alone, out: Path) -> None:

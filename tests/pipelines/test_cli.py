@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     written = {path.name for path in chunks.rglob("losses-*.parquet")}
-    # To the filtered datasets; what comes behind them trains for long.
+    # Up to the filtered datasets: the target models would take most of the time.
     assert colorfilter(*arguments, "--job", "refresh").returncode == 0
     assert written <= {path.name for path in chunks.rglob("losses-*.parquet")}
     made = Home(tmp_path).kernel_runs.read_text().splitlines()
