@@ -52,7 +52,7 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         kinds={"html", "duckdb"},
         owners=OWNERS,
         pool="gpu",
-        code_version=code_version(4),
+        code_version=code_version(5),
     )
     def report(artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore) -> dg.MaterializeResult:
         """All arms compared, for people (`report.html`) and as tables (`results.duckdb`).
@@ -105,7 +105,7 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
                     *models,
                     *scored,
                 ],
-                code=4,
+                code=5,
             ),
             build,
         )

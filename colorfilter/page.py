@@ -41,7 +41,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a title, a paragraph, and what else there is."""
+    """A part of the report: a title, what it says, and what else there is.
+
+    An empty line within `text` begins another paragraph.
+    """
 
     title: str
     text: str
@@ -121,7 +124,8 @@ def html(title: str, sections: Sequence[Section]) -> str:
 def _section(section: Section) -> Iterator[str]:
     yield f'<section id="{_anchor(section)}">'
     yield f"<h2>{escape(section.title)}</h2>"
-    yield f"<p>{escape(section.text)}</p>"
+    for paragraph in section.text.split("\n\n"):
+        yield f"<p>{escape(paragraph)}</p>"
     if section.picture:
         yield _drawn(section.picture)
     if section.table:

@@ -279,7 +279,7 @@ def sections(
     lines = arm_lines(evaluations)
     words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])
     if any(line.matches for line in lines):
-        words = f"{comparison_in_a_sentence(lines)} {words}"
+        words = f"{comparison_in_a_sentence(lines)}\n\n{words}"
     found = [Section("Comparison", words, Table(COMPARISON_HEADER, comparison_rows(lines)))]
     on_tasks = task_rows(evaluations)
     if on_tasks:

@@ -249,6 +249,12 @@ def test_a_picture_is_there_for_light_and_dark_paper() -> None:
     assert dark.attributes["media"] == "(prefers-color-scheme: dark)"
 
 
+def test_an_empty_line_begins_another_paragraph() -> None:
+    section = Section("Comparison", "One.\n\nTwo.")
+    assert [p.content for p in Reader(html("title", [section])).find("p")] == ["One.", "Two."]
+    assert markdown("title", [section]).endswith("## Comparison\n\nOne.\n\nTwo.\n")
+
+
 def test_markdown_has_rule_and_escaped_bars() -> None:
     text = markdown_table(["a", "b|c"], [["x|y", 1], ["|", None]])
     assert text.splitlines() == [

@@ -246,7 +246,7 @@ def test_the_report_begins_with_the_sentence_that_a_run_ends_with() -> None:
     told = report_of(COMPARED)["Comparison"].text
     assert told.startswith(
         "best_tau8 reached with 100 tokens what random needs more than 200 for, with each of 2 "
-        "seeds. Held-out loss in nats per token"
+        "seeds.\n\nHeld-out loss in nats per token"
     )
 
 
