@@ -49,6 +49,7 @@ def main(folder: Path, extra: str = "") -> str | None:
     if not (_by_uv(python, wanted) or _ran([python, "-m", "pip", "install", "--quiet", *wanted])):
         return f"nothing more was installed in {folder} (see above); run the same command again"
     done.touch()
+    (folder / ".installed").touch()  # an extra comes with all that is there without
     return None
 
 

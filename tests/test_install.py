@@ -101,3 +101,16 @@ def test_without_a_network_pip_is_tried_after_uv_and_the_end_is_told(tmp_path: P
     assert last.startswith("error: ")
     assert "run the same command again" in last
     assert not (tmp_path / "venv" / ".installed").exists()
+
+
+def test_with_an_extra_nothing_else_is_left_to_install(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").touch()
+    monkeypatch.setattr(install, "_by_uv", lambda *_: True)
+    assert install.main(tmp_path, "dev") is None
+    assert {p.name for p in tmp_path.glob(".installed*")} == {".installed", ".installed-dev"}
+    (tmp_path / ".installed-dev").unlink()
+    assert install.main(tmp_path) is None
+    assert {p.name for p in tmp_path.glob(".installed*")} == {".installed"}

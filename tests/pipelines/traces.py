@@ -17,7 +17,7 @@ BETWEEN = "Q" * PIECE  # texts, so that the end of one and the beginning of anot
 
 
 def letters(text: str) -> str:
-    return re.sub(r"\\[nrt]|\W|_", "", text)
+    return re.sub(r"(?:\\[nrt]|[\W_])+", "", text)
 
 
 def pieces(text: str) -> set[str]:
@@ -55,6 +55,24 @@ def contents(root: Path) -> Iterator[tuple[Path, str]]:
             yield path, path.read_bytes().decode("utf-8", "ignore")
 
 
+def hashes(text: str) -> np.ndarray:
+    """A number for each piece of a text, in order; the same for the same piece."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    n = max(0, len(codes) - PIECE + 1)
+    numbers = np.zeros(n, np.uint64)
+    for k in range(PIECE):
+        numbers = numbers * np.uint64(0x9E3779B97F4A7C15) + codes[k : k + n]
+    return numbers
+
+
 def telling(root: Path, own: set[str]) -> list[Path]:
     """Files that have one of these pieces, found without the code that withdraws."""
-    return [path for path, text in contents(root) if not own.isdisjoint(pieces(letters(text)))]
+    numbers = np.concatenate([hashes(piece) for piece in sorted(own)])
+    found = []
+    for path, text in contents(root):
+        kept = letters(text)
+        # A set of all pieces of a home's texts takes ten times as long.
+        places = np.flatnonzero(np.isin(hashes(kept), numbers))
+        if any(kept[i : i + PIECE] in own for i in places.tolist()):
+            found.append(path)
+    return found
