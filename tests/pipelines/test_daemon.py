@@ -26,7 +26,7 @@ from tests.pipelines.server import Server, free_port, start, wait_for
 pytestmark = pytest.mark.slow
 
 # Enough to score for some seconds, a chunk to each shard.
-MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 40_000)
+MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 70_000)
 
 
 @pytest.fixture(scope="module")
