@@ -40,7 +40,7 @@ bench: $(DEV)
 
 $(RUNTIME) $(DEV): pyproject.toml constraints.txt install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+		{ echo "error: Python 3.11 to 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) install.py $(VENV) $(patsubst .installed%,%,$(subst -,,$(notdir $@)))
 
 clean:

@@ -7,15 +7,20 @@ uv does not read pip's configuration, so what it says of indexes and certificate
 from __future__ import annotations  # so that an older Python can say what is wrong
 
 import ast
+import contextlib
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST, NEWEST = (3, 11), (3, 13)
+CUT_OFF = ".installing"  # a file in the environment as long as it is not whole
 # pip's settings by uv's options. Each of several values, apart by spaces, is an option of its own.
 OPTIONS = {
     "index-url": "--default-index",
@@ -24,7 +29,8 @@ OPTIONS = {
     "constraint": "--constraints",
     "trusted-host": "--allow-insecure-host",
 }
-VARIABLES = {"cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY", "default-timeout": "UV_HTTP_TIMEOUT"}
+VARIABLES = {"cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY", "timeout": "UV_HTTP_TIMEOUT"}
+VARIABLES["default-timeout"] = VARIABLES["timeout"]  # its name as an environment variable
 
 
 def main(folder: Path, extra: str = "") -> str | None:
@@ -34,35 +40,104 @@ def main(folder: Path, extra: str = "") -> str | None:
             f"Python {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} is needed, this "
             f"is {sys.version.split()[0]}; name another: make PYTHON=/path/to/python3.12"
         )
-    python, done = folder / "bin" / "python", folder / f".installed{extra and '-'}{extra}"
+    if not os.access(ROOT, os.W_OK):
+        return f"{ROOT}: cannot be written; clone the project to a folder of your own"
+    with _alone():
+        try:
+            wrong = _prepare(folder)
+        except OSError as error:
+            wrong = f"cannot be written ({error.strerror})"
+        except subprocess.CalledProcessError:
+            return "this Python cannot install pip; install it (Debian: apt install python3-venv)"
+        if wrong:
+            return f"{folder}: {wrong}; name another: make VENV=/tmp/venv"
+        project = f"{ROOT}[{extra}]" if extra else str(ROOT)
+        return _install(folder, ["--editable", project, "--constraint", str(CONSTRAINTS)], extra)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other installation from this checkout is at work."""
+    root = os.open(ROOT, os.O_RDONLY)
     try:
-        if not (folder / "bin" / "pip").exists():
-            venv.create(folder, clear=folder.exists(), with_pip=True, symlinks=True)
-        done.unlink(missing_ok=True)
-    except OSError as error:
-        return f"{folder}: cannot be written ({error.strerror}); name another: make VENV=/tmp/venv"
-    except subprocess.CalledProcessError:
-        return "this Python cannot install pip; install it (Debian: apt install python3-venv)"
-    project = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    wanted = ["--editable", project, "--constraint", str(CONSTRAINTS)]
-    print(f"installing into {folder}: about 600 MB to fetch, 2 GB on disk", flush=True)
-    if not (_by_uv(python, wanted) or _ran([python, "-m", "pip", "install", "--quiet", *wanted])):
-        return f"nothing more was installed in {folder} (see above); run the same command again"
-    done.touch()
-    (folder / ".installed").touch()  # an extra comes with all that is there without
+        fcntl.flock(root, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(root)
+
+
+def _prepare(folder: Path) -> str | None:
+    """Make the virtual environment, or mend one that was cut off or whose Python is gone.
+
+    Returns what is wrong. Raises OSError, and CalledProcessError where pip cannot be had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any((folder / name).exists() for name in ("pyvenv.cfg", CUT_OFF)):
+        if any(folder.iterdir()):
+            return "is no virtual environment and holds other files"
+        (folder / CUT_OFF).touch()
+    if (folder / CUT_OFF).exists() or not _ran([_python(folder), "-c", ""]):
+        _make(folder)
+    elif not (folder / "bin" / "pip").exists():
+        venv.create(folder, with_pip=True, symlinks=True)
+    (folder / CUT_OFF).touch()
     return None
 
 
-def _by_uv(python: Path, wanted: list[str]) -> bool:
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    if not _ran([*pip, "install", "--quiet", "uv>=0.8"]):
-        print("uv cannot be had; pip takes some minutes longer", flush=True)
-        return False
-    listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=True)
+def _make(folder: Path) -> None:
+    (folder / CUT_OFF).touch()
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != CUT_OFF:
+            entry.unlink()
+    venv.create(folder, with_pip=True, symlinks=True)
+
+
+def _install(folder: Path, wanted: list[str], extra: str) -> str | None:
+    """Install by uv, else by pip; returns what is wrong.
+
+    Neither notices a package that was half installed when it was cut off. So the environment is
+    made anew where that may be: here after uv has failed, by `_prepare` where CUT_OFF was left.
+    """
+    done = folder / f".installed{extra and '-'}{extra}"
+    done.unlink(missing_ok=True)
+    pip = [_python(folder), "-m", "pip", "--disable-pip-version-check"]
+    print(f"installing into {folder}: some 600 MB to fetch, 2 GB on disk, more with CUDA", flush=True)
+    has_uv = _ran([*pip, "install", "--quiet", "uv>=0.8"])
+    before = _packages(folder)
+    if not (has_uv and _by_uv(folder, wanted)):
+        tried = "could not install" if has_uv else "cannot be had"
+        print(f"uv {tried}; trying pip, which takes some minutes longer", flush=True)
+        if _packages(folder) != before:
+            _make(folder)
+            before = _packages(folder)
+        if not _ran([*pip, "install", "--quiet", *wanted]):
+            if _packages(folder) == before:
+                (folder / CUT_OFF).unlink()
+            return f"nothing more was installed in {folder} (see above); run the same command again"
+    done.touch()
+    (folder / ".installed").touch()  # an extra comes with all that is there without
+    (folder / CUT_OFF).unlink()
+    return None
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _packages(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("lib/python*/site-packages/*")}
+
+
+def _by_uv(folder: Path, wanted: list[str]) -> bool:
+    listed = subprocess.run(
+        [_python(folder), "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
     settings = pip_settings(listed.stdout)
     options, variables = uv_settings(settings)
-    install = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
-    install += [*wanted, *options]
+    install = [_python(folder), "-m", "uv", "pip", "install", "--compile-bytecode"]
+    install += ["--python", _python(folder), *wanted, *options]
     if not sys.stderr.isatty():
         install.append("--quiet")
     environment = {**variables, **os.environ}
@@ -70,10 +145,7 @@ def _by_uv(python: Path, wanted: list[str]) -> bool:
     # own index, so it is left out where pip was told where to look.
     if not settings.keys() & {"index-url", "find-links", "no-index"}:
         environment.setdefault("UV_TORCH_BACKEND", "auto")
-    if _ran(install, environment):
-        return True
-    print("uv could not install; trying pip, which takes some minutes longer", flush=True)
-    return False
+    return _ran(install, environment)
 
 
 def pip_settings(listed: str) -> dict[str, str]:
@@ -103,11 +175,20 @@ def uv_settings(settings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _ran(command: list[str | Path], environment: dict[str, str] | None = None) -> bool:
-    return subprocess.run(command, env=environment, check=False).returncode == 0
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
-    wrong = main(Path(sys.argv[1]), *sys.argv[2:])
+    if len(sys.argv) not in {2, 3}:
+        sys.exit(__doc__)
+    try:
+        wrong = main(Path(sys.argv[1]), *sys.argv[2:])
+    except KeyboardInterrupt:
+        print("stopped; run the same command again", file=sys.stderr)
+        sys.exit(130)
     if wrong:
         print(f"error: {wrong}", file=sys.stderr)
         sys.exit(2)

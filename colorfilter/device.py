@@ -18,7 +18,7 @@ from colorfilter.group import Group, Single
 from colorfilter.scoring import Losses, Scorer
 from colorfilter.scratch import scratch
 from colorfilter.storage import Kept, Place, borrowed, here
-from colorfilter.tokens import Encoder, read_tokens, real_tokens
+from colorfilter.tokens import Encoder, open_tokens, read_tokens, real_tokens
 from colorfilter.train_spec import Checkpoint, TrainSpec
 from colorfilter.workers import Took
 
@@ -86,6 +86,12 @@ def score(chunk: Chunk) -> list[Receipt]:
         progress=workers.report,
     )
     return [replace(r, matrix_share=_matrix_share(scorers[r.model], r)) for r in receipts]
+
+
+def parameters(spec: TrainSpec) -> int:
+    """Number of parameters of the model that a run trains."""
+    length = open_tokens(spec.tokens).shape[1]
+    return models.parameters_of(spec.start, Encoder(spec.tokenizer).vocab_size, length)
 
 
 def train(

@@ -1,4 +1,4 @@
-"""The one exception that means 'the input is wrong', as opposed to 'the program is wrong'."""
+"""Exceptions that say more than their type: the input is wrong, or why is told elsewhere."""
 
 
 class InputError(Exception):
@@ -10,6 +10,10 @@ class InputError(Exception):
 
 class UnreachableError(InputError):
     """What is to be reached, such as a cluster, is not there now. What was begun is not bad."""
+
+
+class LeftAloneError(RuntimeError):
+    """Another process of the group has ended. What that one raises is the cause."""
 
 
 def one_line(error: Exception) -> str:

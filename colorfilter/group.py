@@ -10,12 +10,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+
+from colorfilter.errors import LeftAloneError
+
+# The others wait while the first process saves a state. One that is gone is noticed at once.
+LONGEST_WAIT = timedelta(days=1)
 
 
 class Single:
@@ -37,9 +44,9 @@ class Single:
         """While this lasts gradients are summed up here only."""
         return contextlib.nullcontext()
 
-    def total(self, value: float, device: torch.device) -> float:  # noqa: ARG002
-        """The sum of a number over the processes, by way of their devices."""
-        return value
+    def total(self, numbers: np.ndarray, device: torch.device) -> np.ndarray:  # noqa: ARG002
+        """The sum of numbers (float64) over the processes, by way of their devices."""
+        return numbers
 
     def said_by_first(self, value: Any) -> Any:
         """What the first process has here."""
@@ -66,10 +73,10 @@ class Group(Single):
         pause: AbstractContextManager[None] = module.no_sync()
         return pause
 
-    def total(self, value: float, device: torch.device) -> float:
-        summed = torch.tensor(value, dtype=torch.float64, device=device)
+    def total(self, numbers: np.ndarray, device: torch.device) -> np.ndarray:
+        summed = torch.tensor(numbers, dtype=torch.float64, device=device)
         distributed.all_reduce(summed)
-        return float(summed)
+        return summed.cpu().numpy()
 
     def said_by_first(self, value: Any) -> Any:
         said = [value]
@@ -87,11 +94,18 @@ def call_in_group(
     """Call a function as process `rank` of a group of `size` on this machine.
 
     They meet at the file `meeting`, which must not exist before. Raises what the function raises,
-    and RuntimeError in a process that waits for one that is gone.
+    and LeftAloneError in a process that waits for one that is gone.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    distributed.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=size)
+    store = distributed.FileStore(str(meeting), size)
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
+    )
     try:
         return function(*arguments)
+    except RuntimeError as error:
+        if "gloo" in str(error):  # torch has no type for it
+            raise LeftAloneError("another process of this training has ended") from error
+        raise
     finally:
         distributed.destroy_process_group()

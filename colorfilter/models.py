@@ -29,14 +29,19 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
     Raises InputError as `configuration` does, and for a model that is not causal.
     """
     config = configuration(model, vocab_size, sequence_length)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            fresh: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever an architecture makes of a value that cannot be
-        raise InputError(f"model of type {model.type}: {one_line(error)}") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = _with_weights(config)
     _refuse_not_causal(fresh, f"a model of type {model.type}")
     return fresh
+
+
+def _with_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever an architecture makes of a value that cannot be
+        raise InputError(f"model of type {config.model_type}: {one_line(error)}") from error
+    return model
 
 
 def configuration(model: Model, vocab_size: int, sequence_length: int) -> PreTrainedConfig:
@@ -129,6 +134,22 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The model with its weights on a device."""
     torch.nn.Module.to(model, device)
     return model
+
+
+def parameters_of(start: Model | str, vocab_size: int, sequence_length: int) -> int:
+    """Number of parameters of a fresh architecture or a checkpoint, without making its weights.
+
+    Raises InputError as `configuration` and `load` do.
+    """
+    if isinstance(start, Model):
+        config = configuration(start, vocab_size, sequence_length)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(start, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no model at {start}: {one_line(error)}") from error
+    with torch.device("meta"):
+        return n_parameters(_with_weights(config))["parameters"]
 
 
 def n_parameters(model: PreTrainedModel) -> dict[str, int]:

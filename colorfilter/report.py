@@ -197,19 +197,30 @@ def comparison_in_brief(lines: Sequence[ArmLine]) -> tuple[list[str], list[list[
 
 
 def comparison_in_a_sentence(lines: Sequence[ArmLine]) -> str:
-    """What the best arm at the fewest tokens gains over random, by the seed that gains least."""
-    first = min(line.tokens for line in lines)
-    best = next((line for line in lines if line.tokens == first and line.matches), None)
-    if best is None or best.against_random is None or verdict(best.against_random) != "better":
-        return f"At {first:,} tokens no arm is told apart from random as the better one."
+    """What the best arm gains over random, by the seed that gains least.
+
+    Of arms that are better than random, the best is the one of fewest tokens, then of lowest loss.
+    Empty where nothing is compared with random.
+    """
+    compared = [line for line in lines if line.against_random is not None and line.matches]
+    if not compared:
+        return ""
+    better = [line for line in compared if _against(line.against_random)[1] == "better"]
+    if not better:
+        if all(_against(line.against_random)[1] == "one seed" for line in compared):
+            return "With one seed no arm can be told apart from random."
+        return (
+            f"At {compared[0].tokens:,} tokens no arm is told apart from random as the better one."
+        )
+    best = min(better, key=lambda line: (line.tokens, line.loss.mean))
     least = min(best.matches, key=lambda match: (match.bound != "<", match.ratio))
     seeds = f"each of {len(best.matches)} seeds"
     if least.bound == "<":
-        return f"{best.arm} is better than random at {first:,} tokens, but not with {seeds}."
+        return f"{best.arm} is better than random at {best.tokens:,} tokens, but not with {seeds}."
     more = "more than" if least.bound == ">" else "at least"
     return (
-        f"{best.arm} reached with {first:,} tokens what random needs {more} "
-        f"{least.ratio * first:,.0f} for, with {seeds}."
+        f"{best.arm} reached with {best.tokens:,} tokens what random needs {more} "
+        f"{least.ratio * best.tokens:,.0f} for, with {seeds}."
     )
 
 
@@ -278,8 +289,7 @@ def sections(
     """
     lines = arm_lines(evaluations)
     words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])
-    if any(line.matches for line in lines):
-        words = f"{comparison_in_a_sentence(lines)}\n\n{words}"
+    words = f"{comparison_in_a_sentence(lines)}\n\n{words}".strip()
     found = [Section("Comparison", words, Table(COMPARISON_HEADER, comparison_rows(lines)))]
     on_tasks = task_rows(evaluations)
     if on_tasks:

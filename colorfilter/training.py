@@ -215,7 +215,7 @@ class _Run:
             loss = self._step(rows, rate, state.step)
             state.step += 1
             finished = phase.branch and state.step == phase.stop
-            measured = self.first and (finished or state.step % every == 0)
+            measured = finished or state.step % every == 0
             held_out = self._held_out() if measured else None
             state.curve.append(
                 {
@@ -267,8 +267,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        here = sum(nll.item() for nll in losses)
-        return self.group.total(here, self.device) / max(1, n_labels)
+        here = np.array(sum(nll.item() for nll in losses))
+        return float(self.group.total(here, self.device)) / max(1, n_labels)
 
     def _seed_dropout(self, step: int) -> None:
         """Fix a step's random numbers.
@@ -285,7 +285,7 @@ class _Run:
     def _held_out(self) -> float | None:
         if self.spec.held_out is None:
             return None
-        value = held_out_loss(self.model, self.spec.held_out)
+        value = held_out_loss(self.model, self.spec.held_out, self.group)
         self.model.train()
         return value
 
@@ -349,7 +349,16 @@ _CURVE = {
 }
 
 
-def held_out_loss(model: PreTrainedModel, tokens: Path) -> float:
-    """Mean loss over all labels of packed sequences, nats per token."""
-    ((nll, n),) = sequence_losses([Scorer(model)], open_tokens(tokens), real_tokens(tokens))
+def held_out_loss(model: PreTrainedModel, tokens: Path, group: Single) -> float:
+    """Mean loss over all labels of packed sequences, nats per token.
+
+    Each process of the group scores its share. A sequence's loss has the same bits in any company,
+    so the mean is that of one process.
+    """
+    sequences, real = open_tokens(tokens), real_tokens(tokens)
+    losses = np.zeros((2, len(sequences)))  # and how many labels
+    mine = slice(group.rank, None, group.size)
+    if len(real[mine]):
+        (losses[:, mine],) = sequence_losses([Scorer(model)], sequences[mine], real[mine])
+    nll, n = group.total(losses, model.device)
     return mean_loss(nll, n)

@@ -6,6 +6,7 @@ import pkgutil
 import platform
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,9 +18,12 @@ from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
+from colorfilter.errors import LeftAloneError
 from colorfilter.progress import Progress, silent
 
 POLL_SECONDS = 0.2
+# Bytes of a path to a socket on Linux, and of what multiprocessing adds to the temporary folder's.
+SOCKET_PATH, ADDED_TO_PATH = 107, 32
 # Loaded once, by the server that workers are forked from. Only what starts no threads of its own:
 # polars and pyarrow do, and a fork may inherit a lock that such a thread holds.
 PRELOADED = ["colorfilter", "torch", "transformers.modeling_utils"]
@@ -32,6 +36,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class StoppedError(Exception):
     """The work was called off by the process that wanted it."""
 
@@ -40,10 +49,11 @@ def process_context() -> BaseContext:
     """How worker processes start: on Linux as forks of a server that has loaded torch.
 
     Loading torch and transformers takes a process 4 to 12 s. The server is itself a fresh process,
-    so a fork of it has no thread and no CUDA context of this one. Elsewhere every worker is a fresh
-    process.
+    so a fork of it has no thread and no CUDA context of this one. Elsewhere, and where the path of
+    the temporary folder is too long for the server's socket, every worker is a fresh process.
     """
-    if sys.platform != "linux":
+    path = len(os.fsencode(tempfile.gettempdir())) + ADDED_TO_PATH
+    if sys.platform != "linux" or path > SOCKET_PATH:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -101,14 +111,21 @@ class Workers:
     ) -> Iterator[tuple[int, Any]]:
         """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
 
-        What the function passes to `report` comes to `progress` here. Raises what a call raises;
-        then, or where the caller leaves early, the other calls are stopped and waited for. Raises
-        RuntimeError where a process was killed.
+        What the function passes to `report` comes to `progress` here. Raises what a call raises
+        (LeftAloneError only after all others); then, or where the caller leaves early, the other
+        calls are stopped and waited for. Raises RuntimeError where a process was killed, or none
+        could be started.
         """
         reported = self._done.value
         try:
             pending = {self._pool.submit(function, *a): i for i, a in enumerate(arguments)}
             yield from self._collect(pending, reported, progress)
+        except (EOFError, ConnectionError) as error:
+            self.broken = True
+            raise RuntimeError(
+                f"no worker process could be started: loading {' or '.join(PRELOADED)} failed, "
+                "with the error above"
+            ) from error
         except BrokenProcessPool as error:
             self.broken = True
             raise RuntimeError(
@@ -118,6 +135,7 @@ class Workers:
     def _collect(
         self, pending: dict[Future[Any], int], reported: int, progress: Progress
     ) -> Iterator[tuple[int, Any]]:
+        alone: LeftAloneError | None = None
         try:
             while pending:
                 finished, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
@@ -126,7 +144,15 @@ class Workers:
                     progress(done - reported)
                     reported = done
                 for future in finished:
-                    yield pending.pop(future), future.result()
+                    number = pending.pop(future)
+                    try:
+                        result = future.result()
+                    except LeftAloneError as error:
+                        alone = error  # what the other process raises says more
+                    else:
+                        yield number, result
+            if alone:
+                raise alone
         finally:
             if pending:
                 self._stop.set()

@@ -150,7 +150,8 @@ def print_report(console: Console, plan: Recipe, place: Home) -> None:
         for line in brief:
             table.add_row(*line)
         console.print()
-        console.print(f"{domain.name}: {comparison_in_a_sentence(lines)}", highlight=False)
+        if sentence := comparison_in_a_sentence(lines):
+            console.print(f"{domain.name}: {sentence}", highlight=False)
         console.print(table)
         for fact in rows.filter(pl.col("metric").str.starts_with("probe")).to_dicts():
             console.print(f"{fact['arm']} {fact['metric']}: {fact['value']:.4f}")

@@ -9,8 +9,6 @@ not stand still when another program takes one of them. Every kernel run leaves 
 import atexit
 import contextlib
 import json
-import operator
-import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +23,13 @@ from pydantic import PrivateAttr
 from colorfilter import provenance, storage
 from colorfilter.chunks import Chunk, Receipt, chunk_range, chunk_sequences, plan_chunks
 from colorfilter.files import append_line, require_space
+from colorfilter.machine import TRAIN, Machine
 from colorfilter.progress import Progress, silent
 from colorfilter.sharing import Alone, Shared
 from colorfilter.storage import Place
 from colorfilter.tokens import open_tokens
-from colorfilter.train_spec import Checkpoint, TrainSpec, step_tokens, trained_tokens
-from colorfilter.workers import Call, Took, Workers, cores
+from colorfilter.train_spec import Checkpoint, TrainSpec, trained_tokens
+from colorfilter.workers import Call, Took, Workers
 from resources.home import Home
 from resources.tally import Tally
 
@@ -44,13 +43,10 @@ if TYPE_CHECKING:
 # Of a sequence's loss in a Parquet chunk, at most.
 BYTES_PER_LOSS = 16
 # Named and not imported: what they import takes seconds, and this process does not need it.
-SCORE, TRAIN, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
+SCORE, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
     Call(f"colorfilter.device:{name}")
-    for name in ("score", "train", "evaluate", "evaluate_tasks", "losses_by_token", "devices")
+    for name in ("score", "evaluate", "evaluate_tasks", "losses_by_token", "devices")
 )
-IN_GROUP = Call("colorfilter.group:call_in_group")
-# Of fewer tokens in a step a process waits for the others more than it works.
-TOKENS_PER_PROCESS = 512
 
 
 @dataclass(frozen=True)
@@ -377,38 +373,6 @@ def release() -> None:
         with _standing.pop():
             pass
     _connection.close()
-
-
-class Machine(Workers):
-    """The devices of this machine: a worker on each, kept from call to call."""
-
-    def __init__(self, kind: str, devices: int) -> None:
-        super().__init__(devices)
-        self.kind = kind
-
-    def train(
-        self, calls: Sequence[tuple[Any, ...]], share: int, progress: Progress
-    ) -> Iterator[tuple[int, Any]]:
-        """Call device.train for all (spec, places); give (i, result) as each is done.
-
-        On a CPU each of `share` runs has its part of the cores: a process on each, which train the
-        model together. A run that chooses online is one process, with a thread on each.
-        """
-        part = max(1, cores() // share) if self.kind == "cpu" else 1
-        with tempfile.TemporaryDirectory(prefix="colorfilter-") as meetings:
-            members: list[tuple[Any, ...]] = []
-            firsts = {}
-            for i, (spec, places) in enumerate(calls):
-                size = 1 if spec.online else min(part, step_tokens(spec) // TOKENS_PER_PROCESS)
-                firsts[len(members)] = i
-                if size > 1:
-                    arguments = size, Path(meetings, str(i)), TRAIN, spec, 1, places
-                    members += [(IN_GROUP, rank, *arguments) for rank in range(size)]
-                else:
-                    members.append((TRAIN, spec, part, places))
-            for number, result in self.run(operator.call, members, progress):
-                if number in firsts:
-                    yield firsts[number], result
 
 
 def _machine() -> Machine:

@@ -103,14 +103,102 @@ def test_without_a_network_pip_is_tried_after_uv_and_the_end_is_told(tmp_path: P
     assert not (tmp_path / "venv" / ".installed").exists()
 
 
-def test_with_an_extra_nothing_else_is_left_to_install(
+@pytest.fixture
+def made(install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A virtual environment as `install` leaves it, but for what is installed by uv or pip."""
+
+    def create(folder: Path, **_: object) -> None:
+        (folder / "pyvenv.cfg").touch()
+        (folder / "lib" / "python3" / "site-packages" / "pip").mkdir(parents=True)
+        (folder / "bin").mkdir()
+        (folder / "bin" / "pip").touch()
+        (folder / "bin" / "python").symlink_to("/bin/true")
+
+    monkeypatch.setattr(install.venv, "create", create)
+    monkeypatch.setattr(install, "_by_uv", lambda *_: True)
+    folder = tmp_path / "venv"
+    assert install.main(folder, "dev") is None
+    return folder
+
+
+def stamps(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob(".install*")}
+
+
+def test_with_an_extra_nothing_else_is_left_to_install(install: ModuleType, made: Path) -> None:
+    assert stamps(made) == {".installed", ".installed-dev"}
+    (made / ".installed-dev").unlink()
+    assert install.main(made) is None
+    assert stamps(made) == {".installed"}
+
+
+def test_a_folder_with_other_files_is_left_alone(install: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    wrong = install.main(tmp_path)
+    assert wrong == (
+        f"{tmp_path}: is no virtual environment and holds other files; "
+        "name another: make VENV=/tmp/venv"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def packages(folder: Path) -> Path:
+    return folder / "lib" / "python3" / "site-packages"
+
+
+def test_what_was_cut_off_is_made_anew(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    def killed(folder: Path, _: object) -> bool:
+        (packages(folder) / "half").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(install, "_by_uv", killed)
+    with pytest.raises(KeyboardInterrupt):
+        install.main(made, "dev")
+    assert stamps(made) == {".installed", ".installing"}
+    monkeypatch.setattr(install, "_by_uv", lambda *_: True)
+    assert install.main(made) is None
+    assert {p.name for p in packages(made).iterdir()} == {"pip"}
+    assert stamps(made) == {".installed"}
+
+
+def test_pip_begins_anew_where_uv_left_half_a_package(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    def fails(folder: Path, _: object) -> bool:
+        (packages(folder) / "half").mkdir()
+        return False
+
+    monkeypatch.setattr(install, "_by_uv", fails)
+    assert install.main(made, "dev") is None
+    assert {p.name for p in packages(made).iterdir()} == {"pip"}
+
+
+def test_a_python_that_is_gone_is_made_anew(install: ModuleType, made: Path) -> None:
+    (made / "bin" / "python").unlink()
+    (made / "bin" / "python").symlink_to("/not/there")
+    (packages(made) / "of the old one").mkdir()
+    assert install.main(made, "dev") is None
+    assert {p.name for p in packages(made).iterdir()} == {"pip"}
+
+
+def test_what_stands_is_kept_where_nothing_could_be_installed(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    (made / ".installed-dev").unlink()
+    (packages(made) / "torch").mkdir()
+    (made / "bin" / "python").unlink()
+    (made / "bin" / "python").symlink_to("/bin/false")
+    monkeypatch.setattr(install, "_ran", lambda command, *_: "pip" not in command)
+    assert "run the same command again" in (install.main(made, "dev") or "")
+    assert {p.name for p in packages(made).iterdir()} == {"pip", "torch"}
+    assert stamps(made) == {".installed"}
+
+
+def test_a_checkout_that_cannot_be_written_is_told(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pip").touch()
-    monkeypatch.setattr(install, "_by_uv", lambda *_: True)
-    assert install.main(tmp_path, "dev") is None
-    assert {p.name for p in tmp_path.glob(".installed*")} == {".installed", ".installed-dev"}
-    (tmp_path / ".installed-dev").unlink()
-    assert install.main(tmp_path) is None
-    assert {p.name for p in tmp_path.glob(".installed*")} == {".installed"}
+    monkeypatch.setattr(install.os, "access", lambda *_: False)
+    assert (install.main(tmp_path / "venv") or "").startswith(f"{ROOT}: cannot be written; clone")
+    assert not list(tmp_path.iterdir())

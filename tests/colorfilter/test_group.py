@@ -1,5 +1,6 @@
 """Two processes that train one model together, by gloo on the CPU, against one that does alone."""
 
+import operator
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import safetensors.torch
 
 from colorfilter import training
+from colorfilter.errors import InputError
+from colorfilter.machine import IN_GROUP
 from colorfilter.train_spec import TrainSpec
 from colorfilter.training import train
-from colorfilter.workers import process_context
+from colorfilter.workers import Call, Workers, process_context
 
 # Gradients are added up in another order: the last bits of a float32, each step.
 TOLERANCE = 2e-5  # nats per token
@@ -92,6 +95,27 @@ def test_a_group_gives_the_loss_curve_of_one_process(
         assert (ours[column] - theirs[column]).abs().max() < TOLERANCE
     assert np.abs(weights(spec) - weights(alone)).max() < 1e-3
     assert {p.name for p in spec.out.iterdir()} == {p.name for p in alone.out.iterdir()}
+
+
+def first_fails() -> None:
+    """What one process of a group does."""
+    import torch
+    from torch import distributed
+
+    if distributed.get_rank() == 0:
+        raise InputError("what is wrong, in a line")
+    distributed.all_reduce(torch.zeros(1))
+
+
+def test_what_one_process_raises_is_told_and_not_that_the_others_are_alone(tmp_path: Path) -> None:
+    """Which of them ends first is left to chance, so it is tried some times."""
+    first = Call(f"{__name__}:first_fails")
+    with Workers(2) as pool:
+        for i in range(6):
+            meeting = tmp_path / f"a meeting, {i}"
+            calls = [(IN_GROUP, rank, 2, meeting, first) for rank in range(2)]
+            with pytest.raises(InputError, match="what is wrong"):
+                list(pool.run(operator.call, calls))
 
 
 @pytest.mark.slow

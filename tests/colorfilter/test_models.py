@@ -168,6 +168,20 @@ def test_a_given_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         models.check_fit(str(tmp_path / "nothing"), 280, 16)
 
 
+def test_parameters_are_those_of_the_model_and_no_weights_are_made(
+    tiny: Model, saved: tuple[PreTrainedModel, Path], tmp_path: Path
+) -> None:
+    model, folder = saved
+    assert models.parameters_of(str(folder), 0, 0) == models.n_parameters(model)["parameters"]
+    fresh = models.n_parameters(models.build(tiny, 300, 16, seed=0))["parameters"]
+    assert models.parameters_of(tiny, 300, 16) == fresh
+    large = {"hidden_size": 8_192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    large |= {"intermediate_size": 28_672, "max_position_embeddings": 64}
+    assert models.parameters_of(Model(type="llama", config=large), 128_256, 16) > 70e9
+    with pytest.raises(InputError, match="no model at"):
+        models.parameters_of(str(tmp_path / "none"), 0, 0)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_once_and_without_embeddings(tied: bool) -> None:
     model = models.build(

@@ -175,6 +175,44 @@ def test_the_sentence_says_what_the_seed_that_gains_least_does(
     assert sentence in comparison_in_a_sentence(arm_lines(evaluations(*rows)))
 
 
+def sentence_of(losses: dict[str, list[float]]) -> str:
+    """For losses of arms by seed, at 100 tokens."""
+    rows = [
+        row
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values, 1)
+        for row in losses_and_bits(arm, seed, 100, loss)
+    ]
+    return comparison_in_a_sentence(arm_lines(evaluations(*rows)))
+
+
+RANDOM = {"random": [6.0, 6.1, 5.9]}
+BETTER = {"color": [5.0, 5.1, 4.9]}
+NONE_BETTER = "At 100 tokens no arm is told apart from random as the better one."
+OF_COLOR = (
+    "color reached with 100 tokens what random needs more than 100 for, with each of 3 seeds."
+)
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        (RANDOM | BETTER, OF_COLOR),
+        (RANDOM | BETTER | {"solo": [4.0]}, OF_COLOR),
+        (RANDOM | BETTER | {"wide": [1.0, 7.0, 4.0]}, OF_COLOR),
+        (RANDOM | BETTER | {"broken": [math.nan, 1.0, 1.0]}, OF_COLOR),
+        (RANDOM | {"worse": [7.0, 7.1, 6.9]}, NONE_BETTER),
+        ({"random": [6.0], "color": [5.0]}, "With one seed no arm can be told apart from random."),
+        (BETTER, ""),
+        (RANDOM, ""),
+    ],
+)
+def test_the_sentence_is_of_an_arm_that_is_better_whatever_others_are(
+    losses: dict[str, list[float]], sentence: str
+) -> None:
+    assert sentence_of(losses) == sentence
+
+
 def test_a_seed_that_is_worse_is_told_where_the_arm_is_better() -> None:
     rows = []
     for seed, (own, other) in enumerate([(4.0, 6.0), (3.9, 5.9), (4.1, 6.1), (6.05, 6.0)] * 3, 1):

@@ -48,7 +48,7 @@ def test_the_loss_goes_down(spec: TrainSpec, tmp_path: Path) -> None:
     held_out = curve["held_out_loss"].drop_nulls()
     assert held_out[-1] < held_out[0]
     assert spec.held_out is not None
-    assert held_out_loss(models.load(checkpoint.path), spec.held_out) == pytest.approx(
+    assert held_out_loss(models.load(checkpoint.path), spec.held_out, Single()) == pytest.approx(
         held_out[-1], abs=1e-6
     )
 
@@ -280,7 +280,7 @@ def test_every_end_point_has_its_held_out_loss(spec: TrainSpec, undisturbed: Pat
     assert len(ends) == len(ENDPOINTS)
     for tokens, value in ends.select("tokens", "held_out_loss").rows():
         model = models.load(undisturbed / f"tokens-{tokens}")
-        assert held_out_loss(model, spec.held_out) == pytest.approx(value, abs=1e-6)
+        assert held_out_loss(model, spec.held_out, Single()) == pytest.approx(value, abs=1e-6)
 
 
 def test_the_first_end_point_is_that_of_a_run_to_it_alone(

@@ -1,22 +1,22 @@
-"""Training by the machine's own workers: how it is divided, and what it gives."""
+"""Training by the machine's own workers: what several processes give."""
 
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import psutil
 import pytest
 
+from colorfilter import machine as local
 from colorfilter import tokens
 from colorfilter.errors import InputError
+from colorfilter.machine import Machine
 from colorfilter.recipe import Model, Training
-from colorfilter.train_spec import Online, TrainSpec
+from colorfilter.train_spec import TrainSpec
 from resources import gpu as resource
-from resources.gpu import IN_GROUP, TRAIN, Gpu, Machine
+from resources.gpu import Gpu
 from resources.home import Home
 
 LENGTH = 64
@@ -49,65 +49,11 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     )
 
 
-class Recorded(Machine):
-    """A machine of eight cores that notes calls and makes none."""
-
-    def __init__(self, kind: str = "cpu") -> None:
-        self.kind = kind
-        self.members: list[tuple[Any, ...]] = []
-
-    def run(self, _: Any, arguments: Any, *__: Any) -> Iterator[tuple[int, Any]]:
-        self.members = list(arguments)
-        yield from ((i, f"result {i}") for i in range(len(arguments)))
-
-
-@pytest.mark.parametrize(
-    ("batch", "runs", "share", "processes"),
-    [(16, 1, 1, 2), (64, 1, 1, 8), (1_000, 1, 1, 8), (64, 3, 3, 2), (64, 1, 9, 1), (4, 1, 1, 1)],
-)
-def test_the_cores_are_divided_between_runs_and_a_run_between_processes(
-    spec: TrainSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    batch: int,
-    runs: int,
-    share: int,
-    processes: int,
-) -> None:
-    monkeypatch.setattr(resource, "cores", lambda: 8)
-    own = replace(spec, training=spec.training.model_copy(update={"batch_sequences": batch}))
-    machine = Recorded()
-    done = list(machine.train([(own, {})] * runs, share, lambda _: None))
-    assert len(machine.members) == runs * processes
-    if processes > 1:
-        assert done == [(i, f"result {i * processes}") for i in range(runs)]
-        assert [m[:3] for m in machine.members[:processes]] == [
-            (IN_GROUP, rank, processes) for rank in range(processes)
-        ]
-        assert len({m[3] for m in machine.members}) == runs  # a meeting each
-        assert all(m[4:6] == (TRAIN, own) for m in machine.members)
-        assert {m[6] for m in machine.members} == {1}
-    else:
-        assert machine.members == [(TRAIN, own, max(1, 8 // share), {})] * runs
-
-
-def test_what_chooses_online_is_one_process_and_on_a_gpu_all_are(
-    spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resource, "cores", lambda: 8)
-    online = replace(spec, online=Online(Path("conditional.npy"), 2.0))
-    machine = Recorded()
-    list(machine.train([(online, {})], 1, lambda _: None))
-    assert machine.members == [(TRAIN, online, 8, {})]
-    machine = Recorded("cuda")
-    list(machine.train([(spec, {})], 1, lambda _: None))
-    assert machine.members == [(TRAIN, spec, 1, {})]
-
-
 def trained(spec: TrainSpec, folder: Path, cores: int) -> tuple[pl.DataFrame, int]:
     """The curve of a run on so many cores, and the progress that was told."""
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resource, "cores", lambda: cores)
+        patch.setattr(local, "cores", lambda: cores)
         patch.setattr(resource, "_standing", [])
         home = Home(folder).claim("tests")
         own = replace(spec, out=home.artifacts / "model")
@@ -143,7 +89,7 @@ def test_a_group_that_loses_a_process_fails_and_goes_on_when_run_again(
     home = Home(tmp_path / "killed").claim("tests")
     own = replace(spec, out=home.artifacts / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resource, "cores", lambda: 2)
+        patch.setattr(local, "cores", lambda: 2)
         patch.setattr(resource, "_standing", [])
         machine = Machine("cpu", 2)
         resource._standing.append(machine)
