@@ -103,7 +103,7 @@ def _install(folder: Path, wanted: list[str], extra: str) -> str | None:
     done = folder / f".installed{extra and '-'}{extra}"
     done.unlink(missing_ok=True)
     pip = [_python(folder), "-m", "pip", "--disable-pip-version-check"]
-    print(f"installing into {folder}: some 600 MB to fetch, 2 GB on disk, more with CUDA", flush=True)
+    print(f"installing into {folder}: 600 MB to fetch, 2 GB on disk; more with CUDA", flush=True)
     has_uv = _ran([*pip, "install", "--quiet", "uv>=0.8"])
     before = _packages(folder)
     if not (has_uv and _by_uv(folder, wanted)):

@@ -27,13 +27,15 @@ class Arrivals(NamedTuple):
     retired: list[str]
     vanished: list[str]  # files whose text is kept
     lost: list[str]  # files whose text leaves the corpus
+    waiting: bool  # something has changed, and is planned when the run at work has ended
 
 
 def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = True) -> Arrivals:
     """Plan shards for what the sources hold now.
 
     New and changed files become new shards. A file that has vanished stays in the corpus if it was
-    read, as long as its shard need not be read again and `keep_vanished`.
+    read, as long as its shard need not be read again and `keep_vanished`. While a run is at work
+    the plan stays as it is: every step of a run has to find the same shards.
     """
     home = artifacts.at
     with lock(home.leases / "shards"):
@@ -44,7 +46,10 @@ def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = Tr
         if keep_vanished:
             files = with_vanished(listed, recipe.corpus.sources, read)
         planned = plan_shards(files, recipe.corpus.shard_bytes, standing)
-        if planned != standing:
+        waiting = planned != standing and home.is_at_work()
+        if waiting:
+            planned, files = standing, [f for s in standing for f in s.files]
+        elif planned != standing:
             home.write_shards(planned)
     before, after = {s.name for s in standing}, {s.name for s in planned}
     return Arrivals(
@@ -53,6 +58,7 @@ def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = Tr
         retired=sorted(before - after),
         vanished=[f.name for f in files if f.vanished],
         lost=sorted({f.name for s in standing for f in s.files} - {f.name for f in files}),
+        waiting=waiting,
     )
 
 

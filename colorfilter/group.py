@@ -97,7 +97,7 @@ def call_in_group(
     and LeftAloneError in a process that waits for one that is gone.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    store = distributed.FileStore(str(meeting), size)
+    store = distributed.FileStore(str(meeting), size)  # type: ignore[attr-defined]
     distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
     )

@@ -32,6 +32,8 @@ def arrivals_sensor(recipe: Recipe) -> dg.SensorDefinition:
         context: dg.SensorEvaluationContext, artifacts: ArtifactStore
     ) -> dg.SensorResult | dg.SkipReason:
         found = arrive(artifacts, recipe)
+        if found.waiting:
+            return dg.SkipReason("what has changed is planned when the run at work has ended")
         seen = _digest(artifacts)
         if seen == context.cursor:
             return dg.SkipReason("nothing has changed at the sources")

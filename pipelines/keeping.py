@@ -43,7 +43,10 @@ def prune(
     plan, place = open_home(recipe, home)
     artifacts = artifacts_of(place)
     if vanished:
-        say_what_arrived(bring_in(plan, place, keep_vanished=False))
+        arrived = bring_in(plan, place, keep_vanished=False)
+        if arrived.waiting:
+            raise InputError(f"home {place.root}: a run is at work; wait for it or cancel it")
+        say_what_arrived(arrived)
     found = leftovers(artifacts, shard_names(artifacts, plan))
     if not found:
         console.print("nothing to remove")

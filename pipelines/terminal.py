@@ -67,6 +67,11 @@ def artifacts_of(place: "Home") -> "ArtifactStore":
 
 def say_what_arrived(found: "Arrivals") -> None:
     """Print which shards are new or retired, and which files are gone."""
+    if found.waiting:
+        console.print(
+            "[yellow]noted [/] the sources have changed; that is planned when the run at work ends",
+            highlight=False,
+        )
     if found.new or found.retired:
         retired = f", {len(found.retired)} retired" if found.retired else ""
         console.print(f"{len(found.new)} new shards{retired}", highlight=False)

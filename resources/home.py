@@ -104,7 +104,7 @@ class Home:
         """
         with lock(self.leases / self._forgetting.name):
             write_text_atomically(self._forgetting, "")
-            if any(is_locked(lease) for lease in self.leases.glob("run-*")):
+            if self.is_at_work():
                 self._forgetting.unlink()
                 raise InputError(f"home {self.root}: a run is at work; wait for it or cancel it")
             yield
@@ -125,6 +125,10 @@ class Home:
     def run_is_alive(self, run_id: str) -> bool:
         """Whether the process of a Dagster run is at work."""
         return is_locked(self.run_lease(run_id))
+
+    def is_at_work(self) -> bool:
+        """Whether the process of any run is at work."""
+        return any(is_locked(lease) for lease in self.leases.glob("run-*"))
 
     def shards(self) -> list[Shard]:
         """The planned shards of the corpus, in order of name."""

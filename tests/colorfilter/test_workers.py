@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import psutil
 import pytest
 
 from colorfilter import workers
-from colorfilter.workers import Call, Workers
+from colorfilter.workers import ADDED_TO_PATH, SOCKET_PATH, Call, Workers, process_context
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def count(upto: int) -> tuple[int, int]:
@@ -204,6 +207,40 @@ def test_workers_are_forks_of_one_process_that_has_loaded_torch(
     names = {t.id for t in psutil.Process(server).threads()}
     commands = {Path(f"/proc/{server}/task/{i}/comm").read_text().strip() for i in names}
     assert commands == {Path(f"/proc/{server}/comm").read_text().strip()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are fresh processes")
+def test_below_a_long_temporary_folder_workers_are_fresh_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert process_context().get_start_method() == "forkserver"
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert process_context().get_start_method() == "spawn"
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (SOCKET_PATH - ADDED_TO_PATH - 1))
+    assert process_context().get_start_method() == "forkserver"
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (SOCKET_PATH - ADDED_TO_PATH))
+    assert process_context().get_start_method() == "spawn"
+
+
+def test_what_cannot_be_loaded_for_workers_is_named(tmp_path: Path) -> None:
+    """In a process of its own, whose server fails."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise OSError('half a package')")
+    code = "from colorfilter.workers import Workers\nlist(Workers(1).run(print, [()]))\n"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "OSError: half a package" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "RuntimeError: no worker process could be started: loading colorfilter or torch or"
+    )
 
 
 def test_a_call_is_imported_by_the_worker_alone() -> None:

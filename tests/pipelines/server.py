@@ -43,6 +43,7 @@ class Server:
     port: int
     home: Path
     log: Path
+    killed: bool = False  # by a test
 
     @property
     def address(self) -> str:
@@ -165,6 +166,7 @@ class Server:
 
     def kill(self) -> None:
         """End everything at once, as a power cut does."""
+        self.killed = True
         there = self.processes()
         for process in there:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -9,6 +9,7 @@ import pytest
 
 from assets.common import SHARDS
 from colorfilter.errors import InputError
+from colorfilter.files import lock
 from colorfilter.recipe import Recipe
 from pipelines.automation import due
 from pipelines.graph import build_definitions
@@ -18,6 +19,7 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
 from tests.conftest import Project, made_since, write_corpus
+from tests.pipelines.program import colorfilter
 
 NIGHT = datetime(2026, 11, 24, 3, tzinfo=UTC)
 
@@ -70,6 +72,32 @@ def tick(project: Project, instance: dg.DagsterInstance) -> dg.RunRequest | str:
 
 
 # Arrivals ------------------------------------------------------------------------------------
+
+
+def test_what_arrives_during_a_run_is_planned_when_it_has_ended(
+    movable: Project, tmp_path: Path
+) -> None:
+    """Else the steps of the run that are to come would miss what no step of it has made."""
+    standing = planned(movable)
+    with dg.DagsterInstance.get() as instance:
+        cursor, _ = look(movable, instance)
+        with lock(movable.home.run_lease("some")):
+            assert look(movable, instance, cursor)[1] == "nothing has changed at the sources"
+            write_corpus(tmp_path / "corpus", ["textwrap"])
+            same, words = look(movable, instance, cursor)
+            assert same == cursor
+            assert words == "what has changed is planned when the run at work has ended"
+            assert isinstance(tick(movable, instance), str)
+            done = colorfilter(
+                *("prune", "--vanished", "--yes", "--recipe", str(movable.path)),
+                *("--home", str(movable.home.root)),
+            )
+            assert done.returncode == 2
+            assert "a run is at work" in done.stderr
+            assert planned(movable) == standing
+        cursor, words = look(movable, instance, cursor)
+        assert words == "1 new shards, 0 retired"
+        assert len(planned(movable)) == len(standing) + 1
 
 
 def test_arrivals_become_shards_once(movable: Project, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def started() -> Iterator[list[Server]]:
 def at_work(project: Project, started: list[Server]) -> Server:
     """The server at work; it is started where a test has killed the one before."""
     if not started or not started[-1].process.is_running():
+        assert not started or started[-1].killed, "it has ended by itself"
         started.append(start(project.path, project.home.root, free_port()))
     return started[-1]
 
@@ -274,6 +275,7 @@ def test_a_run_goes_on_when_the_daemon_is_killed(project: Project, server: Serve
     (daemon,) = [p for p in server.processes() if "dagster._daemon" in p.cmdline()]
     daemon.kill()
     server.process.wait(30)
+    server.killed = True
     process.resume()
     wait_for("end of the run", lambda: None if project.home.run_is_alive(run_id) else True, 120)
     with dg.DagsterInstance.from_config(str(project.home.dagster)) as instance:
