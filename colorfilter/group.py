@@ -98,14 +98,16 @@ def call_in_group(
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     store = distributed.FileStore(str(meeting), size)  # type: ignore[attr-defined]
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
-    )
     try:
+        distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
+        )
+        distributed.barrier()  # none may end before all have met
         return function(*arguments)
     except RuntimeError as error:
         if "gloo" in str(error):  # torch has no type for it
             raise LeftAloneError("another process of this training has ended") from error
         raise
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
