@@ -31,12 +31,12 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
     config = configuration(model, vocab_size, sequence_length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = _with_weights(config)
+        fresh = _from_config(config)
     _refuse_not_causal(fresh, f"a model of type {model.type}")
     return fresh
 
 
-def _with_weights(config: PreTrainedConfig) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever an architecture makes of a value that cannot be
@@ -149,7 +149,7 @@ def parameters_of(start: Model | str, vocab_size: int, sequence_length: int) -> 
         except (OSError, ValueError) as error:
             raise InputError(f"no model at {start}: {one_line(error)}") from error
     with torch.device("meta"):
-        return n_parameters(_with_weights(config))["parameters"]
+        return n_parameters(_from_config(config))["parameters"]
 
 
 def n_parameters(model: PreTrainedModel) -> dict[str, int]:

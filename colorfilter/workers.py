@@ -118,18 +118,22 @@ class Workers:
         """
         reported = self._done.value
         try:
-            pending = {self._pool.submit(function, *a): i for i, a in enumerate(arguments)}
+            pending = {self._submitted(function, *a): i for i, a in enumerate(arguments)}
             yield from self._collect(pending, reported, progress)
-        except (EOFError, ConnectionError) as error:
-            self.broken = True
-            raise RuntimeError(
-                f"no worker process could be started: loading {' or '.join(PRELOADED)} failed, "
-                "with the error above"
-            ) from error
         except BrokenProcessPool as error:
             self.broken = True
             raise RuntimeError(
                 "a worker process was killed, for want of memory perhaps; run again to go on"
+            ) from error
+
+    def _submitted(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        try:
+            return self._pool.submit(function, *arguments)
+        except (EOFError, ConnectionError) as error:  # of the server that workers are forks of
+            self.broken = True
+            raise RuntimeError(
+                f"no worker process could be started: loading {' or '.join(PRELOADED)} failed, "
+                "with the error above"
             ) from error
 
     def _collect(

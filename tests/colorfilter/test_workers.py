@@ -98,6 +98,15 @@ def test_a_failure_is_raised_and_the_other_calls_stop(tmp_path: Path) -> None:
     assert not (tmp_path / "late").exists()
 
 
+def end_of_file() -> None:
+    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+
+def test_what_a_call_reads_to_its_end_is_no_failure_to_start() -> None:
+    with Workers(1) as pool, pytest.raises(EOFError, match="Compressed file"):
+        list(pool.run(end_of_file, [()]))
+
+
 def test_who_leaves_early_stops_the_other_calls(tmp_path: Path) -> None:
     with Workers(2) as two:
         for _ in two.run(call, [(count, 1), (go_on_for_ever, tmp_path / "begun")]):
