@@ -366,16 +366,26 @@ def first_failure(folder: Path, tests: str, suite: str) -> str | None:
 
 
 def find(fault: Fault) -> Found:
-    """Put a fault into a copy of the tree and run tests until one fails."""
+    """Put a fault into a copy of the tree and run tests until one fails.
+
+    Raises RuntimeError where it is a test of all that fails, and does so without the fault too.
+    """
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="colorfilter-") as folder:
-        copy_tree(Path(folder))
-        put_in(fault, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="colorfilter-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        whole = (folder / fault.path).read_text(encoding="utf-8")
+        put_in(fault, folder)
         for suite in (FAST, SLOW):
             for tests in (fault.tests, "tests"):
-                test = first_failure(Path(folder), tests, suite)
-                if test:
-                    return Found(fault.name, test, suite, round(time.monotonic() - begun, 1))
+                test = first_failure(folder, tests, suite)
+                if not test:
+                    continue
+                seconds = round(time.monotonic() - begun, 1)
+                (folder / fault.path).write_text(whole, encoding="utf-8")
+                if tests != fault.tests and first_failure(folder, test.partition("[")[0], suite):
+                    raise RuntimeError(f"{test} fails without a fault too")
+                return Found(fault.name, test, suite, seconds)
     return Found(fault.name, None, None, round(time.monotonic() - begun, 1))
 
 

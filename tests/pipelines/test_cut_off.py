@@ -40,6 +40,16 @@ def test_a_run_without_a_process_is_failed_and_one_at_work_is_not(home: Home) ->
         assert not home.run_lease(dead).exists()
 
 
+def test_the_device_that_a_dead_run_holds_is_free_for_the_next(home: Home) -> None:
+    with dg.DagsterInstance.local_temp(str(home.dagster)) as instance:
+        slots = instance.event_log_storage
+        slots.set_concurrency_slots("device", 1)
+        dead, following = started(instance), started(instance, dg.DagsterRunStatus.NOT_STARTED)
+        assert slots.claim_concurrency_slot("device", dead, "losses").is_claimed
+        assert fail_cut_off(instance, home) == [dead]
+        assert slots.claim_concurrency_slot("device", following, "losses").is_claimed
+
+
 def test_a_run_that_shows_itself_in_the_meantime_is_left_alone(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
