@@ -47,7 +47,7 @@ def call(function: Callable[..., object], *arguments: object) -> object:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90  # of a busy machine
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
