@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST, NEWEST = (3, 11), (3, 13)
-CUT_OFF = ".installing"  # a file in the environment as long as it is not whole
+INCOMPLETE = ".installing"  # a file that is there until the installation is complete
 # pip's settings by uv's options. Each of several values, apart by spaces, is an option of its own.
 OPTIONS = {
     "index-url": "--default-index",
@@ -42,7 +42,7 @@ def main(folder: Path, extra: str = "") -> str | None:
         )
     if not os.access(ROOT, os.W_OK):
         return f"{ROOT}: cannot be written; clone the project to a folder of your own"
-    with _alone():
+    with _locked():
         try:
             wrong = _prepare(folder)
         except OSError as error:
@@ -56,7 +56,7 @@ def main(folder: Path, extra: str = "") -> str | None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _locked() -> Iterator[None]:
     """Wait until no other installation from this checkout is at work."""
     root = os.open(ROOT, os.O_RDONLY)
     try:
@@ -67,29 +67,29 @@ def _alone() -> Iterator[None]:
 
 
 def _prepare(folder: Path) -> str | None:
-    """Make the virtual environment, or mend one that was cut off or whose Python is gone.
+    """Create the virtual environment, or rebuild one that is incomplete or lacks its Python.
 
     Returns what is wrong. Raises OSError, and CalledProcessError where pip cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not any((folder / name).exists() for name in ("pyvenv.cfg", CUT_OFF)):
+    if not any((folder / name).exists() for name in ("pyvenv.cfg", INCOMPLETE)):
         if any(folder.iterdir()):
             return "is no virtual environment and holds other files"
-        (folder / CUT_OFF).touch()
-    if (folder / CUT_OFF).exists() or not _ran([_python(folder), "-c", ""]):
+        (folder / INCOMPLETE).touch()
+    if (folder / INCOMPLETE).exists() or not _ran([_python(folder), "-c", ""]):
         _make(folder)
     elif not (folder / "bin" / "pip").exists():
         venv.create(folder, with_pip=True, symlinks=True)
-    (folder / CUT_OFF).touch()
+    (folder / INCOMPLETE).touch()
     return None
 
 
 def _make(folder: Path) -> None:
-    (folder / CUT_OFF).touch()
+    (folder / INCOMPLETE).touch()
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != CUT_OFF:
+        elif entry.name != INCOMPLETE:
             entry.unlink()
     venv.create(folder, with_pip=True, symlinks=True)
 
@@ -97,8 +97,8 @@ def _make(folder: Path) -> None:
 def _install(folder: Path, wanted: list[str], extra: str) -> str | None:
     """Install by uv, else by pip; returns what is wrong.
 
-    Neither notices a package that was half installed when it was cut off. So the environment is
-    made anew where that may be: here after uv has failed, by `_prepare` where CUT_OFF was left.
+    Neither notices a package whose installation was interrupted. So the environment is rebuilt
+    where that may have happened: here after uv has failed, by `_prepare` where INCOMPLETE was left.
     """
     done = folder / f".installed{extra and '-'}{extra}"
     done.unlink(missing_ok=True)
@@ -114,11 +114,11 @@ def _install(folder: Path, wanted: list[str], extra: str) -> str | None:
             before = _packages(folder)
         if not _ran([*pip, "install", "--quiet", *wanted]):
             if _packages(folder) == before:
-                (folder / CUT_OFF).unlink()
+                (folder / INCOMPLETE).unlink()
             return f"nothing more was installed in {folder} (see above); run the same command again"
     done.touch()
     (folder / ".installed").touch()  # an extra comes with all that is there without
-    (folder / CUT_OFF).unlink()
+    (folder / INCOMPLETE).unlink()
     return None
 
 

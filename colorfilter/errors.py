@@ -1,4 +1,4 @@
-"""Exceptions that say more than their type: the input is wrong, or why is told elsewhere."""
+"""Exceptions for bad input, for what cannot be reached, and for a lost process of a group."""
 
 
 class InputError(Exception):
@@ -13,7 +13,7 @@ class UnreachableError(InputError):
 
 
 class LeftAloneError(RuntimeError):
-    """Another process of the group has ended. What that one raises is the cause."""
+    """Another process of the group has ended; the error that it raised is the cause."""
 
 
 def one_line(error: Exception) -> str:

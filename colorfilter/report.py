@@ -208,10 +208,8 @@ def comparison_in_a_sentence(lines: Sequence[ArmLine]) -> str:
     better = [line for line in compared if _against(line.against_random)[1] == "better"]
     if not better:
         if all(_against(line.against_random)[1] == "one seed" for line in compared):
-            return "With one seed no arm can be told apart from random."
-        return (
-            f"At {compared[0].tokens:,} tokens no arm is told apart from random as the better one."
-        )
+            return "One seed is too few to compare an arm with random."
+        return f"At {compared[0].tokens:,} tokens no arm is significantly better than random."
     best = min(better, key=lambda line: (line.tokens, line.loss.mean))
     least = min(best.matches, key=lambda match: (match.bound != "<", match.ratio))
     seeds = f"each of {len(best.matches)} seeds"

@@ -157,7 +157,7 @@ def test_in_brief_equal_matches_are_told_once() -> None:
     [
         ((4.0, 4.0), "reached with 100 tokens what random needs more than 200 for, with each of 2"),
         ((5.5, 5.49), "reached with 100 tokens what random needs at least 141 for, with each of 2"),
-        ((5.99, 6.01), "At 100 tokens no arm is told apart from random as the better one."),
+        ((5.99, 6.01), "At 100 tokens no arm is significantly better than random."),
     ],
 )
 def test_the_sentence_says_what_the_seed_that_gains_least_does(
@@ -188,7 +188,7 @@ def sentence_of(losses: dict[str, list[float]]) -> str:
 
 RANDOM = {"random": [6.0, 6.1, 5.9]}
 BETTER = {"color": [5.0, 5.1, 4.9]}
-NONE_BETTER = "At 100 tokens no arm is told apart from random as the better one."
+NONE_BETTER = "At 100 tokens no arm is significantly better than random."
 OF_COLOR = (
     "color reached with 100 tokens what random needs more than 100 for, with each of 3 seeds."
 )
@@ -202,7 +202,7 @@ OF_COLOR = (
         (RANDOM | BETTER | {"wide": [1.0, 7.0, 4.0]}, OF_COLOR),
         (RANDOM | BETTER | {"broken": [math.nan, 1.0, 1.0]}, OF_COLOR),
         (RANDOM | {"worse": [7.0, 7.1, 6.9]}, NONE_BETTER),
-        ({"random": [6.0], "color": [5.0]}, "With one seed no arm can be told apart from random."),
+        ({"random": [6.0], "color": [5.0]}, "One seed is too few to compare an arm with random."),
         (BETTER, ""),
         (RANDOM, ""),
     ],
