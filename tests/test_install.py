@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -146,14 +147,22 @@ def packages(folder: Path) -> Path:
     return folder / "lib" / "python3" / "site-packages"
 
 
-def test_what_was_cut_off_is_made_anew(
+def half_installed(interrupted: BaseException | None) -> Callable[[Path, object], bool]:
+    """An installation by uv that leaves half a package; it fails or is interrupted."""
+
+    def install(folder: Path, _: object) -> bool:
+        (packages(folder) / "half").mkdir()
+        if interrupted:
+            raise interrupted
+        return False
+
+    return install
+
+
+def test_an_interrupted_installation_is_made_anew(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    def killed(folder: Path, _: object) -> bool:
-        (packages(folder) / "half").mkdir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(install, "_by_uv", killed)
+    monkeypatch.setattr(install, "_by_uv", half_installed(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         install.main(made, "dev")
     assert stamps(made) == {".installed", ".installing"}
@@ -166,11 +175,7 @@ def test_what_was_cut_off_is_made_anew(
 def test_pip_begins_anew_where_uv_left_half_a_package(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    def fails(folder: Path, _: object) -> bool:
-        (packages(folder) / "half").mkdir()
-        return False
-
-    monkeypatch.setattr(install, "_by_uv", fails)
+    monkeypatch.setattr(install, "_by_uv", half_installed(None))
     assert install.main(made, "dev") is None
     assert {p.name for p in packages(made).iterdir()} == {"pip"}
 

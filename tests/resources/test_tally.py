@@ -1,4 +1,4 @@
-"""What is told of scoring: how much is done, of which shards, by which machines."""
+"""Progress of scoring: chunks done, by shard and by machine."""
 
 import logging
 
