@@ -72,20 +72,18 @@ def _prepare(folder: Path) -> str | None:
     Returns what is wrong. Raises OSError, and CalledProcessError where pip cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not any((folder / name).exists() for name in ("pyvenv.cfg", INCOMPLETE)):
-        if any(folder.iterdir()):
-            return "is no virtual environment and holds other files"
-        (folder / INCOMPLETE).touch()
-    if (folder / INCOMPLETE).exists() or not _ran([_python(folder), "-c", ""]):
+    incomplete = (folder / INCOMPLETE).exists()
+    if not (incomplete or (folder / "pyvenv.cfg").exists()) and any(folder.iterdir()):
+        return "is no virtual environment and holds other files"
+    (folder / INCOMPLETE).touch()
+    if incomplete or not _ran([_python(folder), "-c", ""]):
         _make(folder)
     elif not (folder / "bin" / "pip").exists():
         venv.create(folder, with_pip=True, symlinks=True)
-    (folder / INCOMPLETE).touch()
     return None
 
 
 def _make(folder: Path) -> None:
-    (folder / INCOMPLETE).touch()
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
