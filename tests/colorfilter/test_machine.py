@@ -73,19 +73,16 @@ def test_where_memory_or_sequences_are_too_few_for_processes_they_have_threads(
     spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Recorded()
-    monkeypatch.setattr(module, "memory", lambda: 2 * 3 * PARAMETERS_OF_ALL * BYTES_PER_PARAMETER)
+    monkeypatch.setattr(module, "step_tokens", lambda _: 4_096)
+    list(machine.train([(of_step(spec, 2), {})], 1, lambda _: None))
+    assert [(m[2], m[6]) for m in machine.members] == [(2, 4)] * 2
     own = of_step(spec, 4_096 // LENGTH)
+    monkeypatch.setattr(module, "memory", lambda: 2 * 3 * PARAMETERS_OF_ALL * BYTES_PER_PARAMETER)
     list(machine.train([(own, {})], 1, lambda _: None))
     assert [(m[2], m[6]) for m in machine.members] == [(3, 2)] * 3
     monkeypatch.setattr(module, "memory", lambda: PARAMETERS_OF_ALL)
     list(machine.train([(own, {})], 1, lambda _: None))
     assert machine.members == [(TRAIN, own, 8, {})]
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "cores", lambda: 8)
-    monkeypatch.setattr(module, "step_tokens", lambda _: 4_096)
-    few = of_step(spec, 2)
-    list(machine.train([(few, {})], 1, lambda _: None))
-    assert [(m[2], m[6]) for m in machine.members] == [(2, 4)] * 2
 
 
 def test_what_chooses_online_is_one_process_and_on_a_gpu_all_are(spec: TrainSpec) -> None:

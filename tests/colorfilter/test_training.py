@@ -273,6 +273,35 @@ def test_the_tokens_of_an_end_point_are_those_of_its_sequences(
     assert ends["tokens"].to_list() == expected
 
 
+class OneOfThree(Single):
+    """A process of a group; `parts` are what each has added to a total so far."""
+
+    size = 3
+
+    def __init__(self, rank: int, parts: list[np.ndarray]) -> None:
+        self.rank = rank
+        self.parts = parts
+
+    def total(self, numbers: np.ndarray, _: torch.device) -> np.ndarray:
+        self.parts.append(numbers)
+        return np.sum(self.parts, axis=0)
+
+
+def test_processes_share_the_held_out_sequences_and_get_the_bits_of_one(
+    spec: TrainSpec, undisturbed: Path
+) -> None:
+    assert spec.held_out is not None
+    model = models.load(next(undisturbed.glob("tokens-*")))
+    parts: list[np.ndarray] = []
+    for rank in range(3):
+        loss = held_out_loss(model, spec.held_out, OneOfThree(rank, parts))
+    assert loss == held_out_loss(model, spec.held_out, Single())
+    for rank, (_, labels) in enumerate(parts):
+        mine = np.arange(len(labels)) % 3 == rank
+        assert (labels[mine] > 0).all()
+        assert (labels[~mine] == 0).all()
+
+
 def test_every_end_point_has_its_held_out_loss(spec: TrainSpec, undisturbed: Path) -> None:
     curve = pl.read_parquet(undisturbed / "curve.parquet")
     ends = curve.filter(pl.col("tokens") == pl.col("endpoint"))
