@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 demo: $(RUNTIME)
 	$(BIN)/colorfilter run --recipe sample
 
-# What tests write they flush and throw away: in memory, where it has 4 GiB to spare.
+# Tests write to memory where it has 4 GiB free: they flush a lot to disk and keep nothing.
 IN_MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 4194304 { print "TMPDIR=/dev/shm" }')
 # A file's tests stay in one process, which makes once what they share. The longest come first.
 PYTEST := $(IN_MEMORY) $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
