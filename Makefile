@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
+# Many short processes import the project: the first one's bytecode serves the others.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all mutations lint bench clean
 
 demo: $(RUNTIME)

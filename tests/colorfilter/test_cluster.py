@@ -295,39 +295,32 @@ def test_the_place_of_one_that_is_left_out_is_free_when_its_node_is_gone(
     assert added.node_id in used
 
 
-def test_what_a_group_raises_is_raised_here(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from colorfilter import data_parallel
-
-    monkeypatch.setattr(data_parallel, "FAILURES", 1)
-
-    def refuse(name: str) -> None:
-        from colorfilter.errors import InputError
-
-        raise InputError(f"{name}: no good")
-
-    with pytest.raises(InputError, match=r"^call 0: no good$") as caught:
-        list(Cluster(together=2).run(refuse, [("call 0",)]))
-    assert type(caught.value) is InputError
-
-
 def test_more_devices_together_than_there_are_is_refused(nodes: Any) -> None:
     with pytest.raises(UnreachableError, match="devices_per_model: 9 are asked for"):
         list(Cluster(together=9).run(calls()[0], [("", 1)]))
 
 
-def test_a_group_ends_where_the_caller_leaves(nodes: Any) -> None:
-    """And with it the connection: this is the last test but those that begin without one."""
+def test_what_a_group_raises_is_raised_here_and_ends_the_others(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end with the connection, so this is the last test but those that begin without one."""
+    from colorfilter import data_parallel
 
-    def first_only(name: str, seconds: int) -> int:
+    monkeypatch.setattr(data_parallel, "FAILURES", 1)
+
+    def refuse_or_wait(name: str, seconds: int) -> None:
+        from colorfilter.errors import InputError
+
+        if not seconds:
+            raise InputError(f"{name}: no good")
         time.sleep(seconds)
-        return os.getpid()
 
     nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # for two groups
-    run = Cluster(together=2).run(first_only, [("call 0", 0), ("call 1", 600)])
-    assert next(run)[0] == 0
     begun = time.monotonic()
-    run.close()
-    assert time.monotonic() - begun < 30
+    with pytest.raises(InputError, match=r"^call 0: no good$") as caught:
+        list(Cluster(together=2).run(refuse_or_wait, [("call 0", 0), ("call 1", 600)]))
+    assert type(caught.value) is InputError
+    assert time.monotonic() - begun < 300
     assert not ray.is_initialized()
 
 

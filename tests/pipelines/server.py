@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,6 +164,25 @@ class Server:
                 if any(file.path == lease for file in process.open_files()):
                     return process
         return None
+
+    def cancel_held(self, run_id: str, process: psutil.Process) -> None:
+        """Cancel a run whose process is suspended, and resume it.
+
+        Resumed first, the run could end before Dagster hears of the cancellation.
+        """
+        terminate = "mutation($id: String!) {terminateRun(runId: $id) {__typename}}"
+        with ThreadPoolExecutor(1) as thread:
+            # Answered only once the process has taken notice, so after it was resumed.
+            asked = thread.submit(self.ask, terminate, id=run_id)
+            try:
+                wait_for(
+                    "cancellation",
+                    lambda: self.runs()[run_id]["status"] == "CANCELING" or None,
+                    30,
+                )
+            finally:
+                process.resume()
+            asked.result()
 
     def kill(self) -> None:
         """End everything at once, as a power cut does."""

@@ -217,8 +217,7 @@ def test_a_cancelled_run_stops_and_another_goes_on(project: Project, server: Ser
     run_id = server.launch("rescore", every_shard(project.home))
     process, done = mid_scoring(server, project, run_id, before)
     asked = time.time()
-    process.resume()
-    server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
+    server.cancel_held(run_id, process)
     assert server.ended(run_id, 30)["status"] == "CANCELED"
     stopped = time.time() - asked
     at_stop = len(chunks(project)) - before

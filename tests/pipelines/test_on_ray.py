@@ -71,8 +71,7 @@ def test_a_cancelled_run_lets_the_cluster_go_and_another_ends_it(
     run_id = server.launch("rescore", every_shard(project.home))
     process, _ = mid_scoring(server, project, run_id, before)
     assert workers_at_work()
-    process.resume()
-    server.ask("mutation($id: String!) {terminateRun(runId: $id) {__typename}}", id=run_id)
+    server.cancel_held(run_id, process)
     assert server.ended(run_id, 60)["status"] == "CANCELED"
     wait_for("end of the workers", lambda: None if workers_at_work() else True, 30)
 

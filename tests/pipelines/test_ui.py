@@ -59,8 +59,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, browser: "Browser") -> Iter
         dialog = page.get_by_role("dialog")
         dialog.get_by_role("button", name="All", exact=True).click()
         dialog.get_by_role("button", name="Launch backfill").click()
+        wait_for("run", lambda: server.runs() or None, 90)
+        page.close()  # which would be drawn again and again while the run is at work
         server.new_run_succeeds({}, 300)
-        page.close()
         yield server
 
 

@@ -144,21 +144,30 @@ def test_scores_are_those_of_one_machine(
     assert all(r.seconds == 0 for _, _, rs in again for r in rs)
 
 
-def test_a_node_that_is_killed_changes_nothing(
+def test_neither_a_killed_node_nor_a_late_worker_changes_a_loss(
     root: Path, nodes: Any, local: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The late worker was given up, and its device gives other bits."""
+    work = job(root, "killed")
+    staged = root / "home" / "staged" / "artifacts" / "killed" / "one"
+    staged.mkdir(parents=True)
+    first = min(local)
+    assert first.startswith("one/")
+    table = pl.read_parquet(root / "home" / "artifacts" / "local" / first)
+    other = table.with_columns(loss=pl.col("loss") + 1)
+    killed: list[str] = []
     done = 0
 
-    def kill_one(amount: int) -> None:
+    def disturb(amount: int) -> None:
         nonlocal done
         done += amount
+        other.write_parquet(staged / f"{Path(first).stem[:-16]}{'0' * 16}.parquet")
         if done > 0 and not killed:
             node = next(iter(nodes.worker_nodes))
             killed.append(node.node_id)
             nodes.remove_node(node, allow_graceful=False)
 
-    killed: list[str] = []
-    list(on_ray(root, nodes).score([job(root, "killed")], kill_one))
+    list(on_ray(root, nodes).score([work], disturb))
     nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     assert killed
     assert files(root, "killed") == local
@@ -191,36 +200,17 @@ def test_a_driver_that_is_killed_loses_no_chunk_that_was_committed(
         time.sleep(0.2)
     before = committed()
     assert len(before) >= 6
-    found = list(on_ray(root, nodes).score([job(root, name)]))
+    found = list(on_ray(root, nodes, workers=1).score([job(root, name)]))
     scored = {r.file for _, _, rs in found for r in rs if r.seconds}
     assert files(root, name) == local
     assert not scored & before
     assert not list(staged.rglob("*.parquet"))
 
 
-def test_what_a_late_worker_commits_is_not_taken(
-    root: Path, nodes: Any, local: dict[str, str]
-) -> None:
-    """One that was given up, on a device that gives other bits."""
-    work = job(root, "late")
-    staged = root / "home" / "staged" / "artifacts" / "late" / "one"
-    staged.mkdir(parents=True)
-    first = min(local)
-    assert first.startswith("one/")
-    table = pl.read_parquet(root / "home" / "artifacts" / "local" / first)
-
-    def commit_late(amount: int) -> None:
-        other = table.with_columns(loss=pl.col("loss") + 1)
-        other.write_parquet(staged / f"{Path(first).stem[:-16]}{'0' * 16}.parquet")
-
-    list(on_ray(root, nodes).score([work], commit_late))
-    assert files(root, "late") == local
-
-
 def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) -> None:
     import fsspec
 
-    gpu = on_ray(root, nodes, storage=f"{nodes.bucket}/pool")
+    gpu = on_ray(root, nodes, storage=f"{nodes.bucket}/pool", workers=2)
     list(gpu.score([job(root, "s3")]))
     assert files(root, "s3") == local
     there = fsspec.filesystem("s3").find("colorfilter/pool")
@@ -229,14 +219,11 @@ def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) 
     assert not any("@staged" in path for path in there)
     at = root / "home" / "artifacts"
     alone = Gpu(home=str(root / "home"))
-    checkpoints = [at / m for m in MODELS]
-    for (nll, n), (nll_alone, n_alone) in zip(
-        gpu.evaluate(checkpoints, at / "tokens", at / "s3"),
-        alone.evaluate(checkpoints, at / "tokens", at / "s3"),
-        strict=True,
-    ):
-        assert np.array_equal(nll, nll_alone, equal_nan=True)
-        assert np.array_equal(n, n_alone)
+    checkpoints = [at / MODELS[0]]
+    ((nll, n),) = gpu.evaluate(checkpoints, at / "tokens", at / "s3")
+    ((nll_alone, n_alone),) = alone.evaluate(checkpoints, at / "tokens", at / "s3")
+    assert np.array_equal(nll, nll_alone, equal_nan=True)
+    assert np.array_equal(n, n_alone)
     for place in ("tokens", *MODELS):
         gpu.withdraw(at / place)
     assert not fsspec.filesystem("s3").find("colorfilter/pool")
