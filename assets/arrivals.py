@@ -5,10 +5,23 @@ from typing import NamedTuple
 import dagster as dg
 
 from assets.common import probe_shard
+from assets.declaration import Declaration, Read
 from colorfilter.files import lock
 from colorfilter.recipe import Recipe
 from colorfilter.shards import Shard, list_files, plan_shards, with_vanished
 from resources.artifacts import ArtifactStore, Work
+
+
+def raw_corpus_declaration(recipe: Recipe) -> Declaration:
+    """Declare `raw_corpus`; a domain's reserved shard is read from its text."""
+    return Declaration(
+        "raw_corpus",
+        "corpus",
+        {"parquet"},
+        inputs=[Read(f"{domain.name}/domain_text") for domain in recipe.domains],
+        settings=recipe.corpus.facts(),
+        sharded=True,
+    )
 
 
 def reading(recipe: Recipe, shard: Shard) -> Work:
@@ -16,7 +29,7 @@ def reading(recipe: Recipe, shard: Shard) -> Work:
     source = next(s for s in recipe.corpus.sources if s.name == shard.files[0].source)
     read = source.model_dump(include={"name", "format", "text_field"})
     files = [[f.path, f.size, f.version] for f in shard.files]
-    return Work("raw_corpus", shard.name, recipe={**read, "files": files})
+    return raw_corpus_declaration(recipe).work([], shard.name, settings={**read, "files": files})
 
 
 class Arrivals(NamedTuple):

@@ -1,18 +1,20 @@
 """Stage 2: the two auxiliary models, prior and conditional."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from assets.common import OWNERS, Context, Progress, code_version, result
+from assets.common import Context, Progress, result
+from assets.declaration import Declaration, Read, asset
 from assets.figures import curve_metadata
 from colorfilter.corpus import pack_shard
 from colorfilter.files import checkpoint_content
 from colorfilter.recipe import Domain, Model, Recipe, Training
 from colorfilter.train_spec import TrainSpec, planned_tokens
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
 
 GROUP = "auxiliary"
@@ -25,118 +27,133 @@ def checkpoint(model: Artifact) -> Path:
 
 def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """The prior, and per domain the conditional and, where asked for, the domain-only model."""
+    assets = [prior_asset(recipe), *(conditional_asset(recipe, d) for d in recipe.domains)]
+    if recipe.has_domain_only_model:
+        assets += [domain_only_asset(recipe, d) for d in recipe.domains]
+    return assets
 
-    @dg.asset(
-        deps=["sample_plan", "tokenizer"],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        owners=OWNERS,
+
+def prior_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`prior_model`."""
+    given = recipe.prior.path is not None
+    declared = Declaration(
+        "prior_model",
+        GROUP,
+        {"pytorch"},
+        inputs=[Read("tokenizer")] if given else [Read("sample_plan"), Read("tokenizer")],
+        settings={
+            **recipe.prior.facts(without=("sample_chars", "score_sample")),
+            "sequence_length": recipe.sequence_length,
+        },
+        seed=recipe.seed,
         pool="gpu",
-        code_version=code_version(1, recipe.prior, recipe.sequence_length, recipe.seed),
     )
+
+    @asset(declared)
     def prior_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
         """The prior: a small causal LM trained on D_prior, or the one the recipe names."""
-        plan = artifacts.current("sample_plan")
-        encoder = artifacts.current("tokenizer")
-
-        path = recipe.prior.path
-
-        def fresh(folder: Path) -> dict[str, Any]:
-            packed = folder / "d_prior"
-            counts = pack_shard(packed, plan.path, encoder.path, [], recipe.sequence_length)
-            assert recipe.prior.model is not None
-            assert recipe.prior.training is not None
-            spec = TrainSpec(
-                start=recipe.prior.model,
-                tokens=packed,
-                tokenizer=encoder.path,
-                training=recipe.prior.training,
-                seed=recipe.seed,
-                endpoints=(counts["sequences"],),
-                out=folder,
+        encoder = declared.current(artifacts, "tokenizer")
+        if recipe.prior.path:
+            path = recipe.prior.path
+            content = {**declared.settings, "content": checkpoint_content(path)}
+            made = artifacts.make(
+                declared.work([encoder], settings=content),
+                lambda folder: copy_prior(folder, path, encoder, recipe.sequence_length),
             )
-            return trained(context, gpu, spec)
-
-        def given(folder: Path) -> dict[str, Any]:
-            from colorfilter import models
-
-            assert path is not None
-            models.check_fit(path, encoder.facts["vocab_size"], recipe.sequence_length)
-            model = models.load(path)
-            models.save(model, folder / "model", encoder.path)
-            return {"checkpoint": "model", **models.n_parameters(model)}
-
-        made = artifacts.make(
-            Work(
-                "prior_model",
-                inputs=[encoder] if path else [plan, encoder],
-                recipe={
-                    **recipe.prior.facts(without=("sample_chars", "score_sample")),
-                    **({"content": checkpoint_content(path)} if path else {}),
-                    "sequence_length": recipe.sequence_length,
-                },
-                seed=recipe.seed,
-            ),
-            given if path else fresh,
-        )
+        else:
+            plan = declared.current(artifacts, "sample_plan")
+            made = artifacts.make(
+                declared.work([plan, encoder]),
+                lambda folder: train_prior(folder, context, gpu, recipe, plan, encoder),
+            )
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
-    per_domain = [conditional_asset(recipe, d) for d in recipe.domains]
-    if recipe.has_domain_only_model:
-        per_domain += [domain_only_asset(recipe, d) for d in recipe.domains]
-    return [prior_model, *per_domain]
+    return prior_model
+
+
+def train_prior(
+    folder: Path, context: Context, gpu: Gpu, recipe: Recipe, plan: Artifact, encoder: Artifact
+) -> Mapping[str, Any]:
+    """Train the prior on D_prior, one epoch; facts for the manifest."""
+    assert recipe.prior.model is not None
+    assert recipe.prior.training is not None
+    packed = folder / "d_prior"
+    counts = pack_shard(packed, plan.path, encoder.path, [], recipe.sequence_length)
+    spec = TrainSpec(
+        start=recipe.prior.model,
+        tokens=packed,
+        tokenizer=encoder.path,
+        training=recipe.prior.training,
+        seed=recipe.seed,
+        endpoints=(counts["sequences"],),
+        out=folder,
+    )
+    return trained(context, gpu, spec)
+
+
+def copy_prior(
+    folder: Path, path: str, encoder: Artifact, sequence_length: int
+) -> Mapping[str, Any]:
+    """Copy the prior that the recipe names; facts for the manifest.
+
+    Raises InputError where it does not fit the tokenizer or the sequence length.
+    """
+    from colorfilter import models
+
+    models.check_fit(path, encoder.facts["vocab_size"], sequence_length)
+    model = models.load(path)
+    models.save(model, folder / "model", encoder.path)
+    return {"checkpoint": "model", **models.n_parameters(model)}
 
 
 def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     """`<domain>/conditional_model`."""
-
-    @dg.asset(
-        key_prefix=domain.name,
-        deps=["prior_model", "tokenizer", dg.AssetKey([domain.name, "domain_tokens"])],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        owners=OWNERS,
+    tokens = f"{domain.name}/domain_tokens"
+    declared = Declaration(
+        f"{domain.name}/conditional_model",
+        GROUP,
+        {"pytorch"},
+        inputs=[Read("prior_model"), Read("tokenizer"), Read(tokens)],
+        settings=domain.training.facts(),
+        seed=recipe.seed,
         pool="gpu",
-        code_version=code_version(1, domain.training, recipe.seed),
     )
+
+    @asset(declared)
     def conditional_model(
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> dg.MaterializeResult:
         """The conditional: a copy of the prior after one epoch over D_down."""
-        prior = artifacts.current("prior_model")
-        encoder = artifacts.current("tokenizer")
-        packed = artifacts.current(f"{domain.name}/domain_tokens")
+        prior = declared.current(artifacts, "prior_model")
+        encoder = declared.current(artifacts, "tokenizer")
+        packed = declared.current(artifacts, tokens)
 
-        def build(folder: Path) -> dict[str, Any]:
-            from colorfilter.evaluation import mean_loss
-
-            spec = domain_epoch(
-                checkpoint(prior), domain.training, encoder, packed, recipe.seed, folder
-            )
+        def build(folder: Path) -> Mapping[str, Any]:
+            start = checkpoint(prior)
+            spec = domain_epoch(start, domain.training, encoder, packed, recipe.seed, folder)
             facts = trained(context, gpu, spec)
-            held_out = packed.path / "held_out"
-            own = folder / facts["checkpoint"]
-            before, after = gpu.evaluate([checkpoint(prior), own], held_out, folder)
-            color = (after[0].astype("float64") - before[0])[before[1] > 0]
-            return {
-                **facts,
-                "prior_held_out_loss": mean_loss(*before),
-                "held_out_loss": mean_loss(*after),
-                "held_out_color": float(color.mean()),
-            }
+            own = folder / str(facts["checkpoint"])
+            return {**facts, **held_out_losses(gpu, start, own, packed, folder)}
 
-        made = artifacts.make(
-            Work(
-                f"{domain.name}/conditional_model",
-                inputs=[prior, encoder, packed],
-                recipe=domain.training.facts(),
-                seed=recipe.seed,
-            ),
-            build,
-        )
+        made = artifacts.make(declared.work([prior, encoder, packed]), build)
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     return conditional_model
+
+
+def held_out_losses(
+    gpu: Gpu, prior: Path, conditional: Path, packed: Artifact, folder: Path
+) -> dict[str, float]:
+    """Mean losses of a domain's held-out text by both models, and mean color, nats per token."""
+    from colorfilter.evaluation import mean_loss
+
+    before, after = gpu.evaluate([prior, conditional], packed.path / "held_out", folder)
+    color = (after[0].astype("float64") - before[0])[before[1] > 0]
+    return {
+        "prior_held_out_loss": mean_loss(*before),
+        "held_out_loss": mean_loss(*after),
+        "held_out_color": float(color.mean()),
+    }
 
 
 def domain_epoch(
@@ -162,39 +179,33 @@ def domain_epoch(
 
 def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     """`<domain>/domain_only_model`."""
-
-    @dg.asset(
-        key_prefix=domain.name,
-        deps=["tokenizer", dg.AssetKey([domain.name, "domain_tokens"])],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        owners=OWNERS,
+    model, training = recipe.prior.model, recipe.prior.training
+    assert model is not None
+    assert training is not None
+    tokens = f"{domain.name}/domain_tokens"
+    declared = Declaration(
+        f"{domain.name}/domain_only_model",
+        GROUP,
+        {"pytorch"},
+        inputs=[Read("tokenizer"), Read(tokens)],
+        settings={"model": model.facts(), "training": training.facts()},
+        seed=recipe.seed,
         pool="gpu",
-        code_version=code_version(1, recipe.prior, recipe.seed),
     )
+
+    @asset(declared)
     def domain_only_model(
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> dg.MaterializeResult:
         """RHO-down's conditional: of the prior's kind, fresh, after one epoch over D_down alone."""
-        encoder = artifacts.current("tokenizer")
-        packed = artifacts.current(f"{domain.name}/domain_tokens")
-        model, training = recipe.prior.model, recipe.prior.training
-        assert model is not None
-        assert training is not None
+        encoder = declared.current(artifacts, "tokenizer")
+        packed = declared.current(artifacts, tokens)
 
-        def build(folder: Path) -> dict[str, Any]:
+        def build(folder: Path) -> Mapping[str, Any]:
             spec = domain_epoch(model, training, encoder, packed, recipe.seed, folder)
             return trained(context, gpu, spec)
 
-        made = artifacts.make(
-            Work(
-                f"{domain.name}/domain_only_model",
-                inputs=[encoder, packed],
-                recipe={"model": model.facts(), "training": training.facts()},
-                seed=recipe.seed,
-            ),
-            build,
-        )
+        made = artifacts.make(declared.work([encoder, packed]), build)
         return result([made], {**made.facts, **curve_metadata(made.path)})
 
     return domain_only_model

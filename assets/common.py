@@ -7,11 +7,9 @@ from typing import Any
 
 import dagster as dg
 
-from colorfilter import provenance
 from colorfilter.errors import InputError
 from colorfilter.files import require_space
 from colorfilter.recipe import Recipe
-from colorfilter.section import Section
 from colorfilter.workers import Workers, cores
 from resources.artifacts import Artifact, ArtifactStore, Work
 
@@ -37,22 +35,6 @@ def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
             "does `colorfilter run`"
         )
     return planned + [probe_shard(d.name) for d in recipe.domains]
-
-
-def all_of(key: str | dg.AssetKey) -> dg.AssetDep:
-    """A dependency of an unsharded asset on every shard of a sharded one."""
-    return dg.AssetDep(key, partition_mapping=dg.AllPartitionMapping())
-
-
-def same_shard(key: str | dg.AssetKey) -> dg.AssetDep:
-    """A dependency of a sharded asset on the same shard of another."""
-    return dg.AssetDep(key, partition_mapping=dg.IdentityPartitionMapping())
-
-
-def code_version(code: int, *sections: Section | int | str) -> str:
-    """Dagster's code version: the hand-raised number and the part of the recipe that is read."""
-    facts = [s.facts() if isinstance(s, Section) else s for s in sections]
-    return f"{code}-{hashlib.sha256(provenance.canonical_json(facts).encode()).hexdigest()[:10]}"
 
 
 def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.MaterializeResult:

@@ -1,29 +1,24 @@
 """Stage 1: raw text to packed tokens."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import polars as pl
 from pydantic import Field
 
-from assets.arrivals import reading
+from assets.arrivals import raw_corpus_declaration, reading
 from assets.common import (
-    ONE_RUN,
-    OWNERS,
-    SHARDS,
     Context,
     Progress,
-    all_of,
-    code_version,
     make_in_processes,
     probe_shard,
     result,
-    same_shard,
     sharded_result,
     total,
 )
+from assets.declaration import Declaration, Read, Shards, asset
 from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, tokens
 from colorfilter.corpus import pack_shard, read_shard
@@ -31,7 +26,7 @@ from colorfilter.errors import InputError
 from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 
 GROUP = "corpus"
 
@@ -44,83 +39,99 @@ class Sampling(dg.Config):
 
 def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`raw_corpus`, `sample_plan`, `tokenizer`, `corpus_tokens`."""
-    texts = [dg.AssetKey([d.name, "domain_text"]) for d in recipe.domains]
-    sources = {s.name: s for s in recipe.corpus.sources}
+    return [
+        raw_corpus_asset(recipe),
+        sample_plan_asset(recipe),
+        tokenizer_asset(recipe),
+        corpus_tokens_asset(recipe),
+    ]
 
-    @dg.asset(
-        partitions_def=SHARDS,
-        backfill_policy=ONE_RUN,
-        deps=texts,
-        group_name=GROUP,
-        kinds={"parquet"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.corpus),
-    )
+
+def raw_corpus_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`raw_corpus`."""
+    declared = raw_corpus_declaration(recipe)
+
+    @asset(declared)
     def raw_corpus(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """Documents of every shard, with their place, sha256 and other fields.
 
         Exact duplicates within a shard and what could not be read stand in `rejects.parquet` with
         the reason. A domain's reserved shard holds its probe documents.
         """
-        planned = {s.name: s for s in artifacts.at.shards()}
-        works, made = [], []
-        for name in context.partition_keys:
-            if name in planned:
-                works.append(reading(recipe, planned[name]))
-            else:
-                domain = next((d for d in recipe.domains if probe_shard(d.name) == name), None)
-                if domain is None:
-                    raise InputError(
-                        f"no shard named '{name}' is planned; shards come from the recipe's sources"
-                    )
-                text = artifacts.current(f"{domain.name}/domain_text")
-                made.append(_probe_documents(artifacts, name, text))
-        size = sum(f.size for w in works for f in planned[str(w.partition)].files)
-        progress = Progress(context, size, "bytes")
-        gone = forgotten_texts(artifacts)
-        made += make_in_processes(
-            artifacts,
-            works,
-            read_shard,
-            lambda w: (planned[str(w.partition)].files, list(sources.values()), gone),
-            progress,
-            lambda name: sum(f.size for f in planned[name].files),
-        )
+        made = read_shards(context, artifacts, recipe)
         _refuse_empty_sources(recipe, artifacts, made)
         for reason, count in _reject_reasons(made):
             context.log.warning(f"{count:,} rejected: {reason}")
         facts = ("documents", "chars", "duplicates", "rejects")
         return sharded_result(context, artifacts, made, facts, "documents")
 
-    @dg.asset(
-        deps=[all_of("raw_corpus")],
-        group_name=GROUP,
-        kinds={"parquet"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.prior.sample_chars, recipe.seed),
+    return raw_corpus
+
+
+def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> list[Artifact]:
+    """Make the run's shards of `raw_corpus`.
+
+    Raises InputError for a shard that is not planned, and for what a reader refuses.
+    """
+    declared = raw_corpus_declaration(recipe)
+    planned = {s.name: s for s in artifacts.at.shards()}
+    reserved = {probe_shard(d.name): f"{d.name}/domain_text" for d in recipe.domains}
+    works, made = [], []
+    for name in context.partition_keys:
+        if name in planned:
+            works.append(reading(recipe, planned[name]))
+        elif name in reserved:
+            text = declared.current(artifacts, reserved[name])
+            made.append(
+                artifacts.make(
+                    declared.work([text], name, settings={}),
+                    partial(_probe_documents, text),
+                )
+            )
+        else:
+            raise InputError(
+                f"no shard named '{name}' is planned; shards come from the recipe's sources"
+            )
+    size = sum(f.size for w in works for f in planned[str(w.partition)].files)
+    sources = {s.name: s for s in recipe.corpus.sources}
+    gone = forgotten_texts(artifacts)
+    made += make_in_processes(
+        artifacts,
+        works,
+        read_shard,
+        lambda w: (planned[str(w.partition)].files, list(sources.values()), gone),
+        Progress(context, size, "bytes"),
+        lambda name: sum(f.size for f in planned[name].files),
     )
+    return made
+
+
+def sample_plan_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`sample_plan`."""
+    declared = Declaration(
+        "sample_plan",
+        GROUP,
+        {"parquet"},
+        consults=[Read("raw_corpus", Shards.ALL)],
+        settings={"sample_chars": recipe.prior.sample_chars},
+        seed=recipe.seed,
+    )
+
+    @asset(declared)
     def sample_plan(config: Sampling, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """D_prior: a random sample of the corpus, drawn once and frozen.
 
         It stays as shards arrive, so that a new shard costs its own scoring and nothing else. Only
         where the configuration asks for it (the job `retrain` does) it is drawn anew.
         """
-        raw = [artifacts.current("raw_corpus", s.name) for s in artifacts.at.shards()]
+        raw = [declared.current(artifacts, "raw_corpus", s.name) for s in artifacts.at.shards()]
         last = artifacts.entries().get(("sample_plan", None))
         draw = last["recipe"].get("draw", 0) if last else 0
         if last and config.draw_anew:
             draw += 1
-        work = Work(
-            "sample_plan",
-            recipe={
-                "sample_chars": recipe.prior.sample_chars,
-                **({"draw": draw} if draw else {}),
-            },
-            seed=recipe.seed,
-            sources=raw,
-        )
+        settings = {**declared.settings, **({"draw": draw} if draw else {})}
         plan = artifacts.make(
-            work,
+            declared.work([], settings=settings, sources=raw),
             lambda folder: sampling.draw_sample(
                 {str(a.partition): a.path for a in raw},
                 recipe.seed,
@@ -130,66 +141,81 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         )
         return result([plan], plan.facts)
 
-    @dg.asset(
-        deps=[sample_plan],
-        group_name=GROUP,
-        kinds={"huggingface"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.tokenizer),
+    return sample_plan
+
+
+def tokenizer_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`tokenizer`."""
+    given = recipe.tokenizer.path
+    declared = Declaration(
+        "tokenizer",
+        GROUP,
+        {"huggingface"},
+        inputs=[] if given else [Read("sample_plan")],
+        settings=recipe.tokenizer.facts(),
     )
+
+    @asset(declared)
     def tokenizer(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """The tokenizer: trained on D_prior, or the one the recipe names."""
-        plan = artifacts.current("sample_plan")
-
-        def build(folder: Path) -> dict[str, Any]:
-            if recipe.tokenizer.path:
-                tokens.copy_tokenizer(recipe.tokenizer.path, folder)
-            else:
-                assert recipe.tokenizer.vocab_size is not None
-                rows = documents.read_documents(plan.path / "documents.parquet", ["text"])
-                texts = (row["text"] for row in rows)
-                tokens.train_tokenizer(texts, recipe.tokenizer.vocab_size, folder)
-            encoder = tokens.Encoder(folder)
-            return {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text}
-
-        given = recipe.tokenizer.path
-        content = {"content": checkpoint_content(given)} if given else {}
-        work = Work(
-            "tokenizer",
-            inputs=[] if given else [plan],
-            recipe={**recipe.tokenizer.facts(), **content},
-        )
-        made = artifacts.make(work, build)
+        if given:
+            content = {**declared.settings, "content": checkpoint_content(given)}
+            work = declared.work([], settings=content)
+            made = artifacts.make(work, lambda folder: copy_tokenizer(folder, given))
+        else:
+            plan = declared.current(artifacts, "sample_plan")
+            size = recipe.tokenizer.vocab_size
+            assert size is not None
+            work = declared.work([plan])
+            made = artifacts.make(work, lambda folder: train_tokenizer(folder, plan, size))
         return result([made], made.facts)
 
-    @dg.asset(
-        partitions_def=SHARDS,
-        backfill_policy=ONE_RUN,
-        deps=[same_shard("raw_corpus"), sample_plan, tokenizer],
-        group_name=GROUP,
-        kinds={"numpy"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.sequence_length, int(recipe.prior.score_sample)),
+    return tokenizer
+
+
+def train_tokenizer(folder: Path, plan: Artifact, vocab_size: int) -> dict[str, int | None]:
+    """Train a tokenizer on D_prior; facts for the manifest."""
+    rows = documents.read_documents(plan.path / "documents.parquet", ["text"])
+    tokens.train_tokenizer((row["text"] for row in rows), vocab_size, folder)
+    return _encoder_facts(folder)
+
+
+def copy_tokenizer(folder: Path, path: str) -> dict[str, int | None]:
+    """Copy the tokenizer that the recipe names; facts for the manifest."""
+    tokens.copy_tokenizer(path, folder)
+    return _encoder_facts(folder)
+
+
+def _encoder_facts(folder: Path) -> dict[str, int | None]:
+    encoder = tokens.Encoder(folder)
+    return {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text}
+
+
+def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`corpus_tokens`."""
+    left_out = [] if recipe.prior.score_sample else [Read("sample_plan")]
+    declared = Declaration(
+        "corpus_tokens",
+        GROUP,
+        {"numpy"},
+        inputs=[Read("raw_corpus", Shards.SAME), Read("tokenizer"), *left_out],
+        settings={"sequence_length": recipe.sequence_length},
+        sharded=True,
     )
+
+    @asset(declared)
     def corpus_tokens(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """Sequences of T tokens per shard, memory-mapped, with spans back to documents.
 
         The documents of D_prior are left out, unless the recipe has them scored too.
         """
-        plan = artifacts.current("sample_plan")
-        encoder = artifacts.current("tokenizer")
-        raw = {name: artifacts.current("raw_corpus", name) for name in context.partition_keys}
-        left_out = [] if recipe.prior.score_sample else [plan]
+        plans = [declared.current(artifacts, read.asset) for read in left_out]
+        encoder = declared.current(artifacts, "tokenizer")
+        raw = {s: declared.current(artifacts, "raw_corpus", s) for s in context.partition_keys}
         works = [
-            Work(
-                "corpus_tokens",
-                name,
-                inputs=[raw[name], encoder, *([] if name.startswith("_") else left_out)],
-                recipe={"sequence_length": recipe.sequence_length},
-            )
-            for name in raw
+            declared.work([source, encoder, *([] if name.startswith("_") else plans)], name)
+            for name, source in raw.items()
         ]
-        progress = Progress(context, total(list(raw.values()), "chars"), "characters")
         made = make_in_processes(
             artifacts,
             works,
@@ -197,16 +223,16 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
             lambda w: (
                 raw[str(w.partition)].path,
                 encoder.path,
-                [a.path for a in left_out if a in w.inputs],
+                [a.path for a in plans if a in w.inputs],
                 recipe.sequence_length,
             ),
-            progress,
+            Progress(context, total(list(raw.values()), "chars"), "characters"),
             lambda name: raw[name].facts["chars"],
         )
         facts = ("documents", "left_out", "tokens", "sequences")
         return sharded_result(context, artifacts, made, facts, "sequences")
 
-    return [raw_corpus, sample_plan, tokenizer, corpus_tokens]
+    return corpus_tokens
 
 
 def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
@@ -257,19 +283,17 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
     return [no_shared_documents]
 
 
-def _probe_documents(artifacts: ArtifactStore, name: str, text: Artifact) -> Artifact:
-    def build(folder: Path) -> dict[str, int]:
-        counts = {"documents": 0, "chars": 0, "bytes": 0, "duplicates": 0, "rejects": 0}
-        with TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
-            path = text.path / "probe" / "documents.parquet"
-            for row in documents.read_documents(path, documents.DOCUMENTS.names):
-                writer.add(row, len(row["text"]))
-                counts["documents"] += 1
-                counts["chars"] += row["n_chars"]
-                counts["bytes"] += len(row["text"].encode("utf-8"))
-        return counts
-
-    return artifacts.make(Work("raw_corpus", name, inputs=[text]), build)
+def _probe_documents(text: Artifact, folder: Path) -> dict[str, int]:
+    """Write a domain's probe documents as a shard; facts for the manifest."""
+    counts = {"documents": 0, "chars": 0, "bytes": 0, "duplicates": 0, "rejects": 0}
+    with TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
+        path = text.path / "probe" / "documents.parquet"
+        for row in documents.read_documents(path, documents.DOCUMENTS.names):
+            writer.add(row, len(row["text"]))
+            counts["documents"] += 1
+            counts["chars"] += row["n_chars"]
+            counts["bytes"] += len(row["text"].encode("utf-8"))
+    return counts
 
 
 def _refuse_empty_sources(

@@ -6,34 +6,41 @@ from typing import Any, Literal
 
 import dagster as dg
 
-from assets.common import OWNERS, Context, Progress, code_version, result
+from assets.common import Context, Progress, result
 from assets.corpus import GROUP
+from assets.declaration import Declaration, Read, asset
 from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, shards, tasks, tokens
 from colorfilter.corpus import pack_shard
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 
 
 def domain_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`domain_text` and `domain_tokens` for every domain."""
-    return [asset for domain in recipe.domains for asset in _of_domain(recipe, domain)]
+    makers = (domain_text_asset, domain_tokens_asset)
+    return [make(recipe, domain) for domain in recipe.domains for make in makers]
 
 
-def _of_domain(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
-    """`<domain>/domain_text` and `<domain>/domain_tokens`."""
+def domain_text_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    """`<domain>/domain_text`."""
     splits = {"held_out": domain.held_out, "probe": domain.probe}
     if domain.test_items is not None:
         splits["test_items"] = domain.test_items
-
-    @dg.asset(
-        key_prefix=domain.name,
-        group_name=GROUP,
-        kinds={"parquet"},
-        owners=OWNERS,
-        code_version=code_version(1, *domain.sources, *domain.tasks, recipe.seed, str(splits)),
+    declared = Declaration(
+        f"{domain.name}/domain_text",
+        GROUP,
+        {"parquet"},
+        settings={
+            "sources": [source.facts() for source in domain.sources],
+            "tasks": [task.facts() for task in domain.tasks],
+            **splits,
+        },
+        seed=recipe.seed,
     )
+
+    @asset(declared)
     def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
         """The domain's documents, split once into D_down, held-out and probe.
 
@@ -44,56 +51,64 @@ def _of_domain(recipe: Recipe, domain: Domain) -> list[dg.AssetsDefinition]:
         else:
             gone = forgotten_texts(artifacts)
             reads, build = _split_text(context, domain, recipe.seed, gone)
-        made = artifacts.make(
-            Work(f"{domain.name}/domain_text", recipe={**reads, **splits}, seed=recipe.seed), build
-        )
+        made = artifacts.make(declared.work([], settings={**reads, **splits}), build)
         return result([made], made.facts)
 
-    @dg.asset(
-        key_prefix=domain.name,
-        deps=[domain_text, "tokenizer"],
-        group_name=GROUP,
-        kinds={"numpy"},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.sequence_length),
+    return domain_text
+
+
+def domain_tokens_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    """`<domain>/domain_tokens`."""
+    declared = Declaration(
+        f"{domain.name}/domain_tokens",
+        GROUP,
+        {"numpy"},
+        inputs=[Read(f"{domain.name}/domain_text"), Read("tokenizer")],
+        settings={"sequence_length": recipe.sequence_length},
     )
+
+    @asset(declared)
     def domain_tokens(artifacts: ArtifactStore) -> dg.MaterializeResult:
         """Sequences of D_down and of held-out text; of tasks, an example each.
 
         The probe's are a shard of the corpus, packed as it is.
         """
-        text = artifacts.current(f"{domain.name}/domain_text")
-        encoder = artifacts.current("tokenizer")
-
-        def build(folder: Path) -> dict[str, int]:
-            facts: dict[str, int] = {}
-            for split in ("down", "held_out"):
-                if domain.tasks:
-                    rows = documents.read_documents(text.path / split / "documents.parquet")
-                    own = tokens.Encoder(encoder.path)
-                    counts = tokens.pack_examples(rows, own, recipe.sequence_length, folder / split)
-                    facts |= {f"{split}_{fact}": counts[fact] for fact in ("cut", "label_bytes")}
-                else:
-                    counts = pack_shard(
-                        folder / split, text.path / split, encoder.path, [], recipe.sequence_length
-                    )
-                if counts["tokens"] < recipe.sequence_length:
-                    raise InputError(
-                        f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
-                        f"fewer than one sequence of {recipe.sequence_length}; add documents"
-                    )
-                facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
-            return facts
-
-        work = Work(
-            f"{domain.name}/domain_tokens",
-            inputs=[text, encoder],
-            recipe={"sequence_length": recipe.sequence_length},
+        text = declared.current(artifacts, f"{domain.name}/domain_text")
+        encoder = declared.current(artifacts, "tokenizer")
+        made = artifacts.make(
+            declared.work([text, encoder]),
+            lambda folder: pack_splits(folder, domain, text, encoder, recipe.sequence_length),
         )
-        made = artifacts.make(work, build)
         return result([made], made.facts)
 
-    return [domain_text, domain_tokens]
+    return domain_tokens
+
+
+def pack_splits(
+    folder: Path, domain: Domain, text: Artifact, encoder: Artifact, sequence_length: int
+) -> dict[str, int]:
+    """Pack D_down and held-out text into sequences; facts for the manifest.
+
+    Raises InputError where a split has less than one sequence.
+    """
+    facts: dict[str, int] = {}
+    for split in ("down", "held_out"):
+        if domain.tasks:
+            rows = documents.read_documents(text.path / split / "documents.parquet")
+            own = tokens.Encoder(encoder.path)
+            counts = tokens.pack_examples(rows, own, sequence_length, folder / split)
+            facts |= {f"{split}_{fact}": counts[fact] for fact in ("cut", "label_bytes")}
+        else:
+            counts = pack_shard(
+                folder / split, text.path / split, encoder.path, [], sequence_length
+            )
+        if counts["tokens"] < sequence_length:
+            raise InputError(
+                f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
+                f"fewer than one sequence of {sequence_length}; add documents"
+            )
+        facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
+    return facts
 
 
 Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]

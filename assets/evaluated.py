@@ -1,90 +1,101 @@
 """Stage 5: every target model on the domain's held-out text and tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, Context, Progress, code_version, result
+from assets.common import Context, Progress, result
+from assets.declaration import Declaration, Read, asset
 from assets.figures import table
 from assets.report import report_asset
 from assets.targets import GROUP, target_assets
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
 
 
 def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """The models and the `evaluation` of every domain and arm, and the `report` of every domain."""
     arms = [
-        asset
+        made
         for domain in recipe.domains
         for arm in recipe.arms
-        for asset in (*target_assets(recipe, domain, arm), _evaluation(recipe, domain, arm))
+        for made in (*target_assets(recipe, domain, arm), evaluation_asset(recipe, domain, arm))
     ]
     return [*arms, *(report_asset(recipe, d) for d in recipe.domains)]
 
 
-def _evaluation(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    prefix = [domain.name, arm.name]
-    name = "/".join(prefix)
-    seeds = recipe.seeds(arm)
-
-    @dg.asset(
+def evaluation_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/evaluation`."""
+    name = f"{domain.name}/{arm.name}"
+    stages = ["target_model", *(["finetuned_model"] if recipe.evaluation.finetune else [])]
+    declared = Declaration(
+        f"{name}/evaluation",
+        GROUP,
+        {"pytorch"},
+        inputs=[
+            *(Read(f"{name}/{stage}") for stage in stages),
+            Read(f"{domain.name}/domain_text"),
+            Read(f"{domain.name}/domain_tokens"),
+        ],
+        pool="gpu",
+        arm=arm.name,
         description=f"{arm.name} for {domain.name}: held-out loss and bits per byte of every "
         "target model, and its accuracies and losses on the domain's tasks.",
-        key_prefix=prefix,
-        deps=[
-            dg.AssetKey([*prefix, "target_model"]),
-            *([dg.AssetKey([*prefix, "finetuned_model"])] if recipe.evaluation.finetune else []),
-            dg.AssetKey([domain.name, "domain_text"]),
-            dg.AssetKey([domain.name, "domain_tokens"]),
-        ],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
-        pool="gpu",
-        code_version=code_version(1),
     )
+
+    @asset(declared)
     def evaluation(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-        from colorfilter import evaluation as method
-        from colorfilter.report import EVALUATIONS
-
-        packed = artifacts.current(f"{domain.name}/domain_tokens")
-        text = artifacts.current(f"{domain.name}/domain_text")
-        models = [("", artifacts.current(f"{name}/target_model", f"seed_{s}")) for s in seeds]
-        if recipe.evaluation.finetune:
-            models += [
-                (method.FINETUNED, artifacts.current(f"{name}/finetuned_model", f"seed_{s}"))
-                for s in seeds
+        packed = declared.current(artifacts, f"{domain.name}/domain_tokens")
+        text = declared.current(artifacts, f"{domain.name}/domain_text")
+        models = {
+            stage: [
+                declared.current(artifacts, f"{name}/{stage}", f"seed_{seed}")
+                for seed in recipe.seeds(arm)
             ]
-
-        def build(folder: Path) -> dict[str, Any]:
-            ends = [
-                (suffix, model.facts["seed"], int(tokens), model.path / place)
-                for suffix, model in models
-                for tokens, place in model.facts["checkpoints"].items()
-            ]
-            found = _metrics(
-                context, gpu, domain, packed, text, [place for *_, place in ends], folder
-            )
-            rows: list[tuple[str, str, int | None, int | None, str, float]] = []
-            for (suffix, seed, tokens, _), metrics in zip(ends, found, strict=True):
-                where = (domain.name, arm.name, seed, tokens)
-                rows += [(*where, f"{m}{suffix}", value) for m, value in metrics.items()]
-            frame = pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
-            frame.write_parquet(folder / "evaluations.parquet")
-            return {"rows": len(rows)}
-
-        evaluated = [model for _, model in models]
-        made = artifacts.make(Work(f"{name}/evaluation", inputs=[*evaluated, packed, text]), build)
+            for stage in stages
+        }
+        made = artifacts.make(
+            declared.work([*(m for found in models.values() for m in found), packed, text]),
+            lambda folder: evaluate(folder, context, gpu, domain, arm, models, packed, text),
+        )
         rows = pl.read_parquet(made.path / "evaluations.parquet").drop("domain", "arm")
         return result([made], {"evaluations": table(rows.to_dicts())})
 
     return evaluation
+
+
+def evaluate(
+    folder: Path,
+    context: Context,
+    gpu: Gpu,
+    domain: Domain,
+    arm: Arm,
+    models: Mapping[str, Sequence[Artifact]],
+    packed: Artifact,
+    text: Artifact,
+) -> dict[str, int]:
+    """Write the metrics of every checkpoint of the models of each stage; facts for the manifest."""
+    from colorfilter.evaluation import FINETUNED
+    from colorfilter.report import EVALUATIONS
+
+    ends = [
+        (FINETUNED if stage == "finetuned_model" else "", model, int(tokens), model.path / place)
+        for stage, found in models.items()
+        for model in found
+        for tokens, place in model.facts["checkpoints"].items()
+    ]
+    places = [place for *_, place in ends]
+    measured = _metrics(context, gpu, domain, packed, text, places, folder)
+    rows: list[tuple[str, str, int | None, int | None, str, float]] = []
+    for (suffix, model, tokens, _), metrics in zip(ends, measured, strict=True):
+        where = (domain.name, arm.name, model.facts["seed"], tokens)
+        rows += [(*where, f"{metric}{suffix}", value) for metric, value in metrics.items()]
+    frame = pl.DataFrame(rows, schema=EVALUATIONS, orient="row")
+    frame.write_parquet(folder / "evaluations.parquet")
+    return {"rows": len(rows)}
 
 
 def _metrics(

@@ -1,5 +1,6 @@
 """Stage 4, its end: the dataset made of what each arm selects."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, all_of, code_version, result
+from assets.common import result
+from assets.declaration import Declaration, Read, asset
 from assets.dsir import dsir_selection
 from assets.figures import table
 from assets.online import online_selection
-from assets.selected import GROUP, origins, queried_selection
+from assets.selected import GROUP, origin_reads, origins, queried_selection
 from assets.tombstones import forgotten
 from colorfilter import dataset as method
 from colorfilter.croissant import write_croissant
@@ -20,7 +22,7 @@ from colorfilter.files import require_space
 from colorfilter.leakage import without_leaks
 from colorfilter.operation import Refresh
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import PublishedSelection, ScoreStore
 
 # How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
@@ -40,36 +42,38 @@ SELECTIONS = {
 def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`selection` and `filtered_dataset` for every domain and arm."""
     return [
-        asset
+        made
         for domain in recipe.domains
         for arm in recipe.arms
-        for asset in (
+        for made in (
             SELECTIONS[arm.method](recipe, domain, arm),
-            _filtered_dataset(recipe, domain, arm),
+            dataset_asset(recipe, domain, arm),
         )
     ]
 
 
-def _filtered_dataset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    prefix = [domain.name, arm.name]
-
-    @dg.asset(
+def dataset_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/filtered_dataset`."""
+    name = f"{domain.name}/{arm.name}"
+    return Declaration(
+        f"{name}/filtered_dataset",
+        GROUP,
+        {"parquet", "numpy"},
+        inputs=[Read(f"{name}/selection"), Read(f"{name}/leakage"), *origin_reads(arm)],
+        consults=[Read("score_tables")],
+        settings={**recipe.filtered.facts(), "leaks": arm.leaks},
+        seed=recipe.seed,
         description=f"{arm.name} for {domain.name}: what the target model trains on (`tokens/`), "
         "and the same as text (`documents/`), without what leaks unless the arm keeps it.",
-        key_prefix=prefix,
-        deps=[
-            dg.AssetKey([*prefix, "selection"]),
-            dg.AssetKey([*prefix, "leakage"]),
-            all_of("corpus_tokens"),
-            all_of("raw_corpus"),
-        ],
-        group_name=GROUP,
-        kinds={"parquet", "numpy"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
-        code_version=code_version(1, recipe.filtered, recipe.seed, arm.leaks),
-        freshness_policy=_freshness(recipe.refresh),
+        arm=arm.name,
+        freshness=_freshness(recipe.refresh),
     )
+
+
+def dataset_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/filtered_dataset`."""
+
+    @asset(dataset_declaration(recipe, domain, arm))
     def filtered_dataset(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         made = make_dataset(artifacts, score_store, recipe, domain, arm)
         return result([made], {**made.facts, "sample": _sample(made.path)})
@@ -90,11 +94,12 @@ def make_dataset(
 
     Raises InputError where too little is left to train on.
     """
+    declared = dataset_declaration(recipe, domain, arm)
     name = f"{domain.name}/{arm.name}"
-    chosen = artifacts.current(f"{name}/selection")
+    chosen = declared.current(artifacts, f"{name}/selection")
     if "score_tables" not in chosen.inputs:
-        artifacts.current_from(f"{name}/selection", None, forgotten(artifacts))
-    leaking = artifacts.current_from(f"{name}/leakage", None, [chosen])
+        declared.current(artifacts, f"{name}/selection", made_from=forgotten(artifacts))
+    leaking = declared.current(artifacts, f"{name}/leakage", made_from=[chosen])
     rows = pl.scan_parquet(chosen.path / "selection.parquet")
     leaks = pl.read_parquet(leaking.path / "leakage.parquet")
     leaks = leaks if arm.leaks == "remove" else leaks.clear()
@@ -108,11 +113,11 @@ def make_dataset(
             f"held-out text and are left out, but training needs {needed}; lower "
             "target.training_tokens or tau, or write `leaks: keep` for this arm"
         )
-    tokens, texts, made_from = origins(artifacts, chosen, shards)
+    tokens, texts, made_from = origins(artifacts, declared, chosen, shards)
 
     def build(folder: Path) -> dict[str, Any]:
         # Tokens of two bytes or four, and as text about two more.
-        require_space(folder, 6 * len(kept) * recipe.sequence_length, f"{name}/filtered_dataset")
+        require_space(folder, 6 * len(kept) * recipe.sequence_length, declared.name)
         counts = method.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
         counts["left_out"] = selected - len(kept)
         about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
@@ -133,28 +138,23 @@ def make_dataset(
         write_croissant(folder, title, sentence)
         return counts
 
-    made = artifacts.make(
-        Work(
-            f"{name}/filtered_dataset",
-            inputs=[chosen, leaking, *made_from],
-            recipe={**recipe.filtered.facts(), "leaks": arm.leaks},
-            seed=recipe.seed,
-        ),
-        build,
-    )
-    _publish(artifacts, score_store, domain, arm, chosen)
+    made = artifacts.make(declared.work([chosen, leaking, *made_from]), build)
+    scored_by = declared.current(artifacts, "score_tables").inputs
+    _publish(score_store, domain, arm, chosen, scored_by)
     return made
 
 
 def _publish(
-    artifacts: ArtifactStore,
     score_store: ScoreStore,
     domain: Domain,
     arm: Arm,
     selection: Artifact,
+    scored_by: Mapping[str, str],
 ) -> None:
-    """Enter a selection in the score tables, as the current one of its domain and arm."""
-    scored_by = artifacts.current("score_tables").inputs
+    """Enter a selection in the score tables, as the current one of its domain and arm.
+
+    `scored_by` are the fingerprints of the models that the tables have the losses of, by asset.
+    """
     score_store.publish_selection(
         PublishedSelection(
             selection.fingerprint,

@@ -6,18 +6,19 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.common import OWNERS, AnyContext, Context, Progress, all_of, code_version, result
+from assets.common import AnyContext, Context, Progress, result
+from assets.declaration import Declaration, Read, asset
 from assets.figures import table
-from assets.selected import GROUP, origins
+from assets.selected import GROUP, origin_reads, origins
 from colorfilter import leakage as method
 from colorfilter.documents import read_documents
 from colorfilter.recipe import Arm, Domain, Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 
 
 def leakage_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`leakage` for every domain and arm."""
-    return [_leakage(recipe, domain, arm) for domain in recipe.domains for arm in recipe.arms]
+    return [leakage_asset(recipe, domain, arm) for domain in recipe.domains for arm in recipe.arms]
 
 
 def leakage_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
@@ -32,27 +33,31 @@ def held_out(text: Artifact) -> method.Protected:
     return method.Protected((f"{r['source_file']}:{r['source_line']}", r["text"]) for r in rows)
 
 
-def _leakage(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    prefix = [domain.name, arm.name]
-    whole = recipe.filtered.whole_documents_from is not None
-
-    @dg.asset(
+def leakage_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/leakage`."""
+    name = f"{domain.name}/{arm.name}"
+    return Declaration(
+        f"{name}/leakage",
+        GROUP,
+        {"numpy"},
+        inputs=[
+            Read(f"{name}/selection"),
+            Read(f"{domain.name}/domain_text"),
+            *origin_reads(arm),
+        ],
+        consults=[Read("score_tables")] if origin_reads(arm) else [],
+        settings={"whole_documents": recipe.filtered.whole_documents_from is not None},
         description=f"{arm.name} for {domain.name}: selected text that has 13 words in a row in "
         "common with held-out text, the longest match first, and the sequences that carry it. A "
         "copy of D_down is no leak.",
-        key_prefix=prefix,
-        deps=[
-            dg.AssetKey([*prefix, "selection"]),
-            dg.AssetKey([domain.name, "domain_text"]),
-            all_of("corpus_tokens"),
-            all_of("raw_corpus"),
-        ],
-        group_name=GROUP,
-        kinds={"numpy"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
-        code_version=code_version(1, int(whole)),
+        arm=arm.name,
     )
+
+
+def leakage_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/leakage`."""
+
+    @asset(leakage_declaration(recipe, domain, arm))
     def leakage(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
         made = find_leakage(context, artifacts, recipe, domain, arm)
         return result([made], {**made.facts, **_longest(made)})
@@ -64,13 +69,13 @@ def find_leakage(
     context: AnyContext, artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
     """Make an arm's `leakage`: what of its selection quotes held-out text."""
-    name = f"{domain.name}/{arm.name}"
-    whole = recipe.filtered.whole_documents_from is not None
-    chosen = artifacts.current(f"{name}/selection")
-    text = artifacts.current(f"{domain.name}/domain_text")
+    declared = leakage_declaration(recipe, domain, arm)
+    chosen = declared.current(artifacts, f"{domain.name}/{arm.name}/selection")
+    text = declared.current(artifacts, f"{domain.name}/domain_text")
     rows = pl.read_parquet(chosen.path / "selection.parquet")
     shards = sorted(rows["shard"].unique())
-    tokens, texts, made_from = origins(artifacts, chosen, shards)
+    tokens, texts, made_from = origins(artifacts, declared, chosen, shards)
+    whole = bool(declared.settings["whole_documents"])
 
     def build(folder: Path) -> dict[str, Any]:
         progress = Progress(context, len(rows), "sequences")
@@ -98,14 +103,7 @@ def find_leakage(
             "too_short_to_protect": protected.too_short,
         }
 
-    return artifacts.make(
-        Work(
-            f"{name}/leakage",
-            inputs=[chosen, text, *made_from],
-            recipe={"whole_documents": whole},
-        ),
-        build,
-    )
+    return artifacts.make(declared.work([chosen, text, *made_from]), build)
 
 
 def _longest(made: Artifact) -> dict[str, dg.TableMetadataValue]:

@@ -6,12 +6,17 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from assets.scores import publication, refined_of, require_published
+from assets.scores import (
+    publication,
+    refined_of,
+    require_published,
+    score_tables_declaration,
+)
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.recipe import Recipe
 from colorfilter.tables import fetch, fetch_frame
-from resources.artifacts import ArtifactStore, Work
+from resources.artifacts import ArtifactStore
 from resources.audit import Finding
 from resources.ledger import Entry
 from resources.lineage import Lineage
@@ -28,7 +33,7 @@ def tables_are_current(
     try:
         _, _, inputs = publication(artifacts, recipe)
         made = artifacts.current("score_tables")
-        if made.key != Work("score_tables", inputs=inputs).key:
+        if made.key != score_tables_declaration(recipe).work(inputs).key:
             raise InputError("older ones; materialize score_tables")
         with store.read() as connection:
             for domain in recipe.domains:

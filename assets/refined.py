@@ -1,20 +1,21 @@
 """Stage 3, its end: what lies near a cutoff is scored again in float32."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from assets.auxiliary import checkpoint
-from assets.common import OWNERS, AnyContext, Context, Progress, all_of, code_version, result
-from assets.scores import GROUP, REFINED, boundary, publication
+from assets.common import AnyContext, Context, Progress, result
+from assets.declaration import Declaration, Read, Shards, asset
+from assets.scores import GROUP, REFINED, boundary, end_of_text_read, publication
 from colorfilter.progress import Progress as Counting
 from colorfilter.progress import silent
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.selection import count_candidates
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
 
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
     import duckdb
     import polars as pl
 
+# Folders of an attempt, for what is scored on the way.
+SAMPLE, NEAR = "sample", "near"
+
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
-    if recipe.scoring.precision == "float32" or not recipe.arms_with_cutoffs():
-        return []
-    return [_refined_scores(recipe, domain) for domain in recipe.domains]
+    return [refined_asset(recipe, d) for d in recipe.domains] if is_refined(recipe) else []
+
+
+def is_refined(recipe: Recipe) -> bool:
+    """Whether scores are in less than float32 and have a cutoff."""
+    return recipe.scoring.precision != "float32" and bool(recipe.arms_with_cutoffs())
 
 
 def near(
@@ -46,23 +53,36 @@ def near(
     return refinement.near_cutoff(connection, arm.method, domain, keep, radius)
 
 
-def _refined_scores(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    arms = recipe.arms_with_cutoffs()
-    conditional = [domain.name, "conditional_model"]
-
-    @dg.asset(
+def refined_declaration(recipe: Recipe, domain: Domain) -> Declaration:
+    """Declare `<domain>/refined_scores`."""
+    return Declaration(
+        f"{domain.name}/refined_scores",
+        GROUP,
+        {"pytorch", "parquet"},
+        inputs=[
+            Read("score_tables"),
+            Read("prior_model"),
+            Read(f"{domain.name}/conditional_model"),
+        ],
+        consults=[Read("corpus_tokens", Shards.ALL), *end_of_text_read(recipe.scoring)],
+        settings={
+            "scoring": recipe.scoring.facts(),
+            "arms": [arm.choice() for arm in recipe.arms_with_cutoffs()],
+        },
+        seed=recipe.seed,
+        precision="float32",
         description="Losses in float32 of what lies so near an arm's cutoff that the precision of "
         "the scores could decide, and the error of the scores. Published in place of the others. "
         "Loads models; a selection does not need it, but says how much near its cutoff is not "
         "refined.",
-        key_prefix=domain.name,
-        deps=["score_tables", "prior_model", dg.AssetKey(conditional), all_of("corpus_tokens")],
-        group_name=GROUP,
-        kinds={"pytorch", "parquet"},
-        owners=OWNERS,
         pool="gpu",
-        code_version=code_version(1, recipe.scoring, recipe.seed, *(a.name for a in arms)),
     )
+
+
+def refined_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    """`<domain>/refined_scores`."""
+
+    @asset(refined_declaration(recipe, domain))
     def refined_scores(
         context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
     ) -> dg.MaterializeResult:
@@ -81,16 +101,14 @@ def refine(
     domain: Domain,
 ) -> Artifact:
     """Make a domain's `refined_scores` for all arms of the recipe, and publish them."""
-    from colorfilter import refinement
-
-    arms = recipe.arms_with_cutoffs()
+    declared = refined_declaration(recipe, domain)
     models = [
-        artifacts.current("prior_model"),
-        artifacts.current(f"{domain.name}/conditional_model"),
+        declared.current(artifacts, "prior_model"),
+        declared.current(artifacts, f"{domain.name}/conditional_model"),
     ]
     corpus = [s.name for s in artifacts.at.shards()]
-    packed = {s: artifacts.current("corpus_tokens", s) for s in corpus}
-    tables = artifacts.current_from("score_tables", None, [*models, *packed.values()])
+    packed = {s: declared.current(artifacts, "corpus_tokens", s) for s in corpus}
+    tables = declared.current(artifacts, "score_tables", made_from=[*models, *packed.values()])
 
     def scored(places: "pl.DataFrame", folder: Path, precision: str) -> "pl.DataFrame":
         size = len(models) * len(places) * recipe.sequence_length
@@ -98,42 +116,55 @@ def refine(
         return score_places(artifacts, gpu, recipe, models, places, folder, precision, progress)
 
     def build(folder: Path) -> dict[str, Any]:
-        import polars as pl
-
-        sizes = {s: int(a.facts["sequences"]) for s, a in packed.items()}
-        sample = refinement.draw_sample(sizes, recipe.seed)
-        coarse = scored(sample, folder / "sample", recipe.scoring.precision)
-        exact = scored(sample, folder / "sample", "float32")
-        facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
-        wide = (refinement.RADIUS + refinement.MARGIN) * facts["score_error"]
-        with score_store.read() as connection:
-            found = [near(connection, recipe, domain.name, arm, wide) for arm in arms]
-        places = pl.concat([f.select("shard", "position") for f in found]).unique()
-        places = places.join(sample, on=["shard", "position"], how="anti")
-        losses = [exact]
-        if len(places):
-            losses.append(scored(places, folder / "near", "float32"))
-        table = pl.concat(losses).sort("model", "shard", "position")
-        table.write_parquet(folder / REFINED, compression="zstd")
-        for part in ("sample", "near"):
+        facts = score_near_cutoffs(folder, score_store, recipe, domain, models, packed, scored)
+        for part in (SAMPLE, NEAR):
             gpu.withdraw(folder / part)
             shutil.rmtree(folder / part, ignore_errors=True)
-        radius = refinement.RADIUS * facts["score_error"]
-        return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
+        return facts
 
-    made = artifacts.make(
-        Work(
-            f"{domain.name}/refined_scores",
-            inputs=[tables, *models],
-            recipe={"scoring": recipe.scoring.facts(), "arms": [a.choice() for a in arms]},
-            seed=recipe.seed,
-            precision="float32",
-        ),
-        build,
-    )
+    made = artifacts.make(declared.work([tables, *models]), build)
     parts, published, _ = publication(artifacts, recipe)
     score_store.publish(parts, published, recipe.sequence_length)
     return made
+
+
+def score_near_cutoffs(
+    folder: Path,
+    score_store: ScoreStore,
+    recipe: Recipe,
+    domain: Domain,
+    models: Sequence[Artifact],
+    packed: Mapping[str, Artifact],
+    scored: Callable[["pl.DataFrame", Path, str], "pl.DataFrame"],
+) -> dict[str, Any]:
+    """Write losses in float32 of a sample and of all that is near a cutoff; facts for the manifest.
+
+    `scored(places, folder, precision)` gives losses. The error of the scores is taken from the
+    sample, and says how near is near.
+    """
+    import polars as pl
+
+    from colorfilter import refinement
+
+    sizes = {s: int(a.facts["sequences"]) for s, a in packed.items()}
+    sample = refinement.draw_sample(sizes, recipe.seed)
+    coarse = scored(sample, folder / SAMPLE, recipe.scoring.precision)
+    exact = scored(sample, folder / SAMPLE, "float32")
+    facts = refinement.score_error(coarse, exact, *(m.fingerprint for m in models))
+    wide = (refinement.RADIUS + refinement.MARGIN) * facts["score_error"]
+    with score_store.read() as connection:
+        found = [
+            near(connection, recipe, domain.name, arm, wide) for arm in recipe.arms_with_cutoffs()
+        ]
+    places = pl.concat([f.select("shard", "position") for f in found]).unique()
+    places = places.join(sample, on=["shard", "position"], how="anti")
+    losses = [exact]
+    if len(places):
+        losses.append(scored(places, folder / NEAR, "float32"))
+    table = pl.concat(losses).sort("model", "shard", "position")
+    table.write_parquet(folder / REFINED, compression="zstd")
+    radius = refinement.RADIUS * facts["score_error"]
+    return {**facts, "radius": radius, "near": len(places), "refined": len(table) // 2}
 
 
 def score_places(

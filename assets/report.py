@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,18 @@ import dagster as dg
 import polars as pl
 
 from assets.auxiliary import checkpoint
-from assets.common import OWNERS, all_of, code_version, probe_shard, result
+from assets.common import probe_shard, result
 from assets.confidence import flips
+from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
 from assets.measured import cost_rows, kernel_runs
+from assets.refined import is_refined
 from assets.scores import boundary, refined_of
 from assets.targets import GROUP
 from colorfilter import report as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.tables import fetch
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
 
@@ -26,88 +29,51 @@ if TYPE_CHECKING:
     from colorfilter.examples import Example
 
 
+def report_declaration(recipe: Recipe, domain: Domain) -> Declaration:
+    """Declare `<domain>/report`."""
+    stages = ("evaluation", "selection", "leakage")
+    confidence = [Read(f"{domain.name}/cutoff_confidence")] if recipe.arms_with_one_cutoff() else []
+    refined = [Read(f"{domain.name}/refined_scores")] if is_refined(recipe) else []
+    return Declaration(
+        f"{domain.name}/report",
+        GROUP,
+        {"html", "duckdb"},
+        inputs=[
+            *(Read(f"{domain.name}/{arm.name}/{s}") for arm in recipe.arms for s in stages),
+            *confidence,
+            Read("prior_model"),
+            Read(f"{domain.name}/conditional_model"),
+            Read("score_tables"),
+            *refined,
+        ],
+        consults=[
+            *(Read(f"{domain.name}/{arm.name}/target_model") for arm in recipe.arms),
+            Read("tokenizer"),
+            Read(f"{domain.name}/domain_tokens"),
+            Read("corpus_tokens", Shards.ALL),
+            Read("raw_corpus", Shards.ALL),
+        ],
+        code=5,
+        pool="gpu",
+    )
+
+
 def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     """`<domain>/report`."""
-    arms = {arm.name: f"{domain.name}/{arm.name}" for arm in recipe.arms}
-    sure = [[domain.name, "cutoff_confidence"]] if recipe.arms_with_one_cutoff() else []
 
-    @dg.asset(
-        key_prefix=domain.name,
-        deps=[
-            *(
-                dg.AssetKey([domain.name, arm, stage])
-                for arm in arms
-                for stage in ("target_model", "evaluation", "selection", "leakage")
-            ),
-            *(dg.AssetKey(key) for key in sure),
-            "score_tables",
-            "tokenizer",
-            "prior_model",
-            dg.AssetKey([domain.name, "conditional_model"]),
-            dg.AssetKey([domain.name, "domain_tokens"]),
-            all_of("corpus_tokens"),
-            all_of("raw_corpus"),
-        ],
-        group_name=GROUP,
-        kinds={"html", "duckdb"},
-        owners=OWNERS,
-        pool="gpu",
-        code_version=code_version(5),
-    )
+    @asset(report_declaration(recipe, domain))
     def report(artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore) -> dg.MaterializeResult:
         """All arms compared, for people (`report.html`) and as tables (`results.duckdb`).
 
         tokens-to-match above 1: random needs that many times the tokens for the same loss.
         """
-        evaluated = [artifacts.current(f"{name}/evaluation") for name in arms.values()]
-        selected = {arm: artifacts.current(f"{name}/selection") for arm, name in arms.items()}
-        models = [
-            artifacts.current("prior_model"),
-            artifacts.current(f"{domain.name}/conditional_model"),
-        ]
-        tables = artifacts.current_from("score_tables", None, models)
-        scored = [tables, *refined_of(artifacts, domain.name, tables.fingerprint)]
-        leaking = {arm: artifacts.current(f"{name}/leakage") for arm, name in arms.items()}
-        second = [artifacts.current("/".join(key)) for key in sure]
-        frames = [pl.read_parquet(a.path / "evaluations.parquet") for a in evaluated]
-        rows = pl.concat([*frames, _probed(domain, selected)])
-        matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
-
-        def build(folder: Path) -> dict[str, Any]:
-            cutoffs = {
-                arm.name: float(selected[arm.name].facts["cutoff"])
-                for arm in recipe.arms_with_one_cutoff()
-                if arm.method == "color"
-            }
-            sections = method.sections(
-                rows,
-                recipe.arms,
-                {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
-                _colors(score_store, domain),
-                cutoffs,
-                _examples(artifacts, gpu, score_store, recipe, domain, models, cutoffs, folder),
-                confidence=flips(artifacts, score_store, recipe, domain) if second else [],
-                leakage=[{"arm": arm, **_leaks(made)} for arm, made in leaking.items()],
-                cost=cost_rows(artifacts, recipe, domain),
-            )
-            method.write_report(folder, f"{recipe.name}: {domain.name}", sections)
-            pl.concat([rows, matched]).write_parquet(folder / "evaluations.parquet")
-            return {"rows": len(rows) + len(matched)}
-
+        read = read_for_report(artifacts, recipe, domain)
+        rows = pl.concat([*read.evaluations(), _probed(domain, read.selected)])
         made = artifacts.make(
-            Work(
-                f"{domain.name}/report",
-                inputs=[
-                    *evaluated,
-                    *selected.values(),
-                    *leaking.values(),
-                    *second,
-                    *models,
-                    *scored,
-                ],
-                code=5,
+            report_declaration(recipe, domain).work(read.inputs),
+            lambda folder: write_report(
+                folder, artifacts, gpu, score_store, recipe, domain, read, rows
             ),
-            build,
         )
         _publish_results(artifacts, score_store, recipe)
         lines = method.comparison_rows(method.arm_lines(rows))
@@ -123,6 +89,101 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         )
 
     return report
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What a report is made from; of arms, by their names."""
+
+    evaluated: Mapping[str, Artifact]
+    selected: Mapping[str, Artifact]
+    leaking: Mapping[str, Artifact]
+    confidence: Sequence[Artifact]  # none, or one
+    models: Sequence[Artifact]  # prior and conditional
+    scores: Sequence[Artifact]  # the score tables, and the refined ones if there are any
+
+    @property
+    def inputs(self) -> list[Artifact]:
+        """All of them."""
+        of_arms = (self.evaluated, self.selected, self.leaking)
+        return [
+            *(made for by_arm in of_arms for made in by_arm.values()),
+            *self.confidence,
+            *self.models,
+            *self.scores,
+        ]
+
+    def evaluations(self) -> list[pl.DataFrame]:
+        """The evaluations of every arm."""
+        return [pl.read_parquet(a.path / "evaluations.parquet") for a in self.evaluated.values()]
+
+
+def read_for_report(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> ReportInputs:
+    """The current artifacts that a domain's report is made from.
+
+    Raises InputError where one has not been made, or the score tables are older than the models.
+    """
+    declared = report_declaration(recipe, domain)
+
+    def of_arms(stage: str) -> dict[str, Artifact]:
+        return {
+            arm.name: declared.current(artifacts, f"{domain.name}/{arm.name}/{stage}")
+            for arm in recipe.arms
+        }
+
+    models = [
+        declared.current(artifacts, "prior_model"),
+        declared.current(artifacts, f"{domain.name}/conditional_model"),
+    ]
+    tables = declared.current(artifacts, "score_tables", made_from=models)
+    confidence = []
+    if recipe.arms_with_one_cutoff():
+        confidence = [declared.current(artifacts, f"{domain.name}/cutoff_confidence")]
+    return ReportInputs(
+        of_arms("evaluation"),
+        of_arms("selection"),
+        of_arms("leakage"),
+        confidence,
+        models,
+        [tables, *refined_of(artifacts, domain.name, tables.fingerprint)],
+    )
+
+
+def write_report(
+    folder: Path,
+    artifacts: ArtifactStore,
+    gpu: Gpu,
+    score_store: ScoreStore,
+    recipe: Recipe,
+    domain: Domain,
+    read: ReportInputs,
+    rows: pl.DataFrame,
+) -> dict[str, int]:
+    """Write a domain's report and its evaluations; facts for the manifest.
+
+    `rows` are the evaluations of all arms, without tokens-to-match, which is added.
+    """
+    cutoffs = {
+        arm.name: float(read.selected[arm.name].facts["cutoff"])
+        for arm in recipe.arms_with_one_cutoff()
+        if arm.method == "color"
+    }
+    sure = flips(artifacts, score_store, recipe, domain) if read.confidence else []
+    sections = method.sections(
+        rows,
+        recipe.arms,
+        {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
+        _colors(score_store, domain),
+        cutoffs,
+        _examples(artifacts, gpu, score_store, recipe, domain, read.models, cutoffs, folder),
+        confidence=sure,
+        leakage=[{"arm": arm, **_leaks(made)} for arm, made in read.leaking.items()],
+        cost=cost_rows(artifacts, recipe, domain),
+    )
+    method.write_report(folder, f"{recipe.name}: {domain.name}", sections)
+    matched = pl.DataFrame(method.match_rows(rows), schema=method.EVALUATIONS)
+    pl.concat([rows, matched]).write_parquet(folder / "evaluations.parquet")
+    return {"rows": len(rows) + len(matched)}
 
 
 def _probed(domain: Domain, selected: Mapping[str, Artifact]) -> pl.DataFrame:

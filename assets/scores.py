@@ -11,26 +11,23 @@ import dagster as dg
 from assets.auxiliary import checkpoint
 from assets.common import (
     ONE_RUN,
-    OWNERS,
     SHARDS,
     Context,
     Progress,
-    all_of,
-    code_version,
     probe_shard,
     result,
-    same_shard,
     shard_names,
     sharded_result,
     total,
 )
+from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import histogram
 from assets.tombstones import forgotten
 from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.tables import fetch_row
-from resources.artifacts import Artifact, ArtifactStore, Attempt, Work
+from resources.artifacts import Artifact, ArtifactStore, Attempt
 from resources.gpu import Gpu, ScoreJob
 from resources.score_parts import Part, PublishedModel
 from resources.score_store import ScoreStore
@@ -46,22 +43,30 @@ REFINED = "refined.parquet"
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
     """`prior_scores`, `<domain>/conditional_scores`, others asked for, and `score_tables`."""
-    scored_by = {losses.asset: losses.model for losses in loss_assets(recipe)}
+    return [losses_asset(recipe), score_tables_asset(recipe)]
 
-    def spec(asset: str, model: str) -> dg.AssetSpec:
-        return dg.AssetSpec(
-            asset.split("/"),
-            description=f"Loss of every sequence by {model}, nats per token. What is asked for "
-            "together is computed in one pass over the sequences.",
-            deps=[same_shard("corpus_tokens"), dg.AssetKey(model.split("/"))],
-            group_name=GROUP,
-            kinds={"pytorch", "parquet"},
-            owners=OWNERS,
-            code_version=code_version(1, recipe.scoring),
-        )
+
+def losses_declaration(recipe: Recipe, losses: "LossAsset") -> Declaration:
+    """Declare the losses of the corpus by one model."""
+    return Declaration(
+        losses.asset,
+        GROUP,
+        {"pytorch", "parquet"},
+        inputs=[Read("corpus_tokens", Shards.SAME), Read(losses.model)],
+        consults=end_of_text_read(recipe.scoring),
+        settings={"labels": recipe.scoring.labels},
+        precision=recipe.scoring.precision,
+        description=f"Loss of every sequence by {losses.model}, nats per token. What is asked for "
+        "together is computed in one pass over the sequences.",
+    )
+
+
+def losses_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """All losses of the corpus, as one multi-asset: what is asked for together is one pass."""
+    declared = {losses: losses_declaration(recipe, losses) for losses in loss_assets(recipe)}
 
     @dg.multi_asset(
-        specs=[spec(asset, model) for asset, model in scored_by.items()],
+        specs=[declaration.spec for declaration in declared.values()],
         can_subset=True,
         partitions_def=SHARDS,
         backfill_policy=ONE_RUN,
@@ -71,26 +76,38 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> Iterator[dg.MaterializeResult]:
         wanted = {key.to_user_string() for key in context.selected_asset_keys}
-        asked = {asset: model for asset, model in scored_by.items() if asset in wanted}
-        made = _score(context, artifacts, gpu, recipe.scoring, asked)
+        asked = {of: it for of, it in declared.items() if of.asset in wanted}
+        made = score_shards(context, artifacts, gpu, recipe.scoring, asked)
         facts = ("sequences", "unscored", "tokens", "chunks", "tokens_per_second")
-        for asset in asked:
-            mine = [a for a in made if a.asset == asset]
+        for of in asked:
+            mine = [a for a in made if a.asset == of.asset]
             yield sharded_result(context, artifacts, mine, facts, "sequences")
 
-    @dg.asset(
-        deps=[
-            all_of("raw_corpus"),
-            all_of("corpus_tokens"),
-            *(all_of(dg.AssetKey(asset.split("/"))) for asset in scored_by),
-            *(dg.AssetKey(model.split("/")) for model in scored_by.values()),
+    return losses
+
+
+def score_tables_declaration(recipe: Recipe) -> Declaration:
+    """Declare `score_tables`."""
+    scored = loss_assets(recipe)
+    return Declaration(
+        "score_tables",
+        GROUP,
+        {"duckdb"},
+        inputs=[
+            Read("raw_corpus", Shards.ALL),
+            Read("corpus_tokens", Shards.ALL),
+            *(Read(losses.asset, Shards.ALL) for losses in scored),
+            *(Read(losses.model) for losses in scored),
         ],
-        group_name=GROUP,
-        kinds={"duckdb"},
-        owners=OWNERS,
         pool="scores",
-        code_version=code_version(2, recipe.sequence_length),
     )
+
+
+def score_tables_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    """`score_tables`."""
+    declared = score_tables_declaration(recipe)
+
+    @asset(declared)
     def score_tables(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         """The losses joined to sequences, spans and documents, published as `scores.duckdb`.
 
@@ -98,10 +115,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         """
         parts, models, inputs = publication(artifacts, recipe)
         rows = score_store.publish(parts, models, recipe.sequence_length)
-        made = artifacts.make(
-            Work("score_tables", inputs=inputs),
-            lambda folder: _record(folder, inputs, rows),
-        )
+        made = artifacts.make(declared.work(inputs), lambda folder: _record(folder, inputs, rows))
         shown: dict[str, Any] = dict(rows)
         for domain in recipe.domains:
             shown |= _picture(score_store, domain.name)
@@ -109,7 +123,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
         shown["file"] = dg.MetadataValue.path(str(artifacts.at.scores))
         return result([made], shown)
 
-    return [losses, score_tables]
+    return score_tables
 
 
 class LossAsset(NamedTuple):
@@ -134,18 +148,18 @@ def loss_assets(recipe: Recipe) -> list[LossAsset]:
     ]
 
 
-def scored_corpus(
-    artifacts: ArtifactStore, recipe: Recipe, domain: Domain, roles: Set[str]
-) -> tuple[dict[str, Artifact], list[Artifact]]:
-    """Packed tokens by shard of the corpus, and their losses by a domain's models of some roles."""
-    shards = [s.name for s in artifacts.at.shards()]
-    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
-    assets = [
+def losses_by(recipe: Recipe, domain: Domain, roles: Set[str]) -> list[str]:
+    """The assets with the losses of the corpus by a domain's models of some roles."""
+    return [
         losses.asset
         for losses in loss_assets(recipe)
         if losses.role in roles and losses.domain in {None, domain.name}
     ]
-    return packed, [artifacts.current(asset, s) for asset in assets for s in shards]
+
+
+def end_of_text_read(scoring: Scoring) -> list[Read]:
+    """The tokenizer, where labels are left out behind its end-of-text token."""
+    return [] if scoring.labels == "all" else [Read("tokenizer")]
 
 
 def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
@@ -155,37 +169,27 @@ def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
     return int(artifacts.current("tokenizer").facts["end_of_text"])
 
 
-def _score(
+def score_shards(
     context: Context,
     artifacts: ArtifactStore,
     gpu: Gpu,
     scoring: Scoring,
-    scored_by: Mapping[str, str],
+    asked: Mapping["LossAsset", Declaration],
 ) -> list[Artifact]:
-    """Losses of the run's shards, by asset and the model that gives them, in one pass."""
+    """Make the losses of the run's shards that are asked for, in one pass over the sequences.
+
+    Raises InputError where two of the models are the same.
+    """
     behind = boundary(artifacts, scoring)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
-    models = {asset: artifacts.current(model) for asset, model in scored_by.items()}
-    named = {m.fingerprint: scored_by[asset] for asset, m in models.items()}
-    for asset, name in scored_by.items():
-        same = named[models[asset].fingerprint]
-        if same != name:
-            raise InputError(
-                f"{name} and {same} are the same model: their domains have the same text and "
-                "training; remove one of them"
-            )
+    models = {of.asset: it.current(artifacts, of.model) for of, it in asked.items()}
+    refuse_same_models({of.model: models[of.asset] for of in asked})
     size = len(models) * total(list(packed.values()), "tokens")
     progress = Progress(context, size, "tokens")
     works = [
-        Work(
-            asset,
-            shard,
-            inputs=[model, source],
-            recipe={"boundary": behind},
-            precision=scoring.precision,
-        )
+        it.work([models[of.asset], source], shard, settings={"boundary": behind})
         for shard, source in packed.items()
-        for asset, model in models.items()
+        for of, it in asked.items()
     ]
     with artifacts.attempts(works) as attempts:
         jobs: list[ScoreJob] = []
@@ -219,6 +223,18 @@ def _score(
                     partition_key=job.shard,
                 )
         return [a.artifact for a in attempts]
+
+
+def refuse_same_models(models: Mapping[str, Artifact]) -> None:
+    """Raise InputError where two models, by asset, have the same content."""
+    named: dict[str, str] = {}
+    for name, model in models.items():
+        same = named.setdefault(model.fingerprint, name)
+        if same != name:
+            raise InputError(
+                f"{same} and {name} are the same model: their domains have the same text and "
+                "training; remove one of them"
+            )
 
 
 def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:
@@ -259,14 +275,14 @@ def publication(
                 tokens=packed.path,
             )
         )
-        for asset, model in scored_by.items():
-            losses = artifacts.current_from(asset, shard, [model, packed])
+        for name, model in scored_by.items():
+            losses = artifacts.current_from(name, shard, [model, packed])
             inputs.append(losses)
             scored.append((model, losses))
     inputs += forgotten(artifacts)
     tables = artifacts.entries().get(("score_tables", None))
     refined = []
-    if tables and tables["key"] == Work("score_tables", inputs=inputs).key:
+    if tables and tables["key"] == score_tables_declaration(recipe).work(inputs).key:
         for domain in recipe.domains:
             refined += refined_of(artifacts, domain.name, tables["fingerprint"])
     for model, losses in scored:

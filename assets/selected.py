@@ -8,44 +8,52 @@ import dagster as dg
 import duckdb
 import polars as pl
 
-from assets.common import OWNERS, all_of, code_version, probe_shard, result
+from assets.common import probe_shard, result
+from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
-from assets.refined import near
+from assets.refined import is_refined, near
 from assets.scores import refined_of, require_published
 from colorfilter import selection as method
 from colorfilter.errors import InputError
 from colorfilter.evaluation import probe
 from colorfilter.examples import excerpts, extremes
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
-from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
 PACKED = "packed"  # the part of a selection that holds sequences which are not the corpus's
 
 
-def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
-    multiples = recipe.evaluation.random_multiples
-    scored: list[str | dg.AssetKey] = ["score_tables"]
-    if arm.method in SCORED and recipe.scoring.precision != "float32":
-        scored.append(dg.AssetKey([domain.name, "refined_scores"]))
-
-    @dg.asset(
+def selection_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/selection` for the methods that the score tables alone decide."""
+    scored = arm.method in SCORED
+    refined = [Read(f"{domain.name}/refined_scores")] if is_refined(recipe) and scored else []
+    return Declaration(
+        f"{domain.name}/{arm.name}/selection",
+        GROUP,
+        {"duckdb"},
+        inputs=[Read("score_tables"), *refined],
+        consults=[Read("raw_corpus", Shards.ALL)] if arm.method == "color" else [],
+        settings={
+            **arm.choice(),
+            "needed": recipe.endpoints(arm, 0)[-1],
+            "sequence_length": recipe.sequence_length,
+        },
+        code=3,
+        seed=recipe.seed if not scored or arm.batch else None,
         description=f"{arm.name} for {domain.name}: the selected sequences with rank and score; "
         "lower is better; and where text of the domain ranks against the corpus (the probe). No "
         "model is loaded.",
-        key_prefix=[domain.name, arm.name],
-        deps=[*scored, all_of("raw_corpus")],
-        group_name=GROUP,
-        kinds={"duckdb"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
         pool="scores",
-        code_version=code_version(
-            3, arm.name, recipe.target.training_tokens, str(multiples), recipe.seed
-        ),
+        arm=arm.name,
     )
+
+
+def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
+
+    @asset(selection_declaration(recipe, domain, arm))
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
         made = select_by_query(artifacts, score_store, recipe, domain, arm)
         return result([made], {**made.facts, **_documents(made.path)})
@@ -57,11 +65,11 @@ def select_by_query(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
     """Make an arm's `selection` by a query on the score tables."""
-    tables = artifacts.current("score_tables")
+    declared = selection_declaration(recipe, domain, arm)
+    tables = declared.current(artifacts, "score_tables")
     refined = []
     if arm.method in SCORED:
         refined = refined_of(artifacts, domain.name, tables.fingerprint)
-    needed = recipe.endpoints(arm, 0)[-1]
 
     def build(folder: Path) -> dict[str, Any]:
         with score_store.read() as connection:
@@ -72,7 +80,8 @@ def select_by_query(
                 assert arm.tau is not None
                 found = extremes(connection, domain.name, recipe.sequence_length, 1 / arm.tau)
                 texts = {
-                    shard: artifacts.current("raw_corpus", shard).path / "documents.parquet"
+                    shard: declared.current(artifacts, "raw_corpus", shard).path
+                    / "documents.parquet"
                     for shard in found["shard"].unique()
                 }
                 excerpts(found, texts).write_parquet(folder / "samples.parquet")
@@ -88,20 +97,7 @@ def select_by_query(
             **probed,
         }
 
-    return artifacts.make(
-        Work(
-            f"{domain.name}/{arm.name}/selection",
-            inputs=[tables, *refined],
-            recipe={
-                **arm.choice(),
-                "needed": needed,
-                "sequence_length": recipe.sequence_length,
-            },
-            code=3,
-            seed=recipe.seed if arm.method not in SCORED or arm.batch else None,
-        ),
-        build,
-    )
+    return artifacts.make(declared.work([tables, *refined]), build)
 
 
 def choose(
@@ -119,26 +115,34 @@ def choose(
     return chosen
 
 
+def origin_reads(arm: Arm) -> list[Read]:
+    """Where the sequences of an arm's selection lie; DSIR's lie beside the selection."""
+    if arm.method == "dsir":
+        return []
+    return [Read("corpus_tokens", Shards.ALL), Read("raw_corpus", Shards.ALL)]
+
+
 def origins(
-    artifacts: ArtifactStore, chosen: Artifact, shards: list[str]
+    artifacts: ArtifactStore, declared: Declaration, chosen: Artifact, shards: list[str]
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
     """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
 
-    A selection may bring sequences of its own, which stand beside it. Raises InputError where the
-    corpus has since been packed anew.
+    A selection may bring sequences of its own, which stand beside it. `declared` is the asset that
+    reads them. Raises InputError where the corpus has since been packed anew.
     """
     own = chosen.path / PACKED
     if own.exists():
         return dict.fromkeys(shards, own), dict.fromkeys(shards, own / "documents.parquet"), []
-    packed = {s: artifacts.current("corpus_tokens", s) for s in shards}
-    raw = {s: artifacts.current("raw_corpus", s) for s in shards}
-    tables = artifacts.current_from("score_tables", None, [*packed.values(), *raw.values()])
+    packed = {s: declared.current(artifacts, "corpus_tokens", s) for s in shards}
+    raw = {s: declared.current(artifacts, "raw_corpus", s) for s in shards}
+    made_from = [*packed.values(), *raw.values()]
+    tables = declared.current(artifacts, "score_tables", made_from=made_from)
     if chosen.inputs.get("score_tables", tables.fingerprint) != tables.fingerprint:
         raise InputError(f"{chosen.name} was made from older score_tables; materialize it again")
     return (
         {s: a.path for s, a in packed.items()},
         {s: a.path / "documents.parquet" for s, a in raw.items()},
-        [*packed.values(), *raw.values()],
+        made_from,
     )
 
 

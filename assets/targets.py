@@ -6,7 +6,8 @@ from pathlib import Path
 import dagster as dg
 
 from assets.auxiliary import domain_epoch
-from assets.common import OWNERS, Context, Progress, code_version, result
+from assets.common import Context, Progress, result
+from assets.declaration import Declaration, Read, asset
 from assets.figures import curve_metadata
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.train_spec import Checkpoint, TrainSpec, planned_tokens
@@ -18,39 +19,47 @@ GROUP = "evaluated"
 
 def target_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
     """`target_model` of an arm and, where asked for, `finetuned_model`."""
-    finetuned = [_finetuned_model(recipe, domain, arm)] if recipe.evaluation.finetune else []
-    return [_target_model(recipe, domain, arm), *finetuned]
+    finetuned = [finetuned_asset(recipe, domain, arm)] if recipe.evaluation.finetune else []
+    return [target_asset(recipe, domain, arm), *finetuned]
 
 
-def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/target_model`, a partition of the ledger per seed."""
     name = f"{domain.name}/{arm.name}"
     seeds = recipe.seeds(arm)
-
-    @dg.asset(
+    learned = {
+        "model": recipe.target.model.facts(),
+        "training": recipe.target.training.facts(),
+    }
+    declared = Declaration(
+        f"{name}/target_model",
+        GROUP,
+        {"pytorch"},
+        inputs=[
+            Read(f"{name}/filtered_dataset"),
+            Read(f"{domain.name}/domain_tokens"),
+            Read("tokenizer"),
+        ],
+        settings={
+            **learned,
+            "training_tokens": recipe.target.training_tokens,
+            "random_multiples": recipe.evaluation.random_multiples,
+            "seeds": seeds,
+        },
+        pool="gpu",
+        arm=arm.name,
         description=f"{arm.name} for {domain.name}: a fresh model per seed, trained in a single "
         "pass over the filtered dataset. Of several end points each is a branch of one trunk, "
         "with a full decay.",
-        key_prefix=[domain.name, arm.name],
-        deps=[
-            dg.AssetKey([domain.name, arm.name, "filtered_dataset"]),
-            dg.AssetKey([domain.name, "domain_tokens"]),
-            "tokenizer",
-        ],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
-        pool="gpu",
-        code_version=code_version(
-            1, recipe.target, str(recipe.evaluation.random_multiples), str(seeds)
-        ),
     )
+
+    @asset(declared)
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-        dataset = artifacts.current(f"{name}/filtered_dataset")
+        dataset = declared.current(artifacts, f"{name}/filtered_dataset")
         tokens = dataset.part("tokens")
         ends = recipe.endpoints(arm, dataset.facts["sequences"])
-        held_out = artifacts.current(f"{domain.name}/domain_tokens")
-        encoder = artifacts.current("tokenizer")
+        held_out = declared.current(artifacts, f"{domain.name}/domain_tokens")
+        encoder = declared.current(artifacts, "tokenizer")
 
         def spec(seed: int, out: Path) -> TrainSpec:
             return TrainSpec(
@@ -65,16 +74,11 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
             )
 
         works = {
-            seed: Work(
-                f"{name}/target_model",
-                f"seed_{seed}",
+            seed: declared.work(
                 # A color that changes beside the tokens does not train random's models again.
-                inputs=[tokens, held_out, encoder],
-                recipe={
-                    "model": recipe.target.model.facts(),
-                    "training": recipe.target.training.facts(),
-                    "endpoints": ends,
-                },
+                [tokens, held_out, encoder],
+                f"seed_{seed}",
+                settings={**learned, "endpoints": ends},
                 seed=seed,
             )
             for seed in seeds
@@ -84,46 +88,43 @@ def _target_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
     return target_model
 
 
-def _finetuned_model(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+def finetuned_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/finetuned_model`, a partition of the ledger per seed."""
     name = f"{domain.name}/{arm.name}"
-    seeds = recipe.seeds(arm)
-
-    @dg.asset(
+    declared = Declaration(
+        f"{name}/finetuned_model",
+        GROUP,
+        {"pytorch"},
+        inputs=[
+            Read(f"{name}/target_model"),
+            Read(f"{domain.name}/domain_tokens"),
+            Read("tokenizer"),
+        ],
+        settings=domain.training.facts(),
+        pool="gpu",
+        arm=arm.name,
         description=f"{arm.name} for {domain.name}: every target model after one epoch over "
         "D_down, as the conditional is trained. The gain of choosing shrinks there (the paper, "
         "section 5).",
-        key_prefix=[domain.name, arm.name],
-        deps=[
-            dg.AssetKey([domain.name, arm.name, "target_model"]),
-            dg.AssetKey([domain.name, "domain_tokens"]),
-            "tokenizer",
-        ],
-        group_name=GROUP,
-        kinds={"pytorch"},
-        tags={"arm": arm.name},
-        owners=OWNERS,
-        pool="gpu",
-        code_version=code_version(1, domain.training),
     )
+
+    @asset(declared)
     def finetuned_model(
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> dg.MaterializeResult:
-        encoder = artifacts.current("tokenizer")
-        packed = artifacts.current(f"{domain.name}/domain_tokens")
-        targets = {s: artifacts.current(f"{name}/target_model", f"seed_{s}") for s in seeds}
+        encoder = declared.current(artifacts, "tokenizer")
+        packed = declared.current(artifacts, f"{domain.name}/domain_tokens")
+        targets = {
+            seed: declared.current(artifacts, f"{name}/target_model", f"seed_{seed}")
+            for seed in recipe.seeds(arm)
+        }
 
         def spec(seed: int, out: Path) -> TrainSpec:
             _, start = _at_equal_tokens(targets[seed])
             return domain_epoch(start, domain.training, encoder, packed, seed, out)
 
         works = {
-            seed: Work(
-                f"{name}/finetuned_model",
-                target.partition,
-                inputs=[target, packed, encoder],
-                recipe=domain.training.facts(),
-                seed=seed,
-            )
+            seed: declared.work([target, packed, encoder], target.partition, seed=seed)
             for seed, target in targets.items()
         }
         # A fine-tuned model stands where its target did: at the tokens that were chosen for it.

@@ -23,6 +23,7 @@ from pipelines.graph import build_definitions
 from pipelines.running import Failure, bring_in, execute
 from pipelines.settings import Job
 from resources.home import Home
+from tests.reads import recorded_in
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
@@ -131,6 +132,7 @@ class Project:
         self.facts = facts
         self.path = root / "recipe.yaml"
         self.home = Home(root / "home")
+        self.reads = root / "reads.jsonl"  # what assets read in its runs
         self.write()
 
     def write(self) -> None:
@@ -144,7 +146,8 @@ class Project:
         self.home.claim(self.recipe.name)
         monkeypatch.setenv("DAGSTER_HOME", str(self.home.dagster))
         bring_in(self.recipe, self.home)
-        return execute(self.recipe, self.home, lambda _: None, job)
+        with recorded_in(self.reads):
+            return execute(self.recipe, self.home, lambda _: None, job)
 
     def materialize(self, monkeypatch: pytest.MonkeyPatch, assets: list[str]) -> None:
         """These unsharded assets alone, as from the web UI."""

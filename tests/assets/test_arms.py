@@ -6,10 +6,12 @@ import pytest
 from assets.confidence import flips
 from colorfilter import cost
 from colorfilter.tables import fetch
+from pipelines.graph import build_definitions
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
 from tests.assets.test_pipeline import copy_of
 from tests.conftest import Project
+from tests.reads import assert_declared, recorded
 
 ARMS = [
     {"method": "color", "tau": 4},
@@ -67,6 +69,17 @@ def test_every_arm_selects_with_ranks_and_trains_on_as_many_tokens(
             "WHERE current GROUP BY arm",
         )
     assert dict(published) == {a.name: len(chosen(artifacts, a.name)) for a in project.recipe.arms}
+
+
+def test_assets_of_every_method_read_exactly_what_they_declare(
+    project: Project, finished: Project
+) -> None:
+    """By both runs: what stood before the second run was not made in it."""
+    reads = recorded(project.reads)
+    for step, found in recorded(finished.reads).items():
+        if step in reads:  # the losses are other steps, with another model
+            reads[step] |= found
+    assert_declared(build_definitions(project.recipe, str(project.home.root)), reads)
 
 
 def test_what_stood_before_the_arms_came_is_not_computed_again(project: Project) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from colorfilter.tables import fetch
 from colorfilter.tokens import Encoder, open_tokens, real_tokens
+from pipelines.graph import build_definitions
 from resources.artifacts import Artifact, ArtifactStore
 from tests.conftest import Project, recipe_facts, write_corpus
+from tests.reads import assert_declared, recorded
 
 pytest.importorskip("lm_eval")
 
@@ -162,3 +164,10 @@ def test_a_recipe_with_tasks_wants_the_harness_before_anything_is_computed(
     assert failure.input_is_wrong
     assert "pip install '.[eval]'" in failure.message
     assert [entry["asset"] for entry in project.ledger()] == ["recipe"]
+
+
+def test_assets_of_tasks_and_finetuned_models_read_exactly_what_they_declare(
+    quiz: Project,
+) -> None:
+    definitions = build_definitions(quiz.recipe, str(quiz.home.root))
+    assert_declared(definitions, recorded(quiz.reads))
