@@ -21,7 +21,10 @@ class Shards(Enum):
     ALL = "all"
 
 
-MAPPINGS = {Shards.SAME: dg.IdentityPartitionMapping(), Shards.ALL: dg.AllPartitionMapping()}
+MAPPINGS: dict[Shards, dg.PartitionMapping] = {
+    Shards.SAME: dg.IdentityPartitionMapping(),
+    Shards.ALL: dg.AllPartitionMapping(),
+}
 
 
 @dataclass(frozen=True)
