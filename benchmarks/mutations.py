@@ -265,9 +265,16 @@ FAULTS = [
     Fault(
         "the target model's seed not in its key",
         "assets/targets.py",
-        '                    "endpoints": ends,\n                },\n                seed=seed,\n',
-        '                    "endpoints": ends,\n                },\n                seed=0,\n',
+        'settings={**learned, "endpoints": ends},\n                seed=seed,\n',
+        'settings={**learned, "endpoints": ends},\n                seed=0,\n',
         "tests/assets/test_pipeline.py",
+    ),
+    Fault(
+        "a code version that settings do not change",
+        "assets/declaration.py",
+        "canonical_json([names, self.settings, self.seed, self.precision])",
+        "canonical_json([names, self.seed, self.precision])",
+        "tests/assets/test_declaration.py",
     ),
     Fault(
         "a device held by a run that is gone",
