@@ -7,6 +7,7 @@ with anything else on the cores, two threads are slower than one.
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -19,10 +20,12 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from colorfilter import workers
 from colorfilter.errors import LeftAloneError
 
 # The others wait while the first process saves a state. One that is gone is noticed at once.
 LONGEST_WAIT = timedelta(days=1)
+POLL_SECONDS = 0.01
 
 
 class Single:
@@ -94,8 +97,10 @@ def call_in_group(
     """Call a function as process `rank` of a group of `size` on this machine.
 
     They meet at the file `meeting`, which must not exist before. Raises what the function raises,
-    and LeftAloneError in a process that waits for one that is gone.
+    LeftAloneError in a process that waits for one that is gone, and workers.StoppedError where the
+    call is no longer wanted before all have begun.
     """
+    _wait_for_all(rank, size, meeting)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     store = distributed.FileStore(str(meeting), size)  # type: ignore[attr-defined]
     try:
@@ -111,3 +116,12 @@ def call_in_group(
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _wait_for_all(rank: int, size: int, meeting: Path) -> None:
+    """Wait until all processes of a group have begun: torch would wait for one that never does."""
+    begun = [meeting.with_name(f"{meeting.name}-{n}") for n in range(size)]
+    begun[rank].touch()
+    while not all(path.exists() for path in begun):
+        workers.report(0)
+        time.sleep(POLL_SECONDS)

@@ -1,5 +1,6 @@
 """The command line: run the pipeline, see what stands, open the web UI."""
 
+import gc
 import logging
 import os
 import socket
@@ -273,6 +274,9 @@ def _dry_run(recipe: str, home: Path) -> None:
     print_plan(console, plan, place)
 
 
+INTERRUPTED = 130  # the exit code that typer gives for Ctrl-C
+
+
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run a command, by default this process's own; returns its exit code.
 
@@ -281,13 +285,13 @@ def call(arguments: Sequence[str] | None = None) -> int:
     try:
         app(arguments)
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
+        code = ended.code if isinstance(ended.code, int) else 1
+        if code == INTERRUPTED:
+            errors.print("stopped; run again to go on from there")
+        return code
     except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        errors.print("stopped; run again to go on from there")
-        return 130
     return 0
 
 
@@ -297,6 +301,8 @@ def main() -> None:
     for library in ("transformers", "openlineage"):
         logging.getLogger(library).setLevel(logging.ERROR)
     code = call()
+    if code == INTERRUPTED:
+        gc.collect()  # else Python reports semaphores of workers as leaked
     sys.stdout.flush()
     sys.stderr.flush()
     # Leave without the interpreter's teardown, in which DuckDB 2.0 prints a page of leak reports.

@@ -30,6 +30,7 @@ from colorfilter.report import (
     comparison_in_brief,
     judged_by,
 )
+from pipelines.running import is_interruption
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
@@ -47,6 +48,7 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
     begun: dict[str, float] = {}
     tasks: dict[str, TaskID] = {}
     checked: set[str | None] = set()
+    waiting: set[str | None] = set()
 
     def work(asset: str, done: int, total: int, unit: str, per_second: float) -> None:
         if asset not in tasks:
@@ -65,15 +67,22 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             return
         if happened.event_type_value == "STEP_START":
             begun[_asset(happened.step_key)] = time.monotonic()
+        elif happened.is_engine_event and "pool" in happened.engine_event_data.metadata:
+            if happened.step_key not in waiting:
+                waiting.add(happened.step_key)
+                asset = _asset(happened.step_key)
+                console.print(f"waits  {asset}: another run is using its device or the scores")
         elif happened.event_type_value in {"STEP_SUCCESS", "STEP_FAILURE"}:
             if happened.step_key in checked:
                 return
             asset = _asset(happened.step_key)
             if asset in tasks:
                 bar.remove_task(tasks.pop(asset))
-            ended = happened.event_type_value == "STEP_SUCCESS"
             seconds = time.monotonic() - begun.get(asset, time.monotonic())
-            mark = "[green]done  [/]" if ended else "[red]failed[/]"
+            mark = "[green]done  [/]"
+            if happened.is_step_failure:
+                stopped = is_interruption(happened)
+                mark = "[yellow]stopped[/]" if stopped else "[red]failed[/]"
             console.print(f"{mark} {asset:<44} {seconds:7.1f} s", highlight=False)
         elif happened.event_type_value == "ASSET_CHECK_EVALUATION":
             checked.add(happened.step_key)

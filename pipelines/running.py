@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.instance.ref import InstanceRef
 
 from assets.arrivals import Arrivals, arrive
 from assets.common import SHARDS
@@ -20,8 +22,10 @@ from pipelines.jobs import RUN_CONFIG
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
+from resources.gpu import release
 from resources.home import Home
 
+NO_COPIES = "NoOpComputeLogManager"
 WRONG_INPUT = {InputError.__name__, UnreachableError.__name__}
 Listener = Callable[[dg.EventLogEntry], None]
 
@@ -61,6 +65,7 @@ def execute(
 ) -> Failure | None:
     """Run a job over all shards that were brought in, in this process; None if it succeeded.
 
+    Raises KeyboardInterrupt where the process was told to end.
     Sharded and unsharded assets share the run, so a model is loaded once and streams all shards.
     `on_event` is called with every event of the run as it is logged.
     """
@@ -86,11 +91,11 @@ def _run(
     home.refuse_forgetting()
     definition = build_definitions(recipe, str(home.root)).resolve_job_def(job)
     run_id = str(uuid.uuid4())
-    with dg.DagsterInstance.get() as instance:
+    with _instance(home) as instance:
         shards = instance.get_dynamic_partitions(str(SHARDS.name))
         fail_cut_off(instance, home)
         instance.add_event_listener(run_id, on_event)
-        return definition.execute_in_process(
+        result = definition.execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_id=run_id,
@@ -100,6 +105,30 @@ def _run(
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
         )
+    if any(is_interruption(event) for event in result.all_events):
+        release()
+        raise KeyboardInterrupt
+    return result
+
+
+def is_interruption(event: dg.DagsterEvent) -> bool:
+    """Whether a step ended because the process was told to end, which Dagster has as a failure."""
+    error = event.step_failure_data.error if event.is_step_failure else None
+    while error and error.cls_name != DagsterExecutionInterruptedError.__name__:
+        error = error.cause
+    return error is not None
+
+
+def _instance(home: Home) -> dg.DagsterInstance:
+    """The home's instance, without copies of what steps print: that is in the terminal.
+
+    For each copy Dagster starts four processes a step. Ctrl-C reaches them too, and they would
+    print traces of it.
+    """
+    nothing = {"module": "dagster._core.storage.noop_compute_log_manager", "class": NO_COPIES}
+    return dg.DagsterInstance.from_ref(
+        InstanceRef.from_dir(str(home.dagster), overrides={"compute_logs": nothing})
+    )
 
 
 def _failure(result: dg.ExecuteInProcessResult) -> Failure:

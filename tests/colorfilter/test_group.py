@@ -2,11 +2,13 @@
 
 import operator
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import safetensors.torch
 
@@ -116,6 +118,25 @@ def test_what_one_process_raises_is_told_and_not_that_the_others_are_alone(tmp_p
             calls = [(IN_GROUP, rank, 2, meeting, first) for rank in range(2)]
             with pytest.raises(InputError, match="what is wrong"):
                 list(pool.run(operator.call, calls))
+
+
+def fails_at_once() -> None:
+    raise InputError("what is wrong, in a line")
+
+
+def test_one_that_never_comes_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    """As where a run is stopped before all processes of a group have begun."""
+    fails = Call(f"{__name__}:fails_at_once")
+    calls = [(IN_GROUP, 0, 2, tmp_path / "meeting", fails), (fails,)]
+    with Workers(2) as pool, ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(lambda: list(pool.run(operator.call, calls)))
+        try:
+            with pytest.raises(InputError, match="what is wrong"):
+                asked.result(60)
+        except TimeoutError:
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
+            pytest.fail("the first process waits for ever")
 
 
 @pytest.mark.slow
