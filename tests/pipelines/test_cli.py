@@ -168,6 +168,32 @@ def test_a_home_that_cannot_be_written(call: Caller, corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_ctrl_c_stops_a_run_and_says_so_in_a_line(finished: Project, tmp_path: Path) -> None:
+    """While the prior is being trained, or is about to be."""
+    process = subprocess.Popen(
+        # Where these tests run in the background of a shell, what they start ignores SIGINT.
+        [
+            *("env", "--default-signal=INT"),
+            *command("run", "--recipe", str(finished.path), "--home", str(tmp_path / "home")),
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "home" / "artifacts" / "prior_model").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "stopped; run again to go on from there"
+    assert "Traceback" not in said
+    assert "dagster" not in said.lower()
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished: Project, tmp_path: Path) -> None:
     arguments = ["run", "--recipe", str(finished.path), "--home", str(tmp_path)]
     process = subprocess.Popen(
