@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.instance.ref import InstanceRef
 
 from assets.arrivals import Arrivals, arrive
@@ -114,7 +113,7 @@ def _run(
 def is_interruption(event: dg.DagsterEvent) -> bool:
     """Whether a step ended because the process was told to end, which Dagster has as a failure."""
     error = event.step_failure_data.error if event.is_step_failure else None
-    while error and error.cls_name != DagsterExecutionInterruptedError.__name__:
+    while error and error.cls_name != dg.DagsterExecutionInterruptedError.__name__:
         error = error.cause
     return error is not None
 
