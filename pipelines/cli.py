@@ -301,8 +301,9 @@ def main() -> None:
     for library in ("transformers", "openlineage"):
         logging.getLogger(library).setLevel(logging.ERROR)
     code = call()
-    if code == INTERRUPTED:
-        gc.collect()  # else Python reports semaphores of workers as leaked
+    if gpu := sys.modules.get("resources.gpu"):
+        gpu.release()
+        gc.collect()  # else Python reports semaphores of the workers as leaked
     sys.stdout.flush()
     sys.stderr.flush()
     # Leave without the interpreter's teardown, in which DuckDB 2.0 prints a page of leak reports.

@@ -21,7 +21,6 @@ from pipelines.jobs import RUN_CONFIG
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
-from resources.gpu import release
 from resources.home import Home
 
 NO_COPIES = "NoOpComputeLogManager"
@@ -105,7 +104,6 @@ def _run(
             },
         )
     if any(is_interruption(event) for event in result.all_events):
-        release()
         raise KeyboardInterrupt
     return result
 
