@@ -80,7 +80,7 @@ class Declaration:
 
     @property
     def for_dagster(self) -> dict[str, Any]:
-        """What `dagster.asset` and `dagster.AssetSpec` are told alike."""
+        """Arguments that `dagster.asset` and `dagster.AssetSpec` have in common."""
         return {
             "deps": [read.dependency for read in self.reads],
             "description": self.description,

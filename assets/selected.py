@@ -127,8 +127,8 @@ def origins(
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
     """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
 
-    A selection may bring sequences of its own, which stand beside it. `declared` is the asset that
-    reads them. Raises InputError where the corpus has since been packed anew.
+    DSIR's selection has sequences of its own, which lie beside it. `declared` declares the asset
+    that reads them. Raises InputError where the corpus has since been packed anew.
     """
     own = chosen.path / PACKED
     if own.exists():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -23,15 +24,18 @@ def target_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDef
     return [target_asset(recipe, domain, arm), *finetuned]
 
 
-def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/target_model`, a partition of the ledger per seed."""
-    name = f"{domain.name}/{arm.name}"
-    seeds = recipe.seeds(arm)
-    learned = {
+def learned(recipe: Recipe) -> dict[str, Any]:
+    """The model and the training of every target model, as facts."""
+    return {
         "model": recipe.target.model.facts(),
         "training": recipe.target.training.facts(),
     }
-    declared = Declaration(
+
+
+def target_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/target_model`."""
+    name = f"{domain.name}/{arm.name}"
+    return Declaration(
         f"{name}/target_model",
         GROUP,
         {"pytorch"},
@@ -41,10 +45,10 @@ def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinitio
             Read("tokenizer"),
         ],
         settings={
-            **learned,
+            **learned(recipe),
             "training_tokens": recipe.target.training_tokens,
             "random_multiples": recipe.evaluation.random_multiples,
-            "seeds": seeds,
+            "seeds": recipe.seeds(arm),
         },
         pool="gpu",
         arm=arm.name,
@@ -53,9 +57,14 @@ def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinitio
         "with a full decay.",
     )
 
+
+def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/target_model`, a partition of the ledger per seed."""
+    declared = target_declaration(recipe, domain, arm)
+
     @asset(declared)
     def target_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-        dataset = declared.current(artifacts, f"{name}/filtered_dataset")
+        dataset = declared.current(artifacts, f"{domain.name}/{arm.name}/filtered_dataset")
         tokens = dataset.part("tokens")
         ends = recipe.endpoints(arm, dataset.facts["sequences"])
         held_out = declared.current(artifacts, f"{domain.name}/domain_tokens")
@@ -78,10 +87,10 @@ def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinitio
                 # A color that changes beside the tokens does not train random's models again.
                 [tokens, held_out, encoder],
                 f"seed_{seed}",
-                settings={**learned, "endpoints": ends},
+                settings={**learned(recipe), "endpoints": ends},
                 seed=seed,
             )
-            for seed in seeds
+            for seed in recipe.seeds(arm)
         }
         return _trained(context, artifacts, gpu, works, spec, lambda _, done: str(done.tokens))
 

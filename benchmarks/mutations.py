@@ -265,8 +265,8 @@ FAULTS = [
     Fault(
         "the target model's seed not in its key",
         "assets/targets.py",
-        'settings={**learned, "endpoints": ends},\n                seed=seed,\n',
-        'settings={**learned, "endpoints": ends},\n                seed=0,\n',
+        'settings={**learned(recipe), "endpoints": ends},\n                seed=seed,\n',
+        'settings={**learned(recipe), "endpoints": ends},\n                seed=0,\n',
         "tests/assets/test_pipeline.py",
     ),
     Fault(

@@ -67,11 +67,10 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             return
         if happened.event_type_value == "STEP_START":
             begun[_asset(happened.step_key)] = time.monotonic()
-        elif happened.is_engine_event and "pool" in happened.engine_event_data.metadata:
-            if happened.step_key not in waiting:
-                waiting.add(happened.step_key)
-                asset = _asset(happened.step_key)
-                console.print(f"waits  {asset}: another run is using its device or the scores")
+        elif _is_blocked(happened) and happened.step_key not in waiting:
+            waiting.add(happened.step_key)
+            asset = _asset(happened.step_key)
+            console.print(f"waits  {asset}: another run is using its device or the scores")
         elif happened.event_type_value in {"STEP_SUCCESS", "STEP_FAILURE"}:
             if happened.step_key in checked:
                 return
@@ -79,11 +78,7 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             if asset in tasks:
                 bar.remove_task(tasks.pop(asset))
             seconds = time.monotonic() - begun.get(asset, time.monotonic())
-            mark = "[green]done  [/]"
-            if happened.is_step_failure:
-                stopped = is_interruption(happened)
-                mark = "[yellow]stopped[/]" if stopped else "[red]failed[/]"
-            console.print(f"{mark} {asset:<44} {seconds:7.1f} s", highlight=False)
+            console.print(f"{_outcome(happened)} {asset:<44} {seconds:7.1f} s", highlight=False)
         elif happened.event_type_value == "ASSET_CHECK_EVALUATION":
             checked.add(happened.step_key)
             check: Any = happened.event_specific_data
@@ -100,6 +95,18 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             yield event
     finally:
         common.Progress.listener = None
+
+
+def _is_blocked(happened: dg.DagsterEvent) -> bool:
+    """Whether a step waits for a slot of its pool."""
+    return happened.is_engine_event and "pool" in happened.engine_event_data.metadata
+
+
+def _outcome(happened: dg.DagsterEvent) -> str:
+    """How a step ended, as markup."""
+    if not happened.is_step_failure:
+        return "[green]done  [/]"
+    return "[yellow]stopped[/]" if is_interruption(happened) else "[red]failed[/]"
 
 
 @contextlib.contextmanager
