@@ -191,9 +191,14 @@ def _encoder_facts(folder: Path) -> dict[str, int | None]:
     return {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text}
 
 
+def plan_read(recipe: Recipe) -> list[Read]:
+    """D_prior, whose documents are left out unless the recipe has them scored too."""
+    return [] if recipe.prior.score_sample else [Read("sample_plan")]
+
+
 def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
     """`corpus_tokens`."""
-    left_out = [] if recipe.prior.score_sample else [Read("sample_plan")]
+    left_out = plan_read(recipe)
     declared = Declaration(
         "corpus_tokens",
         GROUP,

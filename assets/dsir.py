@@ -8,6 +8,7 @@ import dagster as dg
 import polars as pl
 
 from assets.common import Context, Progress, result, total
+from assets.corpus import plan_read
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.selected import GROUP, PACKED
 from assets.tombstones import forgotten, forgotten_texts
@@ -21,18 +22,17 @@ from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
 
-def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/dsir/selection`: sequences of its own, packed of the documents that are drawn."""
-    plans = [] if recipe.prior.score_sample else [Read("sample_plan")]
+def dsir_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/dsir/selection`."""
     (needed,) = recipe.endpoints(arm, 0)
-    declared = Declaration(
+    return Declaration(
         f"{domain.name}/{arm.name}/selection",
         GROUP,
         {"numpy"},
         inputs=[
             Read("tokenizer"),
             Read(f"{domain.name}/domain_text"),
-            *plans,
+            *plan_read(recipe),
             Read("raw_corpus", Shards.ALL),
             Read("corpus_tokens", Shards.ALL),
         ],
@@ -45,13 +45,18 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
         arm=arm.name,
     )
 
+
+def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/dsir/selection`: sequences of its own, packed of the documents that are drawn."""
+    declared = dsir_declaration(recipe, domain, arm)
+
     @asset(declared)
     def selection(
         context: Context, artifacts: ArtifactStore, score_store: ScoreStore
     ) -> dg.MaterializeResult:
         encoder = declared.current(artifacts, "tokenizer")
         text = declared.current(artifacts, f"{domain.name}/domain_text")
-        plan = [declared.current(artifacts, read.asset) for read in plans]
+        plan = [declared.current(artifacts, read.asset) for read in plan_read(recipe)]
         shards = [s.name for s in artifacts.at.shards()]
         corpus = [declared.current(artifacts, "raw_corpus", s) for s in shards]
         packed = [declared.current(artifacts, "corpus_tokens", s) for s in shards]

@@ -26,16 +26,18 @@ ROLES = {"rho_down": "domain_only", "rho_down_prior": "conditional"}
 CONDITIONAL = "conditional.npy"  # losses of the candidates by the conditional, in the pool
 
 
-def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
-    model, training, role = recipe.prior.model, recipe.prior.training, ROLES[arm.method]
+def losses_read(recipe: Recipe, domain: Domain, arm: Arm) -> list[str]:
+    """The assets with the losses that decide what an arm selects."""
+    return losses_by(recipe, domain, {"prior", "conditional", ROLES[arm.method]})
+
+
+def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    model, training = recipe.prior.model, recipe.prior.training
     assert model is not None
     assert training is not None
-    assert arm.tau is not None
-    tau = arm.tau
-    losses = losses_by(recipe, domain, {"prior", "conditional", role})
     (needed,) = recipe.endpoints(arm, 0)
-    declared = Declaration(
+    return Declaration(
         f"{domain.name}/{arm.name}/selection",
         GROUP,
         {"pytorch", "duckdb"},
@@ -43,23 +45,33 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         inputs=[
             Read("tokenizer"),
             Read("corpus_tokens", Shards.ALL),
-            *(Read(name, Shards.ALL) for name in losses),
+            *(Read(name, Shards.ALL) for name in losses_read(recipe, domain, arm)),
         ],
         consults=[Read("score_tables")],
         settings={
             "method": arm.method,
-            "tau": tau,
+            "tau": arm.tau,
             "needed": needed,
             "model": model.facts(),
             "training": training.facts(),
         },
         seed=recipe.seed,
         description=f"{arm.name} for {domain.name}: a fresh proxy of the prior's kind learns from "
-        f"what it chooses, of {tau:g} random candidates for each sequence those with the "
-        f"lowest loss by {role}_model minus its own; lower is better.",
+        f"what it chooses, of {arm.tau:g} random candidates for each sequence those with the "
+        f"lowest loss by {ROLES[arm.method]}_model minus its own; lower is better.",
         pool="gpu",
         arm=arm.name,
     )
+
+
+def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    declared = online_declaration(recipe, domain, arm)
+    model, training, tau = recipe.prior.model, recipe.prior.training, arm.tau
+    assert model is not None
+    assert training is not None
+    assert tau is not None
+    losses = losses_read(recipe, domain, arm)
 
     @asset(declared)
     def selection(
