@@ -23,7 +23,6 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
-NO_COPIES = "NoOpComputeLogManager"
 WRONG_INPUT = {InputError.__name__, UnreachableError.__name__}
 Listener = Callable[[dg.EventLogEntry], None]
 
@@ -119,12 +118,14 @@ def is_interruption(event: dg.DagsterEvent) -> bool:
 def _instance(home: Home) -> dg.DagsterInstance:
     """The home's instance, without copies of what steps print: that is in the terminal.
 
-    For each copy Dagster starts four processes a step. Ctrl-C reaches them too, and they would
-    print traces of it.
+    To copy it Dagster starts processes that Ctrl-C reaches too, and they print traces of it.
     """
-    nothing = {"module": "dagster._core.storage.noop_compute_log_manager", "class": NO_COPIES}
+    no_copies = {
+        "module": "dagster._core.storage.noop_compute_log_manager",
+        "class": "NoOpComputeLogManager",
+    }
     return dg.DagsterInstance.from_ref(
-        InstanceRef.from_dir(str(home.dagster), overrides={"compute_logs": nothing})
+        InstanceRef.from_dir(str(home.dagster), overrides={"compute_logs": no_copies})
     )
 
 
