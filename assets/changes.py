@@ -39,7 +39,7 @@ def last_published(
     found = fetch(
         connection,
         """
-        SELECT selection, arm, conditional, created FROM selection_versions
+        SELECT selection, arm, conditional, created FROM selected.selection_versions
         WHERE domain = $domain AND (arm = $arm OR starts_with(arm, $method || '_'))
         ORDER BY arm = $arm DESC, current DESC, created DESC LIMIT 1
         """,
@@ -57,7 +57,7 @@ def in_and_out(
         connection,
         """
         SELECT count(*), count(*) FILTER (chosen.shard IS NOT NULL)
-        FROM selections LEFT JOIN chosen USING (shard, position)
+        FROM selected.selections LEFT JOIN chosen USING (shard, position)
         WHERE selection = ?
         """,
         [last.selection],
@@ -83,7 +83,7 @@ def shares(
         WITH both_of_them AS (
             SELECT shard, position, true AS now FROM chosen
             UNION ALL
-            SELECT shard, position, false FROM selections WHERE selection = ?
+            SELECT shard, position, false FROM selected.selections WHERE selection = ?
         ),
         tokens AS (
             SELECT source, now, sum(spans.n_tokens) AS n

@@ -131,6 +131,6 @@ def score_sample(
         pass
     losses = refinement.losses_of(folder / "sample" / "losses", rows)
     losses.write_parquet(folder / LOSSES_FILE, compression="zstd")
-    gpu.withdraw(folder / "sample")
+    gpu.discard_copies(folder / "sample")
     shutil.rmtree(folder / "sample")
     return {"seed": seed, "sequences": len(losses)}

@@ -19,7 +19,6 @@ from assets.common import (
     total,
 )
 from assets.declaration import Declaration, Read, Shards, asset
-from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, tokens
 from colorfilter.corpus import pack_shard, read_shard
 from colorfilter.errors import InputError
@@ -27,6 +26,7 @@ from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Recipe
 from resources.artifacts import Artifact, ArtifactStore
+from resources.tombstones import unwanted_texts
 
 GROUP = "corpus"
 
@@ -94,12 +94,12 @@ def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> l
             )
     size = sum(f.size for w in works for f in planned[str(w.partition)].files)
     sources = {s.name: s for s in recipe.corpus.sources}
-    gone = forgotten_texts(artifacts)
+    unwanted = unwanted_texts(artifacts)
     made += make_in_processes(
         artifacts,
         works,
         read_shard,
-        lambda w: (planned[str(w.partition)].files, list(sources.values()), gone),
+        lambda w: (planned[str(w.partition)].files, list(sources.values()), unwanted),
         Progress(context, size, "bytes"),
         lambda name: sum(f.size for f in planned[name].files),
     )

@@ -65,9 +65,9 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
     yield "tokens of the spans", facts["tokens"], int(spanned)
     yield "documents of the spans", facts["documents"], named
     read = int(documents.select(pl.len()).collect().item())
-    # What was forgotten and has no spans was left out, or was gone before this was packed.
-    forgotten = documents.filter(pl.col("n_chars") == 0).join(spans, on="doc_id", how="anti")
-    unknown = int(forgotten.select(pl.len()).collect().item())
+    # A document that has no text by now may have been left out, or have had none when packed.
+    empty = documents.filter(pl.col("n_chars") == 0).join(spans, on="doc_id", how="anti")
+    unknown = int(empty.select(pl.len()).collect().item())
     packed = facts["documents"] + facts["left_out"]
     yield "documents read and left out", min(max(packed, read - unknown), read), packed
 

@@ -12,6 +12,7 @@ from assets.common import ONE_RUN, OWNERS, SHARDS
 from colorfilter import provenance
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.ledger import FORGOTTEN
+from resources.tombstones import tombstones_of_sequences
 
 
 class Shards(Enum):
@@ -138,6 +139,13 @@ class Declaration:
             precision=self.precision,
             sources=sources,
         )
+
+    def exclusions(self, artifacts: ArtifactStore) -> list[Artifact]:
+        """What must never be selected: an input of every asset that selects.
+
+        These are tombstones of documents that were forgotten.
+        """
+        return tombstones_of_sequences(artifacts)
 
     def _require(self, asset: str) -> None:
         # Part of an artifact is named by its asset and a folder; a forgotten document is no asset.

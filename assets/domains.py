@@ -1,6 +1,6 @@
 """Stage 1 for the domains: text split once into D_down, held-out and probe, and its tokens."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +9,12 @@ import dagster as dg
 from assets.common import Context, Progress, result
 from assets.corpus import GROUP
 from assets.declaration import Declaration, Read, asset
-from assets.tombstones import forgotten_texts
 from colorfilter import documents, sampling, shards, tasks, tokens
 from colorfilter.corpus import pack_shard
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore
+from resources.tombstones import unwanted_texts
 
 
 def domain_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
@@ -49,8 +49,8 @@ def domain_text_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         if domain.tasks:
             reads, build = _split_tasks(context, domain, recipe.seed)
         else:
-            gone = forgotten_texts(artifacts)
-            reads, build = _split_text(context, domain, recipe.seed, gone)
+            unwanted = unwanted_texts(artifacts)
+            reads, build = _split_text(context, domain, recipe.seed, unwanted)
         made = artifacts.make(declared.work([], settings={**reads, **splits}), build)
         return result([made], made.facts)
 
@@ -114,16 +114,16 @@ def pack_splits(
 Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]
 
 
-def _split_text(context: Context, domain: Domain, seed: int, forgotten: Set[str]) -> Split:
+def _split_text(context: Context, domain: Domain, seed: int, unwanted: Mapping[str, str]) -> Split:
     """What the split of a domain of text reads, as facts, and how it is made in a folder.
 
-    Texts whose sha256 is in `forgotten` are not read again.
+    Texts whose sha256 is in `unwanted` are rejected.
     """
     files = shards.list_files(domain.sources)
 
     def build(folder: Path) -> dict[str, int]:
         progress = Progress(context, sum(f.size for f in files), "bytes")
-        counts = documents.write_documents(files, domain.sources, folder, progress, forgotten)
+        counts = documents.write_documents(files, domain.sources, folder, progress, unwanted)
         whole = folder / "documents.parquet"
         try:
             parts = sampling.split_domain(whole, seed, domain.held_out, domain.probe, folder)

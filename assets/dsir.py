@@ -11,7 +11,6 @@ from assets.common import Context, Progress, result, total
 from assets.corpus import plan_read
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.selected import GROUP, PACKED
-from assets.tombstones import forgotten, forgotten_texts
 from colorfilter import dsir
 from colorfilter import selection as method
 from colorfilter.corpus import pack_shard
@@ -67,7 +66,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
                 row["sha256"]
                 for sample in plan
                 for row in read_documents(sample.path / "documents.parquet", ["sha256"])
-            } | forgotten_texts(artifacts)
+            }
             progress = Progress(context, 2 * total(corpus, "chars"), "characters")
             raw = {str(a.partition): a.path / "documents.parquet" for a in corpus}
             down = text.path / "down" / "documents.parquet"
@@ -82,7 +81,7 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             ranked = ranked.join(sizes, on=["shard", "doc_id"], maintain_order="left")
             return pack_drawn(folder, recipe, domain, arm, ranked, raw, encoder)
 
-        inputs = [encoder, text, *plan, *corpus, *packed, *forgotten(artifacts)]
+        inputs = [encoder, text, *plan, *corpus, *packed, *declared.exclusions(artifacts)]
         made = artifacts.make(declared.work(inputs, sources=[tables]), build)
         return result([made], made.facts)
 

@@ -13,13 +13,14 @@ from typing import Any
 import polars as pl
 
 from assets.datasets import QUOTE, Records
-from assets.standing import EXCLUDED, MINE, Checkpoint, Standing, checkpoints, standing
-from assets.tombstones import tombstones
+from assets.standing import MINE, Checkpoint, Standing, checkpoints, standing
 from assets.versions import DatasetExplanation, explain_dataset
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
+from colorfilter.score_tables import EXCLUDED
 from colorfilter.tables import fetch
 from resources.ledger import Entry
+from resources.tombstones import tombstones
 
 PLACE = re.compile(r"(.+):(\d+)")
 DOC_ID = re.compile(r"[0-9a-f]{6,20}")
@@ -303,7 +304,7 @@ def _in_sample(records: Records, shard: str, sha256: str) -> bool:
 
 def _elsewhere(records: Records, prefix: str) -> DocumentFacts | None:
     """A document that the tables do not hold: a domain's text, or a shard that was retired."""
-    for entry in reversed(list(records.artifacts.ledger)):
+    for entry in records.lineage.newest_first():
         asset = str(entry["asset"])
         if asset.endswith("/domain_text"):
             parts = {

@@ -14,7 +14,6 @@ from assets.dsir import dsir_selection
 from assets.figures import table
 from assets.online import online_selection
 from assets.selected import GROUP, origin_reads, origins, queried_selection
-from assets.tombstones import forgotten
 from colorfilter import dataset as method
 from colorfilter.croissant import write_croissant
 from colorfilter.errors import InputError
@@ -90,15 +89,16 @@ def _freshness(refresh: Refresh) -> dg.FreshnessPolicy | None:
 def make_dataset(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
-    """Make an arm's `filtered_dataset`, and publish its selection in the score tables with it.
+    """Make an arm's `filtered_dataset`, and publish its selection with it.
 
     Raises InputError where too little is left to train on.
     """
     declared = dataset_declaration(recipe, domain, arm)
     name = f"{domain.name}/{arm.name}"
     chosen = declared.current(artifacts, f"{name}/selection")
-    if "score_tables" not in chosen.inputs:
-        declared.current(artifacts, f"{name}/selection", made_from=forgotten(artifacts))
+    # What excluded sequences from the selection: the score tables, or itself.
+    decided = "score_tables" if "score_tables" in chosen.inputs else chosen.asset
+    declared.current(artifacts, decided, made_from=declared.exclusions(artifacts))
     leaking = declared.current(artifacts, f"{name}/leakage", made_from=[chosen])
     rows = pl.scan_parquet(chosen.path / "selection.parquet")
     leaks = pl.read_parquet(leaking.path / "leakage.parquet")
@@ -151,21 +151,20 @@ def _publish(
     selection: Artifact,
     scored_by: Mapping[str, str],
 ) -> None:
-    """Enter a selection in the score tables, as the current one of its domain and arm.
+    """Publish a selection as the current one of its domain and arm.
 
     `scored_by` are the fingerprints of the models that the tables have the losses of, by asset.
     """
-    score_store.publish_selection(
-        PublishedSelection(
-            selection.fingerprint,
-            selection.path / "selection.parquet",
-            domain.name,
-            arm.name,
-            prior=scored_by["prior_model"],
-            conditional=scored_by[f"{domain.name}/conditional_model"],
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+    published = PublishedSelection(
+        selection.fingerprint,
+        selection.path / "selection.parquet",
+        domain.name,
+        arm.name,
+        prior=scored_by["prior_model"],
+        conditional=scored_by[f"{domain.name}/conditional_model"],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    score_store.publish_selections([published])
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:

@@ -1,53 +1,60 @@
-"""Forgetting a document: found, taken out of all that holds it, and left as a tombstone.
+"""Forgetting documents: found, taken out of every artifact that holds them, with a tombstone left.
 
-All folders of artefacts are looked through, whatever asset they are of and however old. What is
-stopped on the way goes on when it is asked for again: the tables that have the text itself, by
-which the rest is known, come last.
+All folders of artifacts are searched, whatever asset they belong to and however old they are. An
+artifact never changes: it is replaced by a version without the documents, or removed. Interrupted,
+the same call completes it: the tables of texts, by which the rest is known, come last.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from assets.explained import DOC_ID, PLACE
-from assets.tombstones import SEQUENCES, tombstones
-from colorfilter import withdrawal
 from colorfilter.errors import InputError
 from colorfilter.order import training_order
 from colorfilter.provenance import MANIFEST
-from colorfilter.withdrawal import Forgotten
-from resources.artifacts import Artifact, ArtifactStore, Work
+from colorfilter.redaction import (
+    Forgotten,
+    holding_files,
+    touched_sequences,
+    write_redacted,
+)
+from resources.artifacts import ROWS, Artifact, ArtifactStore, Work
 from resources.audit import Finding
-from resources.ledger import FORGOTTEN, Entry
+from resources.ledger import FORGOTTEN, Entry, is_removed
 from resources.lineage import Lineage, name_of
 from resources.pruning import folders
+from resources.tombstones import SEQUENCES, tombstones
 
 TEXTS = {"raw_corpus", "sample_plan", "domain_text"}  # the assets that have texts themselves
+PAGES = {".html", ".md"}
 TOUCHED = {"shard": pl.String, "position": pl.Int64, "sha256": pl.String}
 
 
 @dataclass(frozen=True)
 class Holding:
-    """A folder that holds a document: files that it is taken out of, and files that go.
+    """A folder that holds documents, or may hold them: an unfinished attempt.
 
-    `name` is that of the artefact, `path` relative to the home.
+    `name` is that of the artifact, `path` relative to the home. `redacted` are the files that its
+    next version has without them; it is removed where it has none, as datasets and reports.
     """
 
     name: str
     path: str
-    emptied: list[str]
-    removed: list[str]
+    redacted: list[str]
+    unfinished: bool = False
 
 
 @dataclass(frozen=True)
 class Survey:
     """Where a document is.
 
-    `touched` are the sequences that carry it: shard (null where it is none of the corpus),
-    position, sha256. `learned` are the models that it taught, by name and fingerprint.
+    `touched` are the sequences that carry it: shard (null outside the corpus), position, sha256.
+    `learned` are the models that trained on it, by name and fingerprint.
     """
 
     document: Forgotten
@@ -106,7 +113,7 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
         if not (folder / MANIFEST).exists():
             continue
         for spans in sorted(folder.rglob("spans.parquet")):
-            rows = withdrawal.touched_sequences(spans.parent, document)
+            rows = touched_sequences(spans.parent, document)
             shards = pl.lit(shard, dtype=pl.String).alias("shard")
             tables.append(rows.select(shards, "position", "sha256"))
     here = pl.concat(tables)
@@ -116,56 +123,44 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
     earlier = [t.join(here, on=["shard", "position"], how="semi") for t in before.values()]
     mine = before.get(document.sha256, here)
     touched = pl.concat([here, *earlier, mine]).unique(maintain_order=True)
-    holdings = list(_holdings(artifacts, document, touched, entries))
+    holdings = list(_holdings(artifacts, [document], set(touched["sha256"])))
     learned = _learned(artifacts, holdings, touched)
     return Survey(document, holdings, touched, [(name_of(e), e["fingerprint"]) for e in learned])
 
 
 def _folders(artifacts: ArtifactStore) -> list[Path]:
-    """The folders of artefacts, finished or not; those that have texts themselves come last."""
+    """The folders of artifacts, finished or not; those that have texts themselves come last."""
     root = artifacts.at.artifacts
     found = [f for f in folders(root) if f.relative_to(root).parts[0] != FORGOTTEN]
     return sorted(found, key=lambda f: (not TEXTS.isdisjoint(f.parts), f))
 
 
 def _holdings(
-    artifacts: ArtifactStore,
-    document: Forgotten,
-    touched: pl.DataFrame,
-    entries: Mapping[str, Entry],
+    artifacts: ArtifactStore, documents: Sequence[Forgotten], touched: Set[str]
 ) -> Iterator[Holding]:
+    """Folders that hold documents; `touched` are the sha256 of the sequences that carry them."""
+    entries = artifacts.ledger.by_path()
     for folder in _folders(artifacts):
         path = str(folder.relative_to(artifacts.at.root))
         asset = str(folder.parent.relative_to(artifacts.at.artifacts))
-        emptied, removed = _held(folder, document, set(touched["sha256"]))
-        if emptied or removed:
-            name = name_of(entries[path]) if path in entries else asset
-            yield Holding(name, path, emptied, removed)
+        name = name_of(entries[path]) if path in entries else asset
+        if not (folder / MANIFEST).exists():
+            if _files_of_attempt(folder):
+                yield Holding(name, path, [], unfinished=True)
+        elif (folder / ROWS).exists():
+            carried = pl.read_parquet(folder / ROWS, columns=["sha256"])["sha256"]
+            if not touched.isdisjoint(carried):
+                yield Holding(name, path, [])
+        elif redacted := holding_files(folder, documents):
+            yield Holding(name, path, redacted)
+        elif _is_shown(folder, documents):
+            yield Holding(name, path, [])
 
 
-def _held(folder: Path, document: Forgotten, touched: Set[str]) -> tuple[list[str], list[str]]:
-    """Files of a folder that a document can be taken out of, and files that have to go."""
-
-    def names(files: Iterable[Path]) -> list[str]:
-        return [str(file.relative_to(folder)) for file in files]
-
-    every = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST]
-    if not (folder / MANIFEST).exists():  # an attempt that was stopped: begun anew, but for losses
-        return [], names(f for f in every if not f.match("losses-*.parquet"))
-    dataset = folder / "tokens" / "sequences.parquet"
-    if dataset.exists():
-        carried = pl.read_parquet(dataset, columns=["sha256"])["sha256"]
-        # By that table, which has no text, it is known later what was trained on what.
-        return [], [] if touched.isdisjoint(carried) else names(f for f in every if f != dataset)
-    # The texts themselves, by which the rest is known, come last.
-    tables = sorted(folder.rglob("*.parquet"), key=lambda t: (t.name == "documents.parquet", t))
-    emptied = names(t for t in tables if withdrawal.holds_in_table(t, document))
-    for packed in sorted(spans.parent for spans in folder.rglob("spans.parquet")):
-        if withdrawal.holds_in_tokens(packed, document):
-            emptied += names([packed / "tokens.npy", packed / "sequences.parquet"])
-    pages = sorted([*folder.glob("*.html"), *folder.glob("*.md")])
-    told = (p for p in pages if document.is_told_in(p.read_text(encoding="utf-8")))
-    return emptied, names(told)
+def _is_shown(folder: Path, documents: Sequence[Forgotten]) -> bool:
+    """Whether a page of a folder shows text of the documents."""
+    pages = (p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.suffix in PAGES)
+    return any(document.is_shown_in(page) for page in pages for document in documents)
 
 
 def _learned(
@@ -180,7 +175,7 @@ def _learned(
         identity = name_of(entry), str(entry["fingerprint"])
         asset = str(entry["asset"]).rpartition("/")[2]
         holding = held.get(entry["path"])
-        in_down = holding and any(f.startswith("down/") for f in holding.emptied)
+        in_down = holding and any(f.startswith("down/") for f in holding.redacted)
         if (holding and asset == "sample_plan") or (in_down and asset == "domain_tokens"):
             taught.add(identity)
         trained = asset == "tokenizer" or {"checkpoint", "checkpoints"} & entry["facts"].keys()
@@ -201,9 +196,8 @@ def _reached(
         if not name.endswith("/filtered_dataset/tokens"):
             continue
         for dataset in lineage.find(name, fingerprint):
-            table = artifacts.at.root / dataset["path"] / "tokens" / "sequences.parquet"
-            if table.exists():
-                rows = pl.read_parquet(table, columns=["row", "sha256"])
+            rows = artifacts.rows_of(dataset)
+            if rows is not None:
                 mine = set(rows.join(touched, on="sha256", how="semi")["row"])
                 order = training_order(model["seed"], len(rows))
                 if not mine.isdisjoint(order[: max(model["recipe"]["endpoints"])].tolist()):
@@ -211,11 +205,55 @@ def _reached(
     return False
 
 
-def forget(artifacts: ArtifactStore, found: Survey) -> Artifact:
-    """Take a document out of all artefacts that hold it, and leave a tombstone.
+def forget(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
+    """Take documents out of every artifact that holds them, and leave a tombstone of each.
 
-    The tombstone comes first: from then on the text is not read in again.
+    The tombstones come first: from then on the texts are not read again.
     """
+    for found in surveys:
+        _leave_tombstone(artifacts, found)
+    documents = [found.document for found in surveys]
+    touched = {sha256 for found in surveys for sha256 in found.touched["sha256"]}
+    holdings = list(_holdings(artifacts, documents, touched))
+    entries = artifacts.ledger.by_path()
+    for holding in holdings:
+        if holding.unfinished:
+            _clear(artifacts.at.root / holding.path)
+    for holding in holdings:
+        if holding.redacted and holding.path in entries:
+            write = partial(_write, documents, holding.redacted)
+            artifacts.replace(entries[holding.path], write)
+    for holding in holdings:
+        if holding.path in entries and not holding.redacted:
+            artifacts.remove(entries[holding.path])
+        elif not holding.unfinished:
+            artifacts.discard(artifacts.at.root / holding.path)
+    # What was pruned cannot be searched, and backups may have it.
+    for path, entry in artifacts.ledger.by_path().items():
+        there = (artifacts.at.root / path / MANIFEST).exists()
+        if not there and not is_removed(entry) and artifacts.ledger.last_version(path) == path:
+            artifacts.remove(entry)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an unfinished attempt, which is begun anew, but for losses."""
+    for file in _files_of_attempt(folder):
+        file.unlink()
+
+
+def _files_of_attempt(folder: Path) -> list[Path]:
+    """The files that may have text of an attempt."""
+    return [f for f in folder.rglob("*") if f.is_file() and not f.match("losses-*.parquet")]
+
+
+def _write(
+    documents: Sequence[Forgotten], files: Sequence[str], old: Path, new: Path
+) -> Sequence[str]:
+    write_redacted(old, new, documents, files)
+    return files
+
+
+def _leave_tombstone(artifacts: ArtifactStore, found: Survey) -> Artifact:
     document = found.document
 
     def build(folder: Path) -> dict[str, Any]:
@@ -225,44 +263,28 @@ def forget(artifacts: ArtifactStore, found: Survey) -> Artifact:
             "doc_ids": sorted(document.doc_ids),
             "places": sorted(document.places),
             "sequences": int(found.touched["shard"].count()),
-            "held": [asdict(holding) for holding in found.holdings],
+            "held": [holding.name for holding in found.holdings],
             "learned": found.learned,
         }
 
     work = Work(FORGOTTEN, document.sha256[:20], recipe={"sha256": document.sha256})
-    tombstone = artifacts.make(work, build)
-    # What an attempt that was stopped has taken out, and may not have entered, is in its tombstone.
-    before = [Holding(**facts) for facts in tombstone.facts["held"]]
-    entries = artifacts.ledger.by_path()
-    for holding in [*found.holdings, *before]:
-        folder = artifacts.at.root / holding.path
-        for file in [folder / name for name in holding.emptied]:
-            if file.suffix == ".npy" and file.exists():
-                withdrawal.withdraw_from_tokens(file.parent, document)
-            elif file.exists() and withdrawal.holds_in_table(file, document):
-                withdrawal.withdraw_from_table(file, document)
-        for name in holding.removed:
-            (folder / name).unlink(missing_ok=True)
-        if holding.path in entries and (folder / MANIFEST).exists():
-            names = {*holding.emptied, *holding.removed}
-            entries[holding.path] = artifacts.withdraw(entries[holding.path], names)
-    return tombstone
+    return artifacts.make(work, build)
 
 
 def remaining(artifacts: ArtifactStore) -> Iterator[Finding]:
     """What still holds a forgotten document and, as warnings, what learned from one."""
-    entries = artifacts.ledger.by_path()
+    known = artifacts.ledger.by_path()
     current = {(name_of(e), e["fingerprint"]) for e in artifacts.entries().values()}
     for made in tombstones(artifacts):
         facts = made.facts
         # Not by its places: what stands there by now may be another text.
         document = Forgotten(facts["sha256"], set(facts["doc_ids"]), set())
         what = f"{facts['places'][0]}, which was forgotten"
-        touched = pl.read_parquet(made.path / SEQUENCES)
-        for holding in _holdings(artifacts, document, touched, entries):
-            if holding.path not in entries:
-                continue  # an attempt, made of what there is by now
-            for file in (*holding.emptied, *holding.removed):
+        touched = set(pl.read_parquet(made.path / SEQUENCES)["sha256"])
+        for holding in _holdings(artifacts, [document], touched):
+            if holding.unfinished or holding.path not in known:
+                continue  # made of what there is by now
+            for file in holding.redacted or [""]:
                 where = f"{holding.path}/{file}"
                 yield Finding(holding.name, where, f"nothing of {what}", "it")
         for name, fingerprint in facts["learned"]:

@@ -14,7 +14,6 @@ from assets.figures import curve_metadata
 from assets.refined import gathered
 from assets.scores import boundary, losses_by
 from assets.selected import GROUP
-from assets.tombstones import forgotten
 from colorfilter import selection as method
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.train_spec import Online, TrainSpec, planned_tokens
@@ -102,11 +101,11 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
             for _ in gpu.train([spec], 1, progress, progress.stands):
                 pass
             facts = write_chosen(folder, pool / "tokens")
-            gpu.withdraw(pool)
+            gpu.discard_copies(pool)
             shutil.rmtree(pool)
             return facts
 
-        inputs = [encoder, *made_from, *forgotten(artifacts)]
+        inputs = [encoder, *made_from, *declared.exclusions(artifacts)]
         made = artifacts.make(declared.work(inputs, sources=[tables]), build)
         return result([made], {**made.facts, **curve_metadata(made.path / "proxy")})
 

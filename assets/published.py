@@ -24,6 +24,7 @@ from resources.rebuilding import Difference, differences
 from resources.score_store import PublishedSelection, ScoreStore
 
 STORE = "scores.duckdb"
+SELECTIONS = "selections.duckdb"
 
 
 def tables_are_current(
@@ -56,10 +57,10 @@ def tables(
         versions = fetch(
             connection,
             "SELECT selection, domain, arm, prior, conditional, created, current "
-            "FROM selection_versions ORDER BY created, current",
+            "FROM selected.selection_versions ORDER BY created, current",
         )
     lineage = Lineage(artifacts)
-    where = f"{STORE}, selection_versions"
+    where = f"{SELECTIONS}, selection_versions"
     selections = []
     published = {(domain, arm, selection) for selection, domain, arm, *_ in versions}
     for selection, domain, arm, prior, conditional, created, current in versions:
@@ -109,7 +110,9 @@ def _told(difference: Difference) -> Finding:
         )
         for rows, row in ((difference.expected, missing), (difference.found, extra))
     )
-    return Finding("score_tables", f"{STORE}, {difference.table} of {group}", expected, found)
+    return Finding(
+        "score_tables", f"{difference.file}, {difference.table} of {group}", expected, found
+    )
 
 
 def results(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Finding]:

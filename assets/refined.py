@@ -118,7 +118,7 @@ def refine(
     def build(folder: Path) -> dict[str, Any]:
         facts = score_near_cutoffs(folder, score_store, recipe, domain, models, packed, scored)
         for part in (SAMPLE, NEAR):
-            gpu.withdraw(folder / part)
+            gpu.discard_copies(folder / part)
             shutil.rmtree(folder / part, ignore_errors=True)
         return facts
 

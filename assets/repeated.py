@@ -13,10 +13,10 @@ from assets.refined import score_places
 from assets.scores import loss_assets
 from assets.selected import choose
 from assets.selecting import Choice, with_choice
-from assets.tombstones import forgotten_positions
 from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.score_tables import changed_since_scored
 from resources.artifacts import ArtifactStore
 from resources.audit import Finding
 from resources.gpu import Gpu, release
@@ -100,6 +100,7 @@ class Rescored(NamedTuple):
 
 def rescore(
     artifacts: ArtifactStore,
+    store: ScoreStore,
     gpu: Gpu,
     recipe: Recipe,
     sample: int,
@@ -116,7 +117,8 @@ def rescore(
     assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
     models = {model: artifacts.current(model) for model in assets}
     places, recorded = [], []
-    gone = forgotten_positions(artifacts)
+    with store.read() as connection:
+        changed = changed_since_scored(connection)
     rng = np.random.default_rng(seed)
     for shard in shard_names(artifacts, recipe):
         try:
@@ -127,8 +129,8 @@ def rescore(
             ]
         except InputError:
             continue
-        # Of what was forgotten the tokens are gone that the losses are of.
-        there = np.setdiff1d(np.arange(packed.facts["sequences"]), gone.get(shard, []))
+        others = changed.filter(shard=shard)["position"]
+        there = np.setdiff1d(np.arange(packed.facts["sequences"]), others)
         if not len(there):
             continue
         drawn = rng.choice(there, min(sample, len(there)), replace=False)

@@ -22,7 +22,6 @@ from assets.common import (
 )
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import histogram
-from assets.tombstones import forgotten
 from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
@@ -270,7 +269,7 @@ def publication(
         parts.append(
             Part(
                 shard,
-                fingerprint="".join(_as_it_is(made)[:32] for made in (raw, packed)),
+                fingerprint="".join(made.fingerprint[:32] for made in (raw, packed)),
                 documents=raw.path,
                 tokens=packed.path,
             )
@@ -279,7 +278,7 @@ def publication(
             losses = artifacts.current_from(name, shard, [model, packed])
             inputs.append(losses)
             scored.append((model, losses))
-    inputs += forgotten(artifacts)
+    inputs += score_tables_declaration(recipe).exclusions(artifacts)
     tables = artifacts.entries().get(("score_tables", None))
     refined = []
     if tables and tables["key"] == score_tables_declaration(recipe).work(inputs).key:
@@ -297,11 +296,6 @@ def publication(
             )
         )
     return parts, models, inputs
-
-
-def _as_it_is(made: Artifact) -> str:
-    """A fingerprint that changes where a forgotten document is withdrawn."""
-    return str(made.manifest if provenance.is_amended(made.path) else made.fingerprint)
 
 
 def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artifact]:

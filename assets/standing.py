@@ -10,15 +10,11 @@ from typing import Any
 
 from assets.datasets import InDataset, Records, datasets_of
 from colorfilter.recipe import SCORED
+from colorfilter.score_tables import EXCLUDED
 from colorfilter.selection import SCORES, SHARDS, count_candidates
 from colorfilter.tables import fetch
 from resources.ledger import Entry
 
-EXCLUDED = {
-    "forgotten": "it carried a document that was forgotten",
-    "padded": "the padded last sequence of its shard: too short",
-    "copy": "it carries a document that stands in an earlier shard too",
-}
 DRAWN = ("random", "full")  # methods whose score is a lot
 
 
@@ -235,8 +231,9 @@ def selection_versions(records: Records) -> list[Version]:
         """
         SELECT v.selection, v.domain, arm, cutoff, created, v.current, p.model IS NOT NULL
             AND c.model IS NOT NULL, n
-        FROM selection_versions AS v
-        JOIN (SELECT selection, count(*) AS n FROM selections GROUP BY selection) USING (selection)
+        FROM selected.selection_versions AS v
+        JOIN (SELECT selection, count(*) AS n FROM selected.selections GROUP BY selection)
+            USING (selection)
         LEFT JOIN models AS p ON p.model = v.prior AND p.role = 'prior' AND p.current
         LEFT JOIN models AS c ON c.model = v.conditional AND c.role = 'conditional'
             AND c.domain = v.domain AND c.current
@@ -268,7 +265,9 @@ def _selections(
 ) -> dict[int, list[Stand]]:
     shard, positions = mine["shard"], mine["positions"]
     rows = fetch(
-        records.connection, f"SELECT selection, position, rank, score FROM selections {MINE}", mine
+        records.connection,
+        f"SELECT selection, position, rank, score FROM selected.selections {MINE}",
+        mine,
     )
     chosen = {(selection, position): (rank, score) for selection, position, rank, score in rows}
     tables = records.artifacts.entries().get(("score_tables", None))

@@ -12,15 +12,20 @@ import polars as pl
 
 from assets.datasets import Records, leakage_of
 from assets.standing import method_of, packed_for
-from assets.tombstones import forgotten_positions
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
+from colorfilter.score_tables import EXCLUDED
 from colorfilter.tables import fetch, fetch_frame
 from resources.ledger import Entry
 
 EXAMPLES = 5
 PLACE = ["shard", "position"]
 OWN = pl.col("shard").str.starts_with("_")  # sequences that a selection packs for itself
+# Assets that follow from other inputs of a dataset, and differ whenever those do.
+FOLLOWING = (
+    *("raw_corpus", "prior_scores", "conditional_scores", "domain_only_scores"),
+    *("score_tables", "domain_tokens", "selection", "leakage", "filtered_dataset"),
+)
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
@@ -219,18 +224,14 @@ def _made_from(records: Records, made: _Made) -> dict[str, str]:
     tables = records.one("score_tables", named.get("score_tables"))
     named = {**(tables["inputs"] if tables else {}), **named}
     domain = made.name.rpartition("/")[0]
-    wanted = {"prior_model", "sample_plan", "tokenizer"}
-    wanted |= {
-        f"{domain}/{part}"
-        for part in ("conditional_model", "domain_only_model", "refined_scores", "domain_text")
-    }
-    return {
-        name: made_of
-        for name, made_of in named.items()
-        if name in wanted
-        or name.startswith("forgotten[")
-        or (name.startswith("corpus_tokens[") and "[_" not in name)
-    }
+    return {name: made_of for name, made_of in named.items() if _decides(name, domain)}
+
+
+def _decides(name: str, domain: str) -> bool:
+    """Whether what goes by this name is no result of other inputs of a dataset of a domain."""
+    asset = name.partition("[")[0]
+    of, _, last = asset.rpartition("/")
+    return of in {"", domain} and "[_" not in name and last not in FOLLOWING
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
@@ -254,7 +255,7 @@ def _causes(inputs: list[Difference], recipe: list[Difference], now: _Made) -> l
         decides = difference.name in {"method", "tau", "batch", "seed", "needed"}
         if decides and not (difference.name == "needed" and now.method in BY_SHARE):
             words.append(f"{difference.name} {difference.was} -> {difference.now}")
-    if any(d.name.startswith(("corpus_tokens[", "forgotten[")) for d in inputs):
+    if any("[" in d.name for d in inputs):
         words.append("other candidates beside it")
     return words
 
@@ -283,7 +284,7 @@ def _selected(records: Records, made: _Made) -> pl.DataFrame:
         return table.select(*PLACE, "score")
     return fetch_frame(
         records.connection,
-        "SELECT shard, position, score FROM selections WHERE selection = $selection",
+        "SELECT shard, position, score FROM selected.selections WHERE selection = $selection",
         {"selection": made.entry["inputs"].get(f"{made.name}/selection")},
     )
 
@@ -323,15 +324,12 @@ def _why(
     leak = "no longer found to leak" if way == "entering" else "found to quote held-out text"
     # Selected in both, and left out of one: the leaks differ.
     kept_apart = _selected(records, other).select(PLACE).with_columns(leaked=pl.lit(True))
-    copies = _excluded(records, now) if way == "leaving" else kept_apart.clear().drop("leaked")
-    copies = copies.with_columns(copy=pl.lit(True))
-    forgotten = _forgotten(records) if way == "leaving" else copies.clear().select(PLACE)
-    forgotten = forgotten.with_columns(forgotten=pl.lit(True))
+    excluded = _excluded(records, now)
+    excluded = excluded if way == "leaving" else excluded.clear()
     because = ", ".join(causes) or "no cause on record"
     return (
         moved.join(kept_apart, on=PLACE, how="left", maintain_order="left")
-        .join(copies, on=PLACE, how="left", maintain_order="left")
-        .join(forgotten, on=PLACE, how="left", maintain_order="left")
+        .join(excluded, on=PLACE, how="left", maintain_order="left")
         .with_columns(
             why=pl.when(pl.col("shard").is_in(gone))
             .then(pl.lit(data))
@@ -339,33 +337,28 @@ def _why(
             .then(pl.lit("its shard was packed anew"))
             .when(OWN)
             .then(pl.lit("documents were drawn and packed anew"))
-            .when(pl.col("forgotten"))
-            .then(pl.lit("it carried a document that was forgotten"))
-            .when(pl.col("leaked"))
+            .when(pl.col("leaked") & pl.col("excluded").is_null())
             .then(pl.lit(leak))
-            .when(pl.col("copy"))
-            .then(pl.lit("now a copy of what stands in an earlier shard"))
-            .otherwise(pl.lit(because))
+            .otherwise(pl.coalesce("excluded", pl.lit(because)))
         )
-        .drop("leaked", "copy", "forgotten")
+        .drop("leaked", "excluded")
     )
-
-
-def _forgotten(records: Records) -> pl.DataFrame:
-    """The places of sequences that carried a document which was forgotten."""
-    places = forgotten_positions(records.artifacts)
-    rows = [(shard, position) for shard, positions in places.items() for position in positions]
-    return pl.DataFrame(rows, schema={"shard": pl.String, "position": pl.Int64}, orient="row")
 
 
 def _excluded(records: Records, now: _Made) -> pl.DataFrame:
-    """What can no longer be selected, if the tables are still those that `now` was made from."""
-    places = fetch_frame(
-        records.connection, "SELECT shard, position FROM excluded WHERE reason = 'copy'", {}
-    )
+    """What can no longer be selected and why, as far as the tables are those that `now` is of."""
+    places = fetch_frame(records.connection, "SELECT shard, position, reason FROM excluded", {})
+    places = places.select(*PLACE, excluded=pl.col("reason").replace_strict(EXCLUDED))
     tables = records.artifacts.entries().get(("score_tables", None))
-    made_from = now.selection["inputs"].get("score_tables") if now.selection else None
-    return places if tables and tables["fingerprint"] == made_from else places.clear()
+    made_of = _tables_of(now.selection)
+    return places if tables and tables["fingerprint"] == made_of else places.clear()
+
+
+def _tables_of(selection: Entry | None) -> str | None:
+    """The fingerprint of the score tables that a selection was made by."""
+    if selection is None:
+        return None
+    return {**selection.get("sources", {}), **selection["inputs"]}.get("score_tables")
 
 
 def _counts(moved: pl.DataFrame) -> list[Change]:

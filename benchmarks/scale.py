@@ -183,7 +183,7 @@ def enter(folder: Path) -> None:
     """Enter the selection that was made last."""
     table, models = folder / "selection.parquet", [m.model for m in MODELS]
     new = PublishedSelection("s" * 64, table, "books", "color", models[0], models[1], "now")
-    ScoreStore(home=str(folder)).publish_selection(new)
+    ScoreStore(home=str(folder)).publish_selections([new])
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, float]]:

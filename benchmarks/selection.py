@@ -29,7 +29,8 @@ import numpy as np
 from colorfilter.score_tables import exclude, pair
 from colorfilter.selection import count_candidates, select, select_by_batch
 from colorfilter.tables import fetch_row
-from resources.score_store import PUBLISHING_MEMORY, READING_MEMORY, SCHEMA, STORAGE_VERSION
+from resources.databases import PUBLISHING_MEMORY, READING_MEMORY, STORAGE_VERSION
+from resources.score_store import SCHEMA
 
 LENGTH, SHARD, TO_A_DOCUMENT, BATCH = 512, 1_000_000, 10, 1024
 

@@ -1,6 +1,6 @@
 """A shard of the corpus, from raw files to packed tokens; runs in a worker process."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from colorfilter import documents, tokens, workers
@@ -9,10 +9,10 @@ from colorfilter.shards import InputFile
 
 
 def read_shard(
-    folder: Path, files: Sequence[InputFile], sources: Sequence[Source], forgotten: Set[str]
+    folder: Path, files: Sequence[InputFile], sources: Sequence[Source], unwanted: Mapping[str, str]
 ) -> dict[str, int]:
     """Build one shard of `raw_corpus`; returns counts as documents.write_documents does."""
-    return documents.write_documents(files, sources, folder, workers.report, forgotten)
+    return documents.write_documents(files, sources, folder, workers.report, unwanted)
 
 
 def pack_shard(

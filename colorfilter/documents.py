@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -291,14 +291,14 @@ def write_documents(
     sources: Sequence[Source],
     folder: Path,
     progress: Progress = silent,
-    forgotten: Collection[str] = (),
+    unwanted: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
 
-    `files.parquet` says what each file was, by its sha256. Texts whose sha256 is in `forgotten` are
-    rejected, and nothing of them is kept. `progress` is called with the size of each finished file.
-    Returns counts: documents, chars, bytes, duplicates, rejects. Raises InputError for a file that
-    cannot be read.
+    `files.parquet` says what each file was, by its sha256. `unwanted` gives, by the sha256 of a
+    text, the reason why it is rejected; nothing of it is kept. `progress` is called with the size
+    of each finished file. Returns counts: documents, chars, bytes, duplicates, rejects. Raises
+    InputError for a file that cannot be read.
     """
     by_name = {s.name: s for s in sources}
     counts = dict.fromkeys(("documents", "chars", "bytes", "duplicates", "rejects"), 0)
@@ -314,8 +314,8 @@ def write_documents(
                 if isinstance(item, Document):
                     size = len(item.text.encode("utf-8"))
                     sha256 = text_sha256(item.text)
-                    if sha256 in forgotten:
-                        item = Reject(item.file, item.line, "forgotten", "")
+                    if unwanted and sha256 in unwanted:
+                        item = Reject(item.file, item.line, unwanted[sha256], "")
                     elif bytes.fromhex(sha256) not in seen:
                         seen.add(bytes.fromhex(sha256))
                         counts["documents"] += 1
@@ -361,7 +361,7 @@ def write_contents(contents: Contents, folder: Path) -> None:
 def read_documents(
     path: Path, columns: Sequence[str] = ("doc_id", "sha256", "text")
 ) -> Iterator[dict[str, Any]]:
-    """Stream rows of a documents table, less those whose text was withdrawn and is empty."""
+    """Stream rows of a documents table, less those whose text is empty."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns)):
         for row in batch.to_pylist():
             if row.get("text") != "" and row.get("n_chars") != 0:

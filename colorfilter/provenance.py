@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,18 +75,25 @@ class Content(NamedTuple):
 
 
 def write_manifest(
-    folder: Path, facts: Mapping[str, Any], identity: Mapping[str, Any] | None = None
+    folder: Path,
+    facts: Mapping[str, Any],
+    identity: Mapping[str, Any] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Content:
     """Hash every file of a folder into its `manifest.json`, written last.
 
     The fingerprint is a hash of the names and contents of the files alone. `identity` says what the
-    folder is and what it was made from.
+    folder is and what it was made from. `origins` are, by path, the sha256 of files that these
+    replace: they take the place of the files' own in the fingerprint, which so stays.
     """
     files = [
         _file(p, str(p.relative_to(folder)))
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     ]
+    for file in files:
+        if origins and file["path"] in origins:
+            file["origin"] = origins[file["path"]]
     manifest = {
         "fingerprint": fingerprint_of(files),
         **(identity or {}),
@@ -95,37 +102,6 @@ def write_manifest(
     }
     write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return content(folder)
-
-
-def amend_manifest(folder: Path, names: Collection[str]) -> None:
-    """Enter in the manifest what these files hold since something was withdrawn of them.
-
-    Those that are not there any more are entered as gone. What was made stays on record beside it,
-    and so the fingerprint stays.
-    """
-    for left in folder.glob(f".{MANIFEST}.*.tmp"):  # by a kill
-        left.unlink()
-    manifest = read_manifest(folder)
-    for file in manifest["files"]:
-        path = folder / file["path"]
-        if file["path"] in names and path.exists():
-            file["now"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        elif file["path"] in names:
-            file["now"] = {"bytes": 0, "sha256": None}
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    if text != (folder / MANIFEST).read_text(encoding="utf-8"):
-        write_text_atomically(folder / MANIFEST, text)
-
-
-def is_amended(folder: Path) -> bool:
-    """Whether something was withdrawn of a folder since it was made."""
-    return any("now" in file for file in read_manifest(folder)["files"])
-
-
-def present(file: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a file of a manifest holds now: bytes, and its sha256, None where it was withdrawn."""
-    now: Mapping[str, Any] = file.get("now", file)
-    return now
 
 
 def _file(path: Path, name: str) -> dict[str, Any]:
@@ -154,25 +130,24 @@ def content(folder: Path, part: str = "") -> Content:
     )
 
 
+def parts(folder: Path) -> dict[str, str]:
+    """The fingerprints of a folder's subfolders, by name."""
+    files = [Path(f["path"]) for f in read_manifest(folder)["files"]]
+    names = sorted({path.parts[0] for path in files if len(path.parts) > 1})
+    return {name: content(folder, name).fingerprint for name in names}
+
+
 def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
-    """The hash of the names and contents of files, as a manifest lists them."""
-    content = canonical_json([[f["path"], f["sha256"]] for f in files])
+    """The hash of the names and original contents of files, as a manifest lists them."""
+    content = canonical_json([[f["path"], f.get("origin", f["sha256"])] for f in files])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def stands(folder: Path) -> bool:
     """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
-    return is_intact(folder, whole=True)
-
-
-def is_intact(folder: Path, whole: bool = False) -> bool:
-    """Whether it is but for files that were withdrawn, which must not be there."""
     try:
-        files = {folder / f["path"]: present(f) for f in read_manifest(folder)["files"]}
-        return all(
-            path.stat().st_size == held["bytes"] if held["sha256"] else not (whole or path.exists())
-            for path, held in files.items()
-        )
+        files = {folder / f["path"]: f["bytes"] for f in read_manifest(folder)["files"]}
+        return all(path.stat().st_size == size for path, size in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -6,7 +6,7 @@ Impossible values are refused with a message that says how to mend them; `recipe
 import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from colorfilter.operation import Compute, Refresh
 from colorfilter.section import Section
@@ -129,10 +129,28 @@ class Task(Section):
         return Source.model_validate({"name": self.name, "files": files})
 
 
+# Names of assets and of folders beside theirs, which a domain of the name would share.
+RESERVED = frozenset(
+    {
+        *("raw_corpus", "sample_plan", "tokenizer", "corpus_tokens", "domain_text"),
+        *("domain_tokens", "prior_model", "conditional_model", "domain_only_model"),
+        *("prior_scores", "conditional_scores", "domain_only_scores", "score_tables"),
+        *("refined_scores", "cutoff_confidence", "selection", "leakage", "filtered_dataset"),
+        *("target_model", "finetuned_model", "evaluation", "report", "recipe", "forgotten"),
+    }
+)
+
+
+def _not_reserved(name: str) -> str:
+    if name in RESERVED:
+        raise ValueError(f"'{name}' is the name of an asset; give the domain another")
+    return name
+
+
 class Domain(Section):
     """What one wants to be good at: text, or tasks. Split once into D_down, held-out and probe."""
 
-    name: Name
+    name: Annotated[Name, AfterValidator(_not_reserved)]
     sources: list[Source] = Field([], description="text")
     tasks: list[Task] = Field([], description="multiple-choice tasks, instead of sources")
     held_out: Fraction = Field(

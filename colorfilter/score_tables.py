@@ -6,13 +6,21 @@ Both run where scores are published, under its memory limit.
 from collections.abc import Collection
 
 import duckdb
+import polars as pl
 
-from colorfilter.tables import fetch
+from colorfilter.tables import fetch, fetch_frame
+
+# Why a sequence is no candidate, by the reason in the table `excluded`.
+EXCLUDED = {
+    "forgotten": "it carried a document that was forgotten",
+    "padded": "the padded last sequence of its shard: too short",
+    "copy": "it carries a document that is in an earlier shard too",
+}
 
 # A document that occurs in several shards counts once: in the first of them. A sequence that
 # carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
 # Only what repeats by a short hash is compared by sha256: memory does not hold every sha256.
-# A document whose text was withdrawn has 0 characters (colorfilter.withdrawal).
+# A document that was forgotten has 0 characters (colorfilter.redaction).
 FORGOTTEN = """
     INSERT INTO excluded
     SELECT DISTINCT shard, position, 'forgotten'
@@ -69,14 +77,19 @@ PAIR = """
 def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
     """Fill `excluded` anew: the corpus sequences that are no candidates, one row each.
 
-    The reason is 'forgotten', for any piece of a document whose text was withdrawn; 'padded', for
-    fewer than `length` real tokens; or 'copy', for any piece of a document that stands in an
-    earlier shard too.
+    The reason is one of EXCLUDED; 'padded' is for fewer than `length` real tokens.
     """
     connection.execute("DELETE FROM excluded")
     connection.execute(FORGOTTEN)
     connection.execute(PADDED, {"length": length})
     connection.execute(COPIES)
+
+
+def changed_since_scored(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
+    """Places (shard, position) of sequences that do not have the tokens that were scored."""
+    return fetch_frame(
+        connection, "SELECT shard, position FROM excluded WHERE reason = 'forgotten'", {}
+    )
 
 
 def pair(connection: duckdb.DuckDBPyConnection, domain: str, shards: Collection[str]) -> None:

@@ -49,7 +49,7 @@ class Alone:
 
     def take_all(self, folder: Path) -> None: ...
 
-    def withdraw(self, folder: Path) -> None: ...
+    def discard(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Shared(Alone):
             fetch(place, folder)
             remove(place)
 
-    def withdraw(self, folder: Path) -> None:
+    def discard(self, folder: Path) -> None:
         """Remove every copy of a folder of the home and of what is in it."""
         remove(self.staged(folder))
         if self.storage is None:

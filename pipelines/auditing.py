@@ -150,7 +150,9 @@ def audit(
 
         def scored_again(folder: Path) -> Iterator[Finding]:
             gpu = Gpu(home=str(folder))  # whose runs are no runs of the home that is looked at
-            found.rescored, off = rescore(artifacts, gpu, recipe, sample, seed, folder, tokens)
+            found.rescored, off = rescore(
+                artifacts, store, gpu, recipe, sample, seed, folder, tokens
+            )
             yield from off
 
         with workplace(home) as folder:

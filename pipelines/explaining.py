@@ -11,8 +11,9 @@ from rich.table import Table
 
 from assets.datasets import InDataset, Records
 from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
-from assets.standing import EXCLUDED, Checkpoint, Score, Stand
+from assets.standing import Checkpoint, Score, Stand
 from assets.versions import Change, DatasetExplanation, DatasetVersion, Difference, Example
+from colorfilter.score_tables import EXCLUDED
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from resources.lineage import Lineage

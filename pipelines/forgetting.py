@@ -1,13 +1,11 @@
-"""Forgetting documents from end to end: artefacts, score tables, and what Dagster has on record."""
+"""Forgetting documents from end to end: artifacts, score tables, and what Dagster has on record."""
 
 import contextlib
-import json
 import shutil
-import sqlite3
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
-import dagster as dg
+import duckdb
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -16,14 +14,15 @@ from rich.table import Table
 from assets import forgetting
 from assets.forgetting import Survey
 from colorfilter.errors import InputError
-from colorfilter.withdrawal import Forgotten
+from colorfilter.redaction import Forgotten
+from colorfilter.tables import fetch
+from pipelines.history import Shows, remove_from_history, showing_files
 from resources.artifacts import ArtifactStore
 from resources.audit import WORKPLACE
 from resources.gpu import Gpu
 from resources.home import Home
-from resources.score_store import ScoreStore
 
-BUSY = 30  # seconds to wait for a database that others read
+PAGES = {".html", ".md", ".json", ".jsonl", ".yaml", ".txt"}
 
 
 def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
@@ -45,56 +44,59 @@ def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
 
 
 def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
-    """Take the documents out of all that holds them, and of the copies that `gpu` works from;
-    returns how many runs of Dagster went too.
+    """Take the documents out of all that holds them, and of the copies that `gpu` works from.
 
-    Raises InputError while a run is at work, and UnreachableError as Gpu.withdraw does.
+    Returns how many runs of Dagster went too. The score tables are removed: they are published
+    again without the documents. Raises InputError while a run is at work, and where a text is still
+    shown in the end; UnreachableError as Gpu.discard_copies does.
     """
     artifacts = ArtifactStore(home=str(home.root))
     documents = [found.document for found in surveys]
+    shows = _shows(documents)
+    names = sorted(min(document.doc_ids) for document in documents)
     gpu.reach()  # before it is begun, for nothing runs until it has come to its end
-    with home.forgetting():
-        gpu.withdraw(home.artifacts)
-        runs = _forget_runs(home, documents)
+    with home.exclusively(f"colorfilter forget {' '.join(names)}"):
+        gpu.discard_copies(home.artifacts)
+        runs = remove_from_history(home, shows)
         shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
-        for found in surveys:
-            forgetting.forget(artifacts, found)
-        ScoreStore(home=str(home.root)).forget([document.sha256 for document in documents])
+        forgetting.forget(artifacts, surveys)
+        home.scores.unlink(missing_ok=True)
+        left = [str(path) for path in _showing(home, shows)]
+        if left:
+            raise InputError(
+                f"{min(documents[0].places)}: {len(left)} files still show text of it, the first "
+                f"{left[0]}; remove it and run the same command again"
+            )
     return runs
 
 
-def _forget_runs(home: Home, documents: Sequence[Forgotten]) -> int:
-    """Delete the runs whose events show text of a document, and what their databases had on it.
-
-    Of each asset Dagster keeps its last event once more, so the history of those is wiped as well.
-    """
-    telling: set[str] = set()
-    with dg.DagsterInstance.from_config(str(home.dagster)) as instance:
-        assets = set()
-        for run in instance.get_runs():
-            for event in instance.all_logs(run.run_id):
-                page = "\n".join(_words(json.loads(dg.serialize_value(event))))
-                if any(document.is_told_in(page) for document in documents):
-                    telling.add(run.run_id)
-                    if event.dagster_event and event.dagster_event.asset_key:
-                        assets.add(event.dagster_event.asset_key)
-        instance.wipe_assets(sorted(assets))
-        for run_id in telling:
-            instance.delete_run(run_id)
-    for database in sorted(home.dagster.rglob("*.db")):
-        with contextlib.closing(sqlite3.connect(database, timeout=BUSY)) as connection:
-            connection.execute("VACUUM")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return len(telling)
+def _shows(documents: Sequence[Forgotten]) -> Shows:
+    return lambda page: any(document.is_shown_in(page) for document in documents)
 
 
-def _words(value: Any) -> Iterator[str]:
-    """All strings in a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _words(part)
+def _showing(home: Home, shows: Shows) -> Iterator[Path]:
+    """Files of a home that show a text, beside Parquet tables and tokens."""
+    yield from showing_files(home, shows)
+    pages = (p for p in sorted(home.root.rglob("*")) if p.suffix in PAGES and p.is_file())
+    for path in pages:
+        if shows(path.read_text(encoding="utf-8", errors="ignore")):
+            yield path
+    for database in (home.selections, home.results):
+        if database.exists() and any(shows(words) for words in _columns(database)):
+            yield database
+
+
+def _columns(database: Path) -> Iterator[str]:
+    """The text columns of a DuckDB file, each as one string."""
+    with contextlib.closing(duckdb.connect(str(database), read_only=True)) as connection:
+        columns = fetch(
+            connection,
+            "SELECT table_name, column_name FROM duckdb_columns() SEMI JOIN duckdb_tables() "
+            "USING (table_oid) WHERE data_type = 'VARCHAR'",
+        )
+        for table, column in columns:
+            rows = fetch(connection, f'SELECT DISTINCT "{column}" FROM "{table}"')
+            yield "\n".join(str(value) for (value,) in rows)
 
 
 # Shown to people -----------------------------------------------------------------------------
@@ -110,9 +112,9 @@ def print_surveys(console: Console, surveys: Sequence[Survey]) -> None:
             console.print(f"  and at {place}", highlight=False, soft_wrap=True)
         table = Table("held by", "what happens to it", box=box.SIMPLE)
         for holding in found.holdings:
-            parts = [", ".join(holding.emptied) and f"taken out of {', '.join(holding.emptied)}"]
-            parts.append(", ".join(holding.removed) and f"{len(holding.removed)} files removed")
-            table.add_row(escape(holding.name), "; ".join(filter(None, parts)))
+            files = ", ".join(holding.redacted)
+            what = f"replaced by a version without it in {files}" if files else "removed"
+            table.add_row(escape(holding.name), escape(what))
         console.print(table)
         for name, fingerprint in found.learned:
             console.print("learned from it:", escape(name), fingerprint[:16], highlight=False)

@@ -38,7 +38,7 @@ def prune(
     from assets.common import shard_names
     from pipelines.graph import gpu_of
     from pipelines.running import bring_in
-    from resources.pruning import leftovers, remove
+    from resources.pruning import leftovers
 
     plan, place = open_home(recipe, home)
     artifacts = artifacts_of(place)
@@ -61,8 +61,8 @@ def prune(
         raise typer.Exit(1)
     gpu = gpu_of(plan, str(place.root))
     for left in found:
-        gpu.withdraw(left.path)
-        remove(left)
+        gpu.discard_copies(left.path)
+        artifacts.discard(left.path)
     console.print(f"removed {len(found)} folders, {total:,.1f} MB")
 
 
@@ -76,10 +76,11 @@ def forget(
 ) -> None:
     """Take documents out of the home for good, with all their copies, and never read them again.
 
-    Says first what holds them and which models learned from them, and asks. Texts are emptied and
-    tokens become end-of-text tokens, in place; datasets that hold them are removed, and unfinished
-    work but for losses. In the end the job `refresh` selects anew. What was recorded of them stays,
-    without text. Models stay as they are, and `audit` names those that learned from them.
+    Says first what holds them and which models learned from them, and asks. Artifacts that hold
+    them are replaced by versions without: texts are empty and tokens are end-of-text tokens.
+    Datasets and reports that hold them are removed, and unfinished work but for losses. In the end
+    the job `refresh` publishes the scores and selects anew. Models stay as they are, and `audit`
+    names those that learned from them.
     """
     from pipelines.display import show_progress
     from pipelines.forgetting import forget as take_out

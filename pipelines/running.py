@@ -85,7 +85,7 @@ def select(
 def _run(
     recipe: Recipe, home: Home, on_event: Listener, job: str, run_config: Mapping[str, Any]
 ) -> dg.ExecuteInProcessResult:
-    home.refuse_forgetting()
+    home.refuse_exclusive()
     definition = build_definitions(recipe, str(home.root)).resolve_job_def(job)
     run_id = str(uuid.uuid4())
     with _instance(home) as instance:

@@ -7,6 +7,7 @@ hash.
 """
 
 import contextlib
+import hashlib
 import resource
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import dagster as dg
+import polars as pl
 import yaml
 from pydantic import PrivateAttr
 
 from colorfilter import provenance
 from colorfilter.errors import InputError, UnreachableError
-from colorfilter.files import lock
+from colorfilter.files import lock, write_atomically
 from resources.home import Home
-from resources.ledger import PART, WHOLE, Entries, Entry, Ledger
+from resources.ledger import Entries, Entry, Ledger
 
+ROWS = "tokens/sequences.parquet"  # the table of a dataset's rows
 RECIPE = "recipe"  # the artefact that a run's recipe is kept as
 HELD = ("manifest", "bytes", "rows", "run")
 
@@ -180,7 +183,7 @@ class ArtifactStore(dg.ConfigurableResource):
             self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))
             try:
-                self.at.refuse_forgetting()  # which looks at the lease after it was begun
+                self.at.refuse_exclusive()  # which looks at the lease after it was begun
             except InputError:
                 self.teardown_after_execution(context)
                 raise
@@ -203,8 +206,10 @@ class ArtifactStore(dg.ConfigurableResource):
         return Home(self.home)
 
     def folder(self, asset: str, partition: str | None, key: str) -> Path:
+        """Where an artifact of this key is or will be: its last version, where it was replaced."""
         place = self.at.artifacts / asset
-        return (place / partition if partition else place) / key[:16]
+        first = (place / partition if partition else place) / key[:16]
+        return self.at.root / self.ledger.last_version(str(first.relative_to(self.at.root)))
 
     def make(self, work: Work, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         """The artefact of this work: the standing one, or built now by `build(folder) -> facts`.
@@ -344,22 +349,81 @@ class ArtifactStore(dg.ConfigurableResource):
             "ledger": self.ledger.head(),
         }
 
-    def withdraw(self, entry: Entry, names: Collection[str]) -> Entry:
-        """Enter, in manifest and ledger, that these files of an artefact hold less, or are gone.
+    def replace(self, entry: Entry, write: Callable[[Path, Path], Collection[str]]) -> None:
+        """Make another version of an artifact, which takes its place, and record it.
 
-        `entry` is its last, and returned is what is that then. Its fingerprint stays what it was.
-        What lacks a file is no longer current.
+        `write(old, new)` writes the new folder and returns the files that differ. The key and the
+        fingerprint stay, so whatever was made from the artifact exists as before. Made once: after
+        an interruption the same call completes it. The old folder is for the caller to remove.
+        """
+        old = self.at.root / entry["path"]
+        name = hashlib.sha256(f"{entry['key']} replaces {entry['path']}".encode()).hexdigest()
+        new = old.with_name(name[:16])
+        manifest = provenance.read_manifest(old)
+        if not provenance.stands(new):
+            changed = set(write(old, new))
+            origins = {
+                file["path"]: file.get("origin", file["sha256"])
+                for file in manifest["files"]
+                if "origin" in file or file["path"] in changed
+            }
+            identity = {k: v for k, v in manifest.items() if k not in {"facts", "files"}}
+            provenance.write_manifest(
+                new, manifest["facts"], {**identity, "ledger": self.ledger.head()}, origins
+            )
+        path = str(new.relative_to(self.at.root))
+        if self.ledger.last_version(entry["path"]) != path:
+            content = provenance.content(new)._asdict()
+            parts = provenance.parts(new)
+            self._amend(entry, path=path, replaces=entry["path"], parts=parts, **content)
+
+    def remove(self, entry: Entry) -> None:
+        """Record that an artifact is removed for good, and remove its folder.
+
+        Backups of the home lose it too.
         """
         folder = self.at.root / entry["path"]
-        provenance.amend_manifest(folder, names)
-        held = provenance.content(folder).manifest
-        if held == entry.get("manifest"):
-            return entry
-        withdrawn = PART if provenance.stands(folder) else WHOLE
-        amended = {**entry, "reused": True, "manifest": held, "withdrawn": withdrawn}
+        if not entry.get("removed"):
+            parts = entry.get("parts")
+            if parts is None and (folder / provenance.MANIFEST).exists():
+                parts = provenance.parts(folder)
+            self._amend(entry, removed=True, parts=parts)
+        self.discard(folder)
+
+    def discard(self, folder: Path) -> None:
+        """Remove a folder, its manifest first: what is left of one half removed is no artifact.
+
+        A dataset's table of rows, which has no text, is kept: by it one finds what trained on them.
+        """
+        table = folder / ROWS
+        if table.exists() and (folder / provenance.MANIFEST).exists():
+            kept = self.at.rows / f"{provenance.content(folder).fingerprint}.parquet"
+            kept.parent.mkdir(exist_ok=True)
+            temporary = kept.with_suffix(".tmp")
+            pl.read_parquet(table, columns=["row", "shard", "position", "sha256"]).write_parquet(
+                temporary, compression="zstd"
+            )
+            write_atomically(temporary, kept)
+        (folder / provenance.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def rows_of(self, dataset: Entry) -> pl.DataFrame | None:
+        """A dataset's row, shard, position and sha256, also where its folder is gone.
+
+        None where it was removed before such tables were kept.
+        """
+        here = self.at.root / dataset["path"] / ROWS
+        kept = self.at.rows / f"{dataset['fingerprint']}.parquet"
+        for table in (here, kept):
+            if table.exists():
+                return pl.read_parquet(table, columns=["row", "shard", "position", "sha256"])
+        return None
+
+    def _amend(self, entry: Entry, **changes: Any) -> None:
+        """Append an entry to the ledger with some facts changed."""
+        amended = {**entry, "reused": True, **changes, "recorded": _now()}
         amended.pop("previous", None)
         self.ledger.append(amended)
-        return amended
 
     def record(self, work: Work, artifact: Artifact) -> None:
         """Enter an artefact in the ledger."""
@@ -367,13 +431,18 @@ class ArtifactStore(dg.ConfigurableResource):
             {
                 **asdict(artifact),
                 "path": str(artifact.path.relative_to(self.at.root)),
+                "parts": provenance.parts(artifact.path),
                 "sources": {a.name: a.fingerprint for a in work.sources},
                 **_terms(work),
                 "experiment": self._recipe,
                 "environment": provenance.environment(),
-                "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+                "recorded": _now(),
             }
         )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _terms(work: Work) -> dict[str, Any]:

@@ -20,13 +20,12 @@ from colorfilter.provenance import (
     artifact_key,
     canonical_json,
     content,
-    present,
     read_manifest,
 )
 from colorfilter.shards import InputFile
 from resources.artifacts import ArtifactStore
 from resources.home import Home
-from resources.ledger import NOTHING, Entry
+from resources.ledger import NOTHING, Entry, is_removed
 from resources.lineage import Lineage, name_of
 from resources.pruning import at_work, folders
 
@@ -75,13 +74,18 @@ class Record:
         # By path: the line in which it was entered last, and that in which it was made last.
         self._entered: dict[str, int] = {}
         self._made: dict[str, tuple[int, Entry]] = {}
+        # Paths that must not be there: what they held was replaced or removed for good.
+        self._gone: set[str] = set()
         # By path and fingerprint: the hashes of the manifests that it has had.
         self._manifests: dict[tuple[str, str], set[str]] = {}
         for number, entry in self._entries():
             held = entry["path"], entry["fingerprint"]
-            if entry.get("withdrawn"):  # what it held before must not come back
-                self._manifests[held] = {entry["manifest"]}
+            self._gone.discard(entry["path"])
+            if is_removed(entry):
+                self._gone.add(entry["path"])
                 continue
+            if entry.get("replaces"):
+                self._gone.add(entry["replaces"])
             self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
             self._entered[entry["path"]] = number
             if entry.get("manifest"):
@@ -159,8 +163,9 @@ class Record:
 
         `progress` is called with the bytes that have been hashed.
         """
+        there = [entry for entry in entries if entry["path"] not in self._gone]
         with ThreadPoolExecutor(THREADS) as threads:
-            for found in threads.map(lambda e: list(self._folder(e, progress)), entries):
+            for found in threads.map(lambda e: list(self._folder(e, progress)), there):
                 yield from found
 
     def _folder(self, entry: Entry, progress: Progress) -> Iterator[Finding]:
@@ -213,22 +218,19 @@ class Record:
         for extra in sorted(there - listed.keys() - {MANIFEST}):
             yield Finding(name, f"{path}/{extra}", "no file that the manifest lacks", "one")
         for file, made in listed.items():
-            where, facts = f"{path}/{file}", present(made)
+            where = f"{path}/{file}"
             if file not in there:
-                if facts["sha256"] is not None:
-                    yield Finding(name, where, f"a file of {facts['bytes']:,} bytes", "none")
+                yield Finding(name, where, f"a file of {made['bytes']:,} bytes", "none")
                 continue
             size = (folder / file).stat().st_size
             sha256 = file_sha256(folder / file)
             progress(size)
-            if sha256 != facts["sha256"]:
-                wanted = f"{facts['bytes']:,} bytes with the sha256 {str(facts['sha256'])[:16]}"
-                if facts["sha256"] is None:
-                    wanted = "no file: it held what was forgotten"
+            if sha256 != made["sha256"]:
+                wanted = f"{made['bytes']:,} bytes with the sha256 {made['sha256'][:16]}"
                 yield Finding(name, where, wanted, f"{size:,} with {sha256[:16]}")
 
     def orphans(self) -> Iterator[Finding]:
-        """Finished folders that the ledger does not have, not even by now."""
+        """Folders that the ledger does not have, not even by now, or says are gone for good."""
         there = list(folders(self._artifacts.at.artifacts))
         known = {entry["path"] for entry in self._artifacts.ledger}
         for folder in there:
@@ -237,6 +239,9 @@ class Record:
             if unknown and not at_work(self._artifacts, folder):
                 asset = str(folder.parent.relative_to(self._artifacts.at.artifacts))
                 yield Finding(asset, path, "an entry in the ledger", "none")
+            if path in self._gone:
+                asset = str(folder.parent.relative_to(self._artifacts.at.artifacts))
+                yield Finding(asset, path, "no folder: it was replaced or removed for good", "one")
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ The folder of a backup holds `backup.json`, which says whose it is; `artifacts/`
 and `state-<time>/` with what changes: the ledger, the tables, Dagster's databases. The manifest of
 that, written last, lists the artefacts that the ledger names and the backup has, so a backup that
 is killed leaves the last one whole, and the next goes on from there. An artefact is copied once and
-stays, even when it is pruned in the home; but not what was withdrawn of it there. `artifacts/` and
-what lies in `state-<time>/`, put side by side, are a home.
+stays, even when it is pruned in the home, unless it was replaced or removed for good there.
+`artifacts/` and what lies in `state-<time>/`, put side by side, are a home.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import duckdb
 
 from colorfilter.errors import InputError
 from colorfilter.files import file_sha256, lock, require_space, write_text_atomically
-from colorfilter.provenance import MANIFEST, is_intact, stands, write_manifest
+from colorfilter.provenance import MANIFEST, stands, write_manifest
 from resources.artifacts import ArtifactStore
 from resources.copying import BEGUN, Copying, DamagedError, Listener, is_copied, size
 from resources.home import Home
-from resources.ledger import FORGOTTEN, Entry
+from resources.ledger import Entry, is_removed
 
 OWNER = "backup.json"
 # What changes in a home, beside the files that are appended to.
-CHANGING = ("shards.json", "*.duckdb", "dagster/**/*")
+CHANGING = ("shards.json", "*.duckdb", "rows/*.parquet", "dagster/**/*")
 JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's; a copy of the database has what is in them
 
 
@@ -35,9 +35,9 @@ def back_up(home: Home, folder: Path, listener: Listener) -> Copying:
     """Copy a home into a folder, of its artefacts those that are not there yet.
 
     Raises InputError for a folder that is no backup of this recipe's home, for an artefact that is
-    damaged, and while a document is being forgotten.
+    damaged, and while a command works that keeps backups away.
     """
-    home.refuse_forgetting()
+    home.refuse_exclusive()
     copying = Copying(listener)
     with _failures_told(folder):
         _claim(folder, home)
@@ -62,9 +62,9 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
     copying.lines(home.ledger, state / home.ledger.name)
     copying.lines(home.kernel_runs, state / home.kernel_runs.name)
     ledger = list(ArtifactStore(home=str(state)).ledger)
-    _forget(home, folder, ledger)
+    _remove_gone(folder, ledger)
     named = sorted({entry["path"] for entry in ledger})
-    standing = [path for path in named if is_intact(home.root / path)]
+    standing = [path for path in named if stands(home.root / path)]
     missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
     copying.there = len(standing) - len(missing)
     rest = sum(size(home.root / path) for path in missing)
@@ -74,28 +74,23 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
         try:
             copying.artifact(path, home.root, folder)
         except DamagedError:
-            if is_intact(home.root / path):  # and was not pruned meanwhile
+            if stands(home.root / path):  # and was not pruned meanwhile
                 raise
     manifests = {path: folder / path / MANIFEST for path in named}
     held = {path: file_sha256(file) for path, file in manifests.items() if file.exists()}
-    write_manifest(state, {"home": str(home.root), "artifacts": held})
+    facts = {"home": str(home.root), "format": home.format, "artifacts": held}
+    write_manifest(state, facts)
     for left in {*folder.glob("state-*"), folder / BEGUN} - {state}:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _forget(home: Home, folder: Path, ledger: Sequence[Entry]) -> None:
-    """Remove from a backup what may hold what was forgotten since: it has no amended manifest.
-
-    So is what was pruned in the home before, where nobody looked through it.
-    """
-    lines = {entry["path"]: number for number, entry in enumerate(ledger)}
-    last = max((n for n, entry in enumerate(ledger) if entry["asset"] == FORGOTTEN), default=-1)
-    for path, number in lines.items():
-        there, withdrawn = folder / path / MANIFEST, ledger[number].get("withdrawn")
-        amended = withdrawn and there.exists() and file_sha256(there) != ledger[number]["manifest"]
-        pruned = number < last and not (home.root / path / MANIFEST).exists()
-        if amended or pruned:
-            shutil.rmtree(folder / path, ignore_errors=True)
+def _remove_gone(folder: Path, ledger: Sequence[Entry]) -> None:
+    """Remove from a backup what the ledger says was replaced or removed for good."""
+    last = {entry["path"]: entry for entry in ledger}
+    gone = {path for path, entry in last.items() if is_removed(entry)}
+    gone |= {str(entry["replaces"]) for entry in ledger if entry.get("replaces")}
+    for path in gone:
+        shutil.rmtree(folder / path, ignore_errors=True)
 
 
 def restore(folder: Path, home: Home, listener: Listener) -> Copying:
@@ -127,7 +122,7 @@ def restore(folder: Path, home: Home, listener: Listener) -> Copying:
         for found in [*state.iterdir(), *coming.glob(home.artifacts.name)]:
             found.rename(home.root / found.name)
         shutil.rmtree(coming)
-        home.claim(recipe)
+        home.claim(recipe, made_as=int(facts.get("format", 1)))
     return copying
 
 
@@ -165,6 +160,7 @@ def _claim(folder: Path, home: Home) -> None:
     recipe = home.owner()
     if recipe is None:
         raise InputError(f"home {home.root}: there is none; name another with --home")
+    home.check(recipe)
     _refuse_nested(folder, home)
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colorfilter.errors import InputError
-from colorfilter.provenance import MANIFEST, is_intact, present
+from colorfilter.provenance import MANIFEST, stands
 
 BEGUN = "begun"  # where a folder is copied to, until it is whole
 BLOCK = 1 << 23
@@ -64,10 +64,8 @@ class Copying:
         try:
             manifest = (source / path / MANIFEST).read_bytes()
             for file in json.loads(manifest)["files"]:
-                sha256 = present(file)["sha256"]
-                if sha256 and sha256 != self._file(
-                    source / path / file["path"], begun / file["path"]
-                ):
+                sha256 = self._file(source / path / file["path"], begun / file["path"])
+                if sha256 != file["sha256"]:
                     raise DamagedError(source / path)
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(source / path) from error
@@ -128,12 +126,10 @@ def _copy_database(source: Path, target: Path) -> None:
 
 def is_copied(source: Path, target: Path) -> bool:
     """Whether the target stands and has the manifest of the source."""
-    return (
-        is_intact(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
-    )
+    return stands(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
 
 def size(folder: Path) -> int:
     """Bytes of what stands in a folder."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return sum(int(present(file)["bytes"]) for file in files) + (folder / MANIFEST).stat().st_size
+    return sum(int(file["bytes"]) for file in files) + (folder / MANIFEST).stat().st_size

@@ -242,13 +242,13 @@ class Gpu(dg.ConfigurableResource):
         """Raise UnreachableError where the storage of a cluster cannot be reached."""
         self._places().check()
 
-    def withdraw(self, folder: Path) -> None:
+    def discard_copies(self, folder: Path) -> None:
         """Remove every copy that a cluster has of a folder of the home, and of what is in it.
 
         Raises UnreachableError where its storage cannot be reached.
         """
         self.reach()
-        self._places().withdraw(folder)
+        self._places().discard(folder)
 
     def _evaluated(
         self,

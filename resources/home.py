@@ -6,10 +6,14 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from colorfilter.errors import InputError
 from colorfilter.files import is_locked, lock, write_text_atomically
 from colorfilter.shards import Shard
+
+# Of the layout of a home; resources.upgrade brings older ones up to it.
+FORMAT = 2
 
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
@@ -38,21 +42,27 @@ class Home:
         self.ledger = self.root / "ledger.jsonl"
         self.kernel_runs = self.root / "kernel_runs.jsonl"
         self.scores = self.root / "scores.duckdb"
+        self.selections = self.root / "selections.duckdb"
         self.results = self.root / "results.duckdb"
         self._shards = self.root / "shards.json"
         self._owner = self.root / "home.json"
-        self._forgetting = self.root / "forgetting"
+        self.rows = self.root / "rows"
+        self._exclusive = self.root / "exclusive"
 
-    def claim(self, recipe: str) -> "Home":
+    def claim(self, recipe: str, made_as: int = FORMAT) -> "Home":
         """Make the home for a recipe, or check that it belongs to it.
 
-        Raises InputError for a home that cannot be written or belongs to another recipe.
+        `made_as` is the format of what is there already where the home does not say. Brings a home
+        of an older format up to date. Raises InputError for a home that cannot be written, belongs
+        to another recipe or was made by a newer version.
         """
         try:
             for folder in (self.artifacts, self.leases, self.dagster):
                 folder.mkdir(parents=True, exist_ok=True)
             if not self._owner.exists():
-                write_text_atomically(self._owner, json.dumps({"recipe": recipe}))
+                write_text_atomically(
+                    self._owner, json.dumps({"recipe": recipe, "format": made_as})
+                )
             if not os.access(self.root, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
@@ -64,58 +74,99 @@ class Home:
         return self
 
     def check(self, recipe: str) -> None:
-        """Raise InputError for a home that belongs to another recipe. Makes nothing."""
-        owner = self.owner()
-        if owner not in {None, recipe}:
+        """Check that a home belongs to a recipe, and bring it up to date. Makes no home.
+
+        Raises InputError for a home of another recipe or of a newer version.
+        """
+        facts = self._facts()
+        if facts is None:
+            return
+        if facts["recipe"] != recipe:
             raise InputError(
-                f"home {self.root}: belongs to the recipe '{owner}', not to '{recipe}'; name "
-                "another with --home"
+                f"home {self.root}: belongs to the recipe '{facts['recipe']}', not to '{recipe}'; "
+                "name another with --home"
             )
+        if facts["format"] > FORMAT:
+            raise InputError(
+                f"home {self.root}: has format {facts['format']}, made by a newer version; this "
+                f"one reads up to format {FORMAT}"
+            )
+        if facts["format"] < FORMAT:
+            from resources.upgrade import upgrade
+
+            try:
+                upgrade(self)
+            except OSError as error:
+                raise self._unusable(error) from error
 
     def owner(self) -> str | None:
         """The recipe that the home belongs to, None where there is no home yet.
 
         Raises InputError for a home that cannot be read.
         """
-        try:
-            if not self._owner.exists():
-                return None
-            return str(json.loads(self._owner.read_text(encoding="utf-8"))["recipe"])
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unusable(error) from error
+        facts = self._facts()
+        return None if facts is None else str(facts["recipe"])
+
+    @property
+    def format(self) -> int:
+        """The format of an existing home."""
+        facts = self._facts()
+        assert facts is not None
+        return int(facts["format"])
+
+    def record_format(self) -> None:
+        """Record that the home has the current format."""
+        self._record(format=FORMAT)
 
     def identity(self) -> str:
         """What tells this home from others that share a storage with it, made up once."""
         with lock(self.leases / self._owner.name):
-            known: dict[str, str] = json.loads(self._owner.read_text(encoding="utf-8"))
-            if "id" not in known:
-                known["id"] = uuid.uuid4().hex[:12]
-                write_text_atomically(self._owner, json.dumps(known))
-        return known["id"]
+            facts = self._facts()
+            assert facts is not None
+            if "id" not in facts:
+                self._record(id=uuid.uuid4().hex[:12])
+        return str((self._facts() or {})["id"])
+
+    def _facts(self) -> dict[str, Any] | None:
+        """What the home says of itself; None where there is no home."""
+        try:
+            if not self._owner.exists():
+                return None
+            facts = json.loads(self._owner.read_text(encoding="utf-8"))
+            return {"format": 1, **facts, "recipe": str(facts["recipe"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unusable(error) from error
+
+    def _record(self, **facts: Any) -> None:
+        write_text_atomically(self._owner, json.dumps({**(self._facts() or {}), **facts}))
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
 
     @contextlib.contextmanager
-    def forgetting(self) -> Iterator[None]:
-        """While a document is taken out nothing runs, and not after either where that was stopped.
+    def exclusively(self, command: str) -> Iterator[None]:
+        """Keep runs and backups away while a command works, and until it has succeeded.
 
-        Raises InputError while a run is at work.
+        After an interruption only the same command lets them in again. Raises InputError while a
+        run is at work or another command was interrupted.
         """
-        with lock(self.leases / self._forgetting.name):
-            write_text_atomically(self._forgetting, "")
+        with lock(self.leases / self._exclusive.name):
+            if self._exclusive.exists() and self._exclusive.read_text("utf-8") != command:
+                self.refuse_exclusive()
+            write_text_atomically(self._exclusive, command)
             if self.is_at_work():
-                self._forgetting.unlink()
+                self._exclusive.unlink()
                 raise InputError(f"home {self.root}: a run is at work; wait for it or cancel it")
             yield
-            self._forgetting.unlink()
+            self._exclusive.unlink()
 
-    def refuse_forgetting(self) -> None:
-        """Raise InputError where `forgetting` was begun and has not come to its end."""
-        if self._forgetting.exists():
+    def refuse_exclusive(self) -> None:
+        """Raise InputError where a command that keeps runs away has not come to its end."""
+        if self._exclusive.exists():
+            command = self._exclusive.read_text("utf-8")
             raise InputError(
-                f"home {self.root}: a document is being forgotten; wait for that or, where it was "
-                "stopped, run the same `colorfilter forget` again"
+                f"home {self.root}: `{command}` is at work or was interrupted; wait for it, or run "
+                "the same command again"
             )
 
     def run_lease(self, run_id: str) -> Path:

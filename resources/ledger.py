@@ -24,8 +24,6 @@ Entries = dict[tuple[str, str | None], Entry]
 
 NOTHING = "0" * 64  # the hash before the first entry
 FORGOTTEN = "forgotten"  # the asset of what is left of a document that was forgotten
-# What may have been withdrawn of an artefact.
-PART, WHOLE = "part", "whole"
 
 
 class Link(NamedTuple):
@@ -65,7 +63,14 @@ class Ledger:
 
     def current(self) -> Entries:
         """The current entry of every asset's partition. What has been read is not read again."""
-        return _current(self.path)
+        return _read(self.path).entries
+
+    def last_version(self, path: str) -> str:
+        """The path of the last version of an artifact that was at `path`."""
+        replaced = _read(self.path).replaced
+        while path in replaced:
+            path = replaced[path]
+        return path
 
     def by_path(self) -> dict[str, Entry]:
         """The last entry of every artefact's folder."""
@@ -131,14 +136,12 @@ def _parsed(line: bytes) -> Entry | None:
     return None
 
 
-def _enter(entries: Entries, entry: Entry) -> None:
-    place = entry["asset"], entry["partition"]
-    if not entry.get("withdrawn"):
-        entries[place] = entry
-    elif place in entries and entries[place]["path"] == entry["path"]:
-        entries[place] = entry
-        if entry["withdrawn"] == WHOLE:
-            del entries[place]
+def is_removed(entry: Entry) -> bool:
+    """Whether an entry says that an artifact was removed for good.
+
+    Ledgers of home format 1 say it in another way.
+    """
+    return bool(entry.get("removed")) or entry.get("withdrawn") == "whole"
 
 
 @dataclass
@@ -149,19 +152,33 @@ class _Reading:
     written: int = 0
     tail: bytes = b""
     entries: Entries = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, entry: Entry) -> None:
+        """Take up the next entry."""
+        place = entry["asset"], entry["partition"]
+        earlier = entry.get("replaces")
+        if earlier:
+            self.replaced[earlier] = entry["path"]
+        was_current = self.entries.get(place, {}).get("path") == (earlier or entry.get("path"))
+        if is_removed(entry):
+            if was_current:
+                del self.entries[place]
+        elif was_current or not (earlier or entry.get("withdrawn")):
+            self.entries[place] = entry
 
 
 _readings: dict[Path, _Reading] = {}
 
 
-def _current(ledger: Path) -> Entries:
-    """The last entry of every asset's partition."""
+def _read(ledger: Path) -> _Reading:
+    """What a ledger says; what was read before is not read again."""
     if not ledger.exists():
-        return {}
+        return _Reading()
     reading = _readings.get(ledger, _Reading())
     now = ledger.stat()
     if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
-        return reading.entries
+        return reading
     with ledger.open("rb") as stream:
         stream.seek(reading.stop - len(reading.tail))
         before = stream.read(len(reading.tail))
@@ -170,11 +187,12 @@ def _current(ledger: Path) -> Entries:
             stream.seek(0)
         appended = stream.read()
     whole = appended[: appended.rfind(b"\n") + 1]
-    entries = dict(reading.entries)  # whoever has the old ones may be going through them
+    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
+    # Copies: whoever has the old ones may be going through them.
+    new = _Reading(stop, now.st_mtime_ns, tail, dict(reading.entries), dict(reading.replaced))
     for line in whole.splitlines():
         entry = _parsed(line)
         if entry is not None:
-            _enter(entries, entry)
-    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
-    _readings[ledger] = _Reading(stop, now.st_mtime_ns, tail, entries)
-    return entries
+            new.enter(entry)
+    _readings[ledger] = new
+    return new

@@ -6,7 +6,7 @@ from typing import Any
 
 from colorfilter.provenance import content
 from resources.artifacts import RECIPE, ArtifactStore
-from resources.ledger import Entry
+from resources.ledger import Entry, Ledger
 
 
 def name_of(entry: Mapping[str, Any]) -> str:
@@ -15,13 +15,19 @@ def name_of(entry: Mapping[str, Any]) -> str:
     return str(entry["asset"] if partition is None else f"{entry['asset']}[{partition}]")
 
 
+def _where_it_is(entry: Entry, ledger: Ledger) -> Entry:
+    """An entry with the path of the last version of the artifact."""
+    path = ledger.last_version(entry["path"])
+    return entry if path == entry["path"] else {**entry, "path": path}
+
+
 class Lineage:
     """All that the ledger has, to be followed back to where it came from."""
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self._root = artifacts.at.root
         self._current = artifacts.entries()
-        self._entries = list(artifacts.ledger)
+        self._entries = [_where_it_is(entry, artifacts.ledger) for entry in artifacts.ledger]
         self._made: dict[str, dict[str, Entry]] = {}
         for entry in self._entries:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
@@ -43,6 +49,10 @@ class Lineage:
         """The last entry of every content of an asset, in any partition."""
         made = (e for contents in self._made.values() for e in contents.values())
         return [entry for entry in made if entry["asset"] == asset]
+
+    def newest_first(self) -> list[Entry]:
+        """All entries, the last one first."""
+        return self._entries[::-1]
 
     def as_of(self, later: Entry, name: str) -> Entry | None:
         """What `later` was made from by this name, as it was entered then.
@@ -69,7 +79,9 @@ class Lineage:
         return [e for e in found.values() if self._part(e, folder) == fingerprint]
 
     def _part(self, entry: Entry, folder: str) -> str | None:
-        """The fingerprint of a folder of an artefact, also of one whose files were withdrawn."""
+        """The fingerprint of a folder of an artifact; by its files where it is not recorded."""
+        if entry.get("parts") is not None:
+            return dict(entry["parts"]).get(folder)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return content(self._root / entry["path"], folder).fingerprint
         return None

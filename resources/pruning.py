@@ -5,7 +5,6 @@ Kept is whatever is current, and all that it was made from, as the ledger has it
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +42,6 @@ def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftove
         asset = str(folder.parent.relative_to(root))
         found.append(Leftover(asset, why, folder, size))
     return sorted(found, key=lambda left: (-left.size, str(left.path)))
-
-
-def remove(leftover: Leftover) -> None:
-    """Remove a folder, its manifest first: what is left of one half removed does not stand."""
-    (leftover.path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(leftover.path)
 
 
 def folders(root: Path) -> Iterator[Path]:

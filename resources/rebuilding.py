@@ -9,27 +9,22 @@ import duckdb
 
 from colorfilter.files import require_space
 from colorfilter.tables import fetch
+from resources.databases import READING_MEMORY, attach, limit_memory
 from resources.home import Home
 from resources.score_parts import Part, PublishedModel
-from resources.score_store import (
-    READING_MEMORY,
-    PublishedSelection,
-    ScoreStore,
-    enter_selection,
-    limit_memory,
-)
+from resources.score_store import PublishedSelection, ScoreStore
 
-# What is compared at a time, by table: the rows that have these columns in common.
+# What is compared at a time, by file and table: the rows that have these columns in common.
 GROUPS = {
-    "documents": ("shard",),
-    "spans": ("shard",),
-    "sequences": ("shard",),
-    "models": ("role",),
-    "losses": ("model", "shard"),
-    "paired_losses": ("domain", "shard"),
-    "excluded": ("shard",),
-    "selections": ("selection",),
-    "selection_versions": ("domain", "arm", "selection"),
+    ("scores", "documents"): ("shard",),
+    ("scores", "spans"): ("shard",),
+    ("scores", "sequences"): ("shard",),
+    ("scores", "models"): ("role",),
+    ("scores", "losses"): ("model", "shard"),
+    ("scores", "paired_losses"): ("domain", "shard"),
+    ("scores", "excluded"): ("shard",),
+    ("selections", "selections"): ("selection",),
+    ("selections", "selection_versions"): ("domain", "arm", "selection"),
 }
 SHOWN = 10  # groups of a table of which differing rows are looked for
 
@@ -50,6 +45,7 @@ SUMS = "count(*) AS n, bit_xor(hash(t)) AS folded, sum(hash(t)::HUGEINT) AS adde
 class Difference(NamedTuple):
     """Rows of a table that are not as the record has them: how many there are, and one of each."""
 
+    file: str
     table: str
     group: dict[str, Any]
     expected: int
@@ -71,47 +67,51 @@ def differences(
     `selections` are entered in their order; what else `selection_versions` has is not looked at.
     The tables are made in `folder`, which wants as much room.
     """
-    published = Home(store.home).scores
-    require_space(published.parent, 2 * published.stat().st_size, "the tables made again")
-    rebuilt = Home(folder)
+    published, rebuilt = Home(store.home), Home(folder)
+    files = [path for path in (published.scores, published.selections) if path.exists()]
+    size = sum(path.stat().st_size for path in files)
+    require_space(published.root, 2 * size, "the tables made again")
     rebuilt.leases.mkdir()
-    ScoreStore(home=str(folder)).publish(parts, models, length)
-    with contextlib.closing(duckdb.connect(str(rebuilt.scores))) as connection:
-        limit_memory(connection, rebuilt.scores, READING_MEMORY)
-        for selection in selections:
-            enter_selection(connection, selection)
+    again = ScoreStore(home=str(folder))
+    again.publish(parts, models, length)
+    again.publish_selections(selections)
     with contextlib.closing(duckdb.connect()) as connection:
         limit_memory(connection, rebuilt.scores, READING_MEMORY)
-        for name, path in (("rebuilt", rebuilt.scores), ("published", published)):
-            place = str(path).replace("'", "''")
-            connection.execute(f"ATTACH '{place}' AS {name} (READ_ONLY)")
-        for table in GROUPS:
-            yield from _differences(connection, table)
+        for path in files:
+            attach(connection, path, f"published_{path.stem}")
+            attach(connection, rebuilt.root / path.name, f"rebuilt_{path.stem}")
+        for file, table in GROUPS:
+            if file in {path.stem for path in files}:
+                yield from _differences(connection, file, table)
 
 
-def _differences(connection: duckdb.DuckDBPyConnection, table: str) -> Iterator[Difference]:
-    columns = GROUPS[table]
+def _differences(
+    connection: duckdb.DuckDBPyConnection, file: str, table: str
+) -> Iterator[Difference]:
+    columns = GROUPS[file, table]
     condition = "true"
     if "selection" in columns:
         condition = (
-            "selection IN (SELECT selection FROM rebuilt.selection_versions) OR "
-            "selection NOT IN (SELECT selection FROM published.selection_versions)"
+            "selection IN (SELECT selection FROM rebuilt_selections.selection_versions) OR "
+            "selection NOT IN (SELECT selection FROM published_selections.selection_versions)"
         )
+    rebuilt, published = f"rebuilt_{file}", f"published_{file}"
     query = DIFFERENT.format(
         columns=", ".join(columns),
         sums=SUMS,
         condition=condition,
-        rebuilt=_rows("rebuilt", table),
-        published=_rows("published", table),
+        rebuilt=_rows(rebuilt, table),
+        published=_rows(published, table),
     )
     for i, (*group, expected, found) in enumerate(fetch(connection, query)):
         rows: list[dict[str, Any] | None] = [None, None]
         if i < SHOWN:
             rows = [
                 _only_in(connection, table, columns, group, *databases)
-                for databases in (("rebuilt", "published"), ("published", "rebuilt"))
+                for databases in ((rebuilt, published), (published, rebuilt))
             ]
-        yield Difference(table, dict(zip(columns, group, strict=True)), expected, found, *rows)
+        of = dict(zip(columns, group, strict=True))
+        yield Difference(f"{file}.duckdb", table, of, expected, found, *rows)
 
 
 def _only_in(

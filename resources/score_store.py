@@ -7,7 +7,6 @@ Nothing here holds the file open between calls.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,17 @@ import dagster as dg
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.files import lock, require_space, write_atomically
 from colorfilter.score_tables import exclude, pair
 from colorfilter.tables import fetch, fetch_row
+from resources.databases import (
+    READING_MEMORY,
+    attach,
+    limit_memory,
+    next_version,
+    transaction,
+)
 from resources.home import Home
 from resources.score_parts import Key, Part, PublishedModel, exclusion, insert, pairs, remove
-
-# What DuckDB may hold of the tables before it spills to disk.
-READING_MEMORY = "1GB"
-PUBLISHING_MEMORY = "2GB"
-# The newest form that every supported DuckDB reads.
-STORAGE_VERSION = "v1.2.0"
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents(
@@ -43,17 +42,40 @@ CREATE TABLE IF NOT EXISTS models(
 CREATE TABLE IF NOT EXISTS losses(
     model VARCHAR, shard VARCHAR, position BIGINT, loss FLOAT, n_tokens INTEGER,
     precision VARCHAR);
-CREATE TABLE IF NOT EXISTS selections(
-    selection VARCHAR, shard VARCHAR, position BIGINT, rank BIGINT, score DOUBLE);
-CREATE TABLE IF NOT EXISTS selection_versions(
-    selection VARCHAR, domain VARCHAR, arm VARCHAR, prior VARCHAR, conditional VARCHAR,
-    cutoff DOUBLE, created VARCHAR, current BOOLEAN);
 CREATE TABLE IF NOT EXISTS parts(kind VARCHAR, shard VARCHAR, model VARCHAR, fingerprint VARCHAR);
 CREATE TABLE IF NOT EXISTS excluded(shard VARCHAR, position BIGINT, reason VARCHAR);
 CREATE TABLE IF NOT EXISTS paired_losses(
     domain VARCHAR, shard VARCHAR, position BIGINT, loss_prior FLOAT, loss_conditional FLOAT);
 CREATE OR REPLACE VIEW color AS
     SELECT *, loss_conditional::DOUBLE - loss_prior::DOUBLE AS color FROM paired_losses;
+"""
+
+SELECTIONS_SCHEMA = """
+CREATE TABLE IF NOT EXISTS selections(
+    selection VARCHAR, shard VARCHAR, position BIGINT, rank BIGINT, score DOUBLE);
+CREATE TABLE IF NOT EXISTS selection_versions(
+    selection VARCHAR, domain VARCHAR, arm VARCHAR, prior VARCHAR, conditional VARCHAR,
+    cutoff DOUBLE, created VARCHAR, current BOOLEAN);
+"""
+
+# These tables were part of the scores. A query there gets a line that names the new file.
+MOVED = """
+CREATE OR REPLACE VIEW selections AS
+    SELECT why AS selection, why AS shard, why::BIGINT AS position, why::BIGINT AS rank,
+        why::DOUBLE AS score
+    FROM (
+        SELECT error('the table selections is in selections.duckdb, beside this file')
+            ::VARCHAR AS why
+    )
+    WHERE why IS NOT NULL;
+CREATE OR REPLACE VIEW selection_versions AS
+    SELECT why AS selection, why AS domain, why AS arm, why AS prior, why AS conditional,
+        why::DOUBLE AS cutoff, why AS created, why::BOOLEAN AS current
+    FROM (
+        SELECT error('the table selection_versions is in selections.duckdb, beside this file')
+            ::VARCHAR AS why
+    )
+    WHERE why IS NOT NULL;
 """
 
 RESULTS_SCHEMA = """
@@ -95,13 +117,21 @@ class ScoreStore(dg.ConfigurableResource):
     def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-only connection to the scores as published last.
 
-        Raises InputError where none have been published yet.
+        The published selections are attached as the database `selected`. Raises InputError where
+        no scores have been published yet.
         """
-        path = Home(self.home).scores
-        if not path.exists():
-            raise InputError(f"{path} is not there yet; materialize score_tables first")
-        with contextlib.closing(duckdb.connect(str(path), read_only=True)) as connection:
-            limit_memory(connection, path, READING_MEMORY)
+        home = Home(self.home)
+        if not home.scores.exists():
+            raise InputError(f"{home.scores} is not there yet; materialize score_tables first")
+        with contextlib.closing(duckdb.connect()) as connection:
+            limit_memory(connection, home.scores, READING_MEMORY)
+            if home.selections.exists():
+                attach(connection, home.selections, "selected")
+            else:
+                connection.execute("ATTACH ':memory:' AS selected; USE selected;")
+                connection.execute(SELECTIONS_SCHEMA)
+            attach(connection, home.scores, "scores")
+            connection.execute("USE scores")
             yield connection
 
     def publish(
@@ -117,15 +147,16 @@ class ScoreStore(dg.ConfigurableResource):
         read = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
         derived = {exclusion(parts, length), *pairs(parts, models)}
         wanted = read.keys() | derived
-        if Home(self.home).scores.exists():
+        home = Home(self.home)
+        if home.scores.exists():
             with self.read() as connection:
                 if _holds(connection, wanted, models):
                     return _row_counts(connection)
-        with self._next(Home(self.home).scores, SCHEMA) as connection:
+        with next_version(home.scores, home.leases, SCHEMA + MOVED) as connection:
             there = set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts"))
             remove(connection, there - wanted)
             for key in sorted(read.keys() - there, key=str):
-                with _transaction(connection):
+                with transaction(connection):
                     insert(connection, read[key])
                     connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             connection.execute("DELETE FROM models")
@@ -140,48 +171,24 @@ class ScoreStore(dg.ConfigurableResource):
                     exclude(connection, length)
                 else:
                     pair(connection, domain, [key[1] for key in work_out if key[2] == domain])
-            with _transaction(connection):
+            with transaction(connection):
                 for key in work_out:
                     connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             return _row_counts(connection)
 
-    def publish_selection(self, selection: PublishedSelection) -> None:
-        """Enter a selection, as the current one of its domain and arm."""
-        # Looked at first: a change, even to the same, costs a copy of the tables.
-        with self.read() as connection:
-            found = fetch(
-                connection,
-                "SELECT current FROM selection_versions "
-                "WHERE selection = ? AND domain = ? AND arm = ?",
-                [selection.selection, selection.domain, selection.arm],
-            )
-        if found == [(True,)]:
-            return
-        # The tables as they are: those of an older version stay whole until the next publication.
-        with self._next(Home(self.home).scores) as connection:
-            enter_selection(connection, selection)
-
-    def forget(self, texts: Sequence[str]) -> None:
-        """Take what documents carried along out of the tables, by the sha256 of their texts.
-
-        The file is written anew: pages that were freed still have what was on them.
-        """
-        path = Home(self.home).scores
-        if not path.exists():
-            return
-        require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
-        carried = (
-            "* REPLACE (CASE WHEN list_contains($texts, sha256) THEN '{}' ELSE extra END AS extra, "
-            "CASE WHEN list_contains($texts, sha256) THEN 0 ELSE n_chars END AS n_chars)"
-        )
-        with self._next(path, SCHEMA, fresh=True) as connection:
-            place = str(path).replace("'", "''")
-            connection.execute(f"ATTACH '{place}' AS old (READ_ONLY)")
-            tables = "SELECT table_name FROM duckdb_tables() WHERE database_name = 'old'"
-            for (table,) in fetch(connection, tables):
-                columns = carried if table == "documents" else "*"
-                query = f"INSERT INTO {table} BY NAME SELECT {columns} FROM old.{table}"
-                connection.execute(query, {"texts": list(texts)} if columns == carried else {})
+    def publish_selections(self, selections: Sequence[PublishedSelection]) -> None:
+        """Enter selections in their order, each as the current one of its domain and arm."""
+        home = Home(self.home)
+        # Looked at first: a change, even to the same, costs a copy of the file.
+        if home.selections.exists():
+            with contextlib.closing(
+                duckdb.connect(str(home.selections), read_only=True)
+            ) as connection:
+                if all(_is_current(connection, selection) for selection in selections):
+                    return
+        with next_version(home.selections, home.leases, SELECTIONS_SCHEMA) as connection:
+            for selection in selections:
+                _enter_selection(connection, selection)
 
     def publish_results(
         self,
@@ -190,10 +197,10 @@ class ScoreStore(dg.ConfigurableResource):
         ledger: Sequence[Mapping[str, Any]],
     ) -> None:
         """Make `results.duckdb` anew from the records."""
-        path = Home(self.home).results
-        with self._next(path, RESULTS_SCHEMA, fresh=True) as connection:
+        home = Home(self.home)
+        with next_version(home.results, home.leases, RESULTS_SCHEMA, fresh=True) as connection:
             tables = {"evaluations": evaluations, "kernel_runs": kernel_runs, "artifacts": ledger}
-            with _transaction(connection):
+            with transaction(connection):
                 for table, rows in tables.items():
                     columns = [r[0] for r in fetch(connection, f"DESCRIBE {table}")]
                     marks = ", ".join("?" * len(columns))
@@ -201,60 +208,19 @@ class ScoreStore(dg.ConfigurableResource):
                     if values:
                         connection.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
 
-    @contextlib.contextmanager
-    def _next(
-        self, path: Path, schema: str = "", fresh: bool = False
-    ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A copy of a database to change; in the end it takes its place.
 
-        One publication at a time: what another one changes meanwhile would be lost. What is changed
-        may be committed bit by bit: a transaction holds memory for all that it has inserted.
-        """
-        turn = lock(Home(self.home).leases / path.name)
-        with turn, self._copied(path, schema, fresh) as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _copied(self, path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-        temporary = path.with_suffix(".next")
-        _unlink(temporary)
-        if path.exists() and not fresh:
-            require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
-            shutil.copyfile(path, temporary)
-        connection = duckdb.connect()
-        try:
-            limit_memory(connection, path, PUBLISHING_MEMORY)
-            place = str(temporary).replace("'", "''")
-            connection.execute(f"ATTACH '{place}' AS next (STORAGE_VERSION '{STORAGE_VERSION}')")
-            connection.execute("USE next")
-            connection.execute(schema)
-            yield connection
-            connection.execute("USE memory")
-            connection.execute("DETACH next")
-        except BaseException:
-            connection.close()
-            _unlink(temporary)
-            raise
-        connection.close()
-        write_atomically(temporary, path)
+def _is_current(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> bool:
+    """Whether a selection is the current one of its domain and arm already."""
+    found = fetch(
+        connection,
+        "SELECT current FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
+        [new.selection, new.domain, new.arm],
+    )
+    return found == [(True,)]
 
 
-@contextlib.contextmanager
-def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Commit what is done within, in the end. Where that fails the database is given up."""
-    connection.execute("BEGIN")
-    yield
-    connection.execute("COMMIT")
-
-
-def _unlink(database: Path) -> None:
-    """Remove a database and what DuckDB has not yet written into it, where they are there."""
-    database.unlink(missing_ok=True)
-    database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
-
-
-def enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> None:
-    """Make a selection the current one of its domain and arm, as of publish_selection."""
+def _enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> None:
+    """Make a selection the current one of its domain and arm."""
     mine = [new.selection, new.domain, new.arm]
     connection.execute(
         "UPDATE selection_versions SET current = (selection = ?) WHERE domain = ? AND arm = ?", mine
@@ -279,14 +245,6 @@ def enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelecti
         "INSERT INTO selection_versions SELECT ?, ?, ?, ?, ?, max(score), ?, true FROM rows",
         [*mine, new.prior, new.conditional, new.created],
     )
-
-
-def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
-    """Let a connection hold so much before it spills beside the file at `path`."""
-    connection.execute(f"SET memory_limit = '{memory}'")
-    connection.execute("SET preserve_insertion_order = false")
-    connection.execute("SET enable_progress_bar = false")
-    connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])
 
 
 def _holds(

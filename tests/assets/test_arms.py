@@ -65,8 +65,8 @@ def test_every_arm_selects_with_ranks_and_trains_on_as_many_tokens(
     with ScoreStore(home=str(project.home.root)).read() as connection:
         published = fetch(
             connection,
-            "SELECT arm, count(*) FROM selections JOIN selection_versions USING (selection) "
-            "WHERE current GROUP BY arm",
+            "SELECT arm, count(*) FROM selected.selections "
+            "JOIN selected.selection_versions USING (selection) WHERE current GROUP BY arm",
         )
     assert dict(published) == {a.name: len(chosen(artifacts, a.name)) for a in project.recipe.arms}
 

@@ -29,9 +29,11 @@ def checked(arm: str = ARM) -> Any:
 
 
 def published(project: Project) -> str:
-    """The fingerprint of the arm's current selection in the score tables."""
+    """The fingerprint of the arm's current published selection."""
     with ScoreStore(home=str(project.home.root)).read() as connection:
-        query = "SELECT selection FROM selection_versions WHERE arm = 'color_tau4' AND current"
+        query = (
+            "SELECT selection FROM selected.selection_versions WHERE arm = 'color_tau4' AND current"
+        )
         ((selection,),) = fetch(connection, query)
     return selection
 
@@ -62,7 +64,7 @@ def test_a_refresh_is_compared_with_the_last_selection(
     assert found.description == "within the limits"
     shown = {name: value.value for name, value in found.metadata.items()}
     with ScoreStore(home=str(movable.home.root)).read() as connection:
-        ids = "SELECT shard, position FROM selections WHERE selection = ?"
+        ids = "SELECT shard, position FROM selected.selections WHERE selection = ?"
         old = set(fetch(connection, ids, [before]))
         new = set(fetch(connection, ids, [published(movable)]))
     assert (shown["entering"], shown["leaving"]) == (len(new - old), len(old - new))

@@ -11,10 +11,12 @@ from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 
 from assets.common import SHARDS
 from colorfilter.cost import METHODS
-from colorfilter.recipe import Recipe
+from colorfilter.recipe import RESERVED, Recipe
 from colorfilter.recipe_file import load
 from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path
+from resources.artifacts import RECIPE
+from resources.ledger import FORGOTTEN
 from tests.conftest import recipe_facts
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
@@ -106,3 +108,13 @@ def test_unsharded_assets_depend_on_every_shard(definitions: dg.Definitions) -> 
             if graph.get(parent).is_partitioned and not node.is_partitioned:
                 mapping = node.partition_mappings.get(parent)
                 assert isinstance(mapping, dg.AllPartitionMapping), f"{parent} -> {key}"
+
+
+def test_a_domain_cannot_have_the_name_of_an_asset() -> None:
+    """Its folders would be taken for the asset's."""
+    keys = with_everything().resolve_asset_graph().get_all_asset_keys()
+    names = {name for key in keys for name in (key.path[0], key.path[-1])}
+    domains = {"reference", "quiz"}
+    assert domains < names
+    assert names - domains <= RESERVED
+    assert {RECIPE, FORGOTTEN} <= RESERVED

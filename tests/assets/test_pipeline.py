@@ -173,7 +173,8 @@ def test_no_document_of_d_prior_or_the_domain_is_selected(finished: Project) -> 
     assert left_out
     with duckdb.connect(str(finished.home.scores), read_only=True) as scores:
         spans = {row[0] for row in fetch(scores, "SELECT DISTINCT doc_id FROM spans")}
-        reserved = fetch(scores, "SELECT count(*) FROM selections WHERE starts_with(shard, '_')")
+    with duckdb.connect(str(finished.home.selections), read_only=True) as selected:
+        reserved = fetch(selected, "SELECT count(*) FROM selections WHERE starts_with(shard, '_')")
     assert not spans & left_out
     assert reserved == [(0,)]
 
@@ -216,13 +217,13 @@ def test_arms_start_from_the_same_weights_per_seed(finished: Project) -> None:
 
 
 def test_scores_stay_joined_to_text_and_checkpoint(finished: Project) -> None:
-    with duckdb.connect(str(finished.home.scores), read_only=True) as scores:
+    with ScoreStore(home=str(finished.home.root)).read() as scores:
         rows = fetch(
             scores,
             """
             SELECT d.source_file, d.source_line, d.extra, m.path, s.rank
-            FROM selections AS s
-            JOIN selection_versions AS v USING (selection)
+            FROM selected.selections AS s
+            JOIN selected.selection_versions AS v USING (selection)
             JOIN spans USING (shard, position)
             JOIN documents AS d USING (shard, doc_id)
             JOIN models AS m ON m.model = v.conditional

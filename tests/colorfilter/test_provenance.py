@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 
 from colorfilter.provenance import (
     MANIFEST,
-    amend_manifest,
     artifact_key,
     canonical_json,
     content,
     environment,
-    is_amended,
-    is_intact,
-    present,
+    parts,
     read_manifest,
     stands,
     write_manifest,
@@ -182,36 +179,21 @@ def test_a_damaged_folder_does_not_stand(tmp_path: Path, damage: str) -> None:
     assert not stands(folder)
 
 
-def test_what_was_withdrawn_is_on_record_beside_what_was_made(tmp_path: Path) -> None:
-    folder = a_folder(tmp_path / "whole", a="one", sub__b="two", c="three")
-    made = write_manifest(folder, {"fact": 1})
-    (folder / "a").write_text("o")
-    assert not is_intact(folder)
-    amend_manifest(folder, {"a"})
-    assert stands(folder)
-    assert is_amended(folder)
-    now = content(folder)
-    assert (now.fingerprint, now.bytes) == (made.fingerprint, made.bytes)
-    assert now.manifest != made.manifest
-    (folder / "c").unlink()
-    amend_manifest(folder, {"a", "c"})
-    assert is_intact(folder)
-    assert not stands(folder)
-    assert content(folder).fingerprint == made.fingerprint
-    files = {f["path"]: f for f in read_manifest(folder)["files"]}
-    assert present(files["a"]) == {"bytes": 1, "sha256": hashlib.sha256(b"o").hexdigest()}
-    assert present(files["c"])["sha256"] is None
-    assert present(files["sub/b"])["sha256"] == hashlib.sha256(b"two").hexdigest()
-    (folder / "c").write_text("three")  # it must not come back
-    assert not is_intact(folder)
-
-
-def test_only_what_is_named_is_amended(tmp_path: Path) -> None:
-    folder = a_folder(tmp_path / "whole", a="one", b="two")
-    write_manifest(folder, {})
-    (folder / "b").write_text("other")
-    amend_manifest(folder, {"a"})
-    assert not is_intact(folder)
+def test_a_version_that_replaces_a_folder_has_its_fingerprint(tmp_path: Path) -> None:
+    old = a_folder(tmp_path / "old", a="one", sub__b="two")
+    made = write_manifest(old, {"fact": 1})
+    new = a_folder(tmp_path / "new", a="one", sub__b="")
+    origins = {"sub/b": hashlib.sha256(b"two").hexdigest()}
+    now = write_manifest(new, {"fact": 1}, origins=origins)
+    assert now.fingerprint == made.fingerprint
+    assert parts(new) == parts(old) == {"sub": content(old, "sub").fingerprint}
+    assert (now.bytes, now.manifest != made.manifest) == (3, True)
+    files = {f["path"]: f for f in read_manifest(new)["files"]}
+    assert files["sub/b"]["sha256"] == hashlib.sha256(b"").hexdigest()
+    assert "origin" not in files["a"]
+    assert stands(new)
+    (new / "sub" / "b").write_text("two")  # it must not come back
+    assert not stands(new)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"files": [{}]}', "\x00"])

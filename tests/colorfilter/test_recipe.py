@@ -91,6 +91,8 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
         ("prior.training.lerning_rate", 1, "prior.training.lerning_rate: unknown key"),
         ("target.training_tokens", MISSING, "target.training_tokens: missing"),
         ("domains.0.training", MISSING, "domains.0.training: missing"),
+        ("domains.0.name", "forgotten", "domains.0.name: 'forgotten' is the name of an asset"),
+        ("domains.0.name", "report", "domains.0.name: 'report' is the name of an asset"),
         ("sequence_length", MISSING, "sequence_length: missing"),
         ("arms.0.tau", 0.5, "arms.0.tau: "),
         ("arms.0.tau", MISSING, "arms.0: tau belongs"),

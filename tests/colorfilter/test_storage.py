@@ -122,14 +122,14 @@ def test_a_folder_that_cannot_be_shared_is_told_to_who_waits_for_it(
             place(second)
 
 
-def test_withdrawn_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, root: str) -> None:
+def test_discarded_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, root: str) -> None:
     shared, model = Shared(home, root), home / "artifacts" / "model"
     (model / "abcd").mkdir()
     (model / "abcd" / "config.json").write_text("{}")
     copies = [shared.share(model / "abc"), shared.share(model / "abc" / "down")]
     storage.write_file(b"", shared.staged(model / "abc"), "losses")
     beside = shared.share(model / "abcd")
-    shared.withdraw(model / "abc")
+    shared.discard(model / "abc")
     assert [names(copy) for copy in [*copies, shared.staged(model / "abc")]] == [[], [], []]
     assert names(beside)
 

@@ -45,14 +45,6 @@ def project(finished: Project, tmp_path: Path) -> Project:
             "INSERT INTO sequences SELECT * FROM sequences WHERE rowid = 5",
             r"sequences of shard \S+: expected [\d,]+ rows, found [\d,]+ rows, position",
         ),
-        (
-            "UPDATE selections SET rank = 3 - rank WHERE rank < 3",
-            r"selections of selection \w+: expected [\d,]+ rows",
-        ),
-        (
-            "UPDATE selection_versions SET cutoff = cutoff + 1",
-            r"selection_versions of domain reference, arm \w+, selection \w+: expected 1 r",
-        ),
         ("DELETE FROM spans WHERE rowid = 0", r"spans of shard \S+: expected"),
         ("DELETE FROM paired_losses WHERE rowid = 0", r"paired_losses of domain reference, shard"),
         (
@@ -70,6 +62,25 @@ def test_a_row_of_the_score_tables_is_changed(project: Project, change: str, lin
     with duckdb.connect(str(project.home.scores)) as scores:
         scores.execute(change)
     found(project, rf"^score_tables: scores.duckdb, {line}")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            "UPDATE selections SET rank = 3 - rank WHERE rank < 3",
+            r"selections of selection \w+: expected [\d,]+ rows",
+        ),
+        (
+            "UPDATE selection_versions SET cutoff = cutoff + 1",
+            r"selection_versions of domain reference, arm \w+, selection \w+: expected 1 r",
+        ),
+    ],
+)
+def test_a_row_of_the_selections_is_changed(project: Project, change: str, line: str) -> None:
+    with duckdb.connect(str(project.home.selections)) as selections:
+        selections.execute(change)
+    found(project, rf"^score_tables: selections.duckdb, {line}")
 
 
 def test_the_scores_of_two_shards_are_swapped(project: Project) -> None:
@@ -98,10 +109,6 @@ def test_the_record_of_two_shards_is_swapped(project: Project) -> None:
     there = lines(project)
     for shard in list(paths)[:2]:
         assert any(line.startswith(f"prior_scores[{shard}]: ") for line in there)
-        assert (
-            any(f"partition in its entry: expected {shard}, found" in line for line in there)
-            or True
-        )
 
 
 def test_the_published_evaluations_are_changed(project: Project) -> None:
@@ -113,8 +120,8 @@ def test_the_published_evaluations_are_changed(project: Project) -> None:
 
 
 def test_another_selection_is_made_the_current_one(project: Project) -> None:
-    with duckdb.connect(str(project.home.scores)) as scores:
-        scores.execute("UPDATE selection_versions SET current = false WHERE arm = 'color_tau4'")
+    with duckdb.connect(str(project.home.selections)) as selections:
+        selections.execute("UPDATE selection_versions SET current = false WHERE arm = 'color_tau4'")
     found(
         project,
         r"^reference/color_tau4/selection: .*expected \w{16} current, found not current$",

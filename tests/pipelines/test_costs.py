@@ -13,7 +13,7 @@ from colorfilter.recipe_file import load
 from pipelines.costs import print_cost
 from pipelines.settings import RECIPES, recipe_path
 from resources.artifacts import ArtifactStore
-from resources.home import Home
+from resources.home import FORMAT, Home
 from tests.conftest import Project, recipe_facts
 from tests.pipelines.program import Caller
 
@@ -83,7 +83,7 @@ def test_predicted_against_measured(finished: Project) -> None:
 
 
 def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Path) -> None:
-    (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests"}))
+    (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests", "format": FORMAT}))
     (tmp_path / "ledger.jsonl").write_text(finished.home.ledger.read_text())
     old = {"verb": "train", "folder": "artifacts/prior_model/0", "tokens": 5_000, "seconds": 7.0}
     gone = {"verb": "score", "folder": "artifacts/gone/s/0", "tokens": 10_000, "seconds": 1.0}
@@ -100,7 +100,7 @@ def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Pat
 
 
 def test_rates_are_those_of_the_device_used_last(finished: Project, tmp_path: Path) -> None:
-    (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests"}))
+    (tmp_path / "home.json").write_text(json.dumps({"recipe": "tests", "format": FORMAT}))
     (tmp_path / "ledger.jsonl").write_text(finished.home.ledger.read_text())
     (prior,) = [r for r in finished.kernel_runs() if "/prior_model/" in r["folder"]]
     slow = {**prior, "seconds": 1000.0}

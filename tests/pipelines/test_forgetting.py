@@ -1,7 +1,9 @@
 """A document is forgotten: nothing in the home tells of it, and all else is as it was."""
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -9,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import dagster as dg
 import duckdb
 import numpy as np
 import polars as pl
 import pytest
 
 from assets import forgetting
-from colorfilter import withdrawal
+from colorfilter import provenance
 from colorfilter.errors import InputError, UnreachableError
 from colorfilter.files import lock
 from colorfilter.order import training_order
@@ -28,7 +31,6 @@ from resources.artifacts import ArtifactStore
 from resources.backup import back_up, restore
 from resources.gpu import Gpu
 from resources.ledger import Ledger
-from resources.score_store import ScoreStore
 from tests.conftest import Project
 from tests.pipelines.program import colorfilter
 from tests.pipelines.tampering import audited, lines
@@ -151,7 +153,7 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     assert learned
 
     assert len(project.kernel_runs()) == scored  # nothing was scored again
-    entered = [e["path"] for e in project.ledger() if e.get("withdrawn")]
+    entered = [e["path"] for e in project.ledger() if e.get("replaces") or e.get("removed")]
     assert sorted(entered) == sorted(set(entered))
     after = documents(project)
     others = pl.col("doc_id") != gone["doc_id"]
@@ -217,7 +219,7 @@ def test_a_document_of_d_prior_taught_every_model(
             [found],
             Gpu(home=str(root), backend="ray", storage=str(tmp_path / "away")),
         )
-    project.home.refuse_forgetting()  # nothing was begun
+    project.home.refuse_exclusive()  # nothing was begun
     take_out(project.home, [found], Gpu(home=str(root), backend="ray", storage=storage))
     assert not any(names(copy) for copy in copies)
     assert telling(root, own) == []
@@ -319,11 +321,12 @@ def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.Mon
         return step
 
     for owner, name in (
-        (withdrawal, "withdraw_from_table"),
-        (withdrawal, "withdraw_from_tokens"),
+        (forgetting, "write_redacted"),
+        (provenance, "write_manifest"),
+        (os, "fsync"),
         (Ledger, "append"),
-        (ScoreStore, "forget"),
         (Path, "unlink"),
+        (shutil, "rmtree"),
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     killed = 0
@@ -337,13 +340,19 @@ def test_killed_at_any_step_it_goes_on(project: Project, monkeypatch: pytest.Mon
             allowed += 1
             if killed == 5:  # meanwhile nothing runs that could take it up again
                 steps = -1_000
-                with pytest.raises(InputError, match="a document is being forgotten"):
+                with pytest.raises(
+                    InputError, match=r"`colorfilter forget .*` is at work or was interrupted"
+                ):
                     project.run(monkeypatch, Job.REFRESH)
                 # Nor a run of the web UI, whose process begins with its resources.
                 context = SimpleNamespace(run=SimpleNamespace(run_id="of-the-ui"))
-                with pytest.raises(InputError, match="a document is being forgotten"):
+                with pytest.raises(
+                    InputError, match=r"`colorfilter forget .*` is at work or was interrupted"
+                ):
                     store(project).setup_for_execution(context)  # type: ignore[arg-type]
-                with pytest.raises(InputError, match="a document is being forgotten"):
+                with pytest.raises(
+                    InputError, match=r"`colorfilter forget .*` is at work or was interrupted"
+                ):
                     back_up(project.home, project.root / "backup", lambda _done, _total: None)
     monkeypatch.undo()
     assert losses.exists()
@@ -361,6 +370,11 @@ def test_the_audit_finds_what_came_back(project: Project) -> None:
     before = project.root / "before"
     shutil.copytree(raw, before)
     forget(project, gone["doc_id"])
+    shutil.copytree(before, raw)
+    back = r"raw_corpus/\S+: \S+: expected no folder: it was replaced"
+    assert any(re.match(back, line) for line in lines(project))
+    shutil.rmtree(raw)
+    raw = store(project).current("raw_corpus", gone["shard"]).path
     shutil.copy(before / "documents.parquet", raw)
     name = re.escape(f"raw_corpus[{gone['shard']}]")
     assert any(re.match(f"{name}: .*documents.parquet: .*sha256", line) for line in lines(project))
@@ -408,6 +422,53 @@ def test_what_the_web_ui_has_shown_of_it_goes(project: Project) -> None:
     for database in project.home.dagster.rglob("*.db"):
         with sqlite3.connect(database) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert lines(project) == []
+
+
+def test_what_dagster_keeps_apart_from_runs_goes(project: Project) -> None:
+    """Results of checks, logs of runs that are deleted, and errors of ticks."""
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+    quote = gone["text"][:400]
+    dagster = project.home.dagster
+    with dg.DagsterInstance.from_config(str(dagster)) as instance:
+        (run,) = instance.get_runs(limit=1)
+        kept = len(instance.get_runs())
+        for text in (quote, "nothing of it"):
+            result = dg.AssetCheckEvaluation(
+                asset_key=dg.AssetKey("raw_corpus"),
+                check_name=f"quotes_{len(text)}",
+                passed=False,
+                description=text,
+                metadata={},
+            )
+            instance.report_runless_asset_event(result)
+    log = dagster / "storage" / run.run_id / "compute_logs" / "step.err"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"Traceback: {quote!r}")
+    of_nobody = dagster / "logs" / "event.log"
+    of_nobody.parent.mkdir(exist_ok=True)
+    of_nobody.write_text(quote)
+    ticks = dagster / "schedules" / "schedules.db"
+    with contextlib.closing(sqlite3.connect(ticks)) as connection, connection:
+        columns = "(job_origin_id, selector_id, status, type, tick_body)"
+        tick = "'a', 'b', 'FAILURE', 'SENSOR'"
+        for error in (quote, "another error"):
+            query = f"INSERT INTO job_ticks {columns} VALUES ({tick}, ?)"
+            connection.execute(query, [json.dumps({"error": {"message": error}})])
+    told = {path.name for path in telling(project.home.root, own) if dagster in path.parents}
+    assert told >= {"index.db", "schedules.db", "step.err", "event.log"}
+    forget(project, gone["doc_id"])
+    assert telling(project.home.root, own) == []
+    assert not log.parent.exists()
+    with contextlib.closing(sqlite3.connect(ticks)) as connection:
+        kept_ticks = connection.execute("SELECT tick_body FROM job_ticks").fetchall()
+    assert kept_ticks == [('{"error": {"message": "another error"}}',)]
+    with dg.DagsterInstance.from_config(str(dagster)) as instance:
+        checks = instance.event_log_storage
+        key = dg.AssetCheckKey(dg.AssetKey("raw_corpus"), "quotes_13")
+        assert checks.get_asset_check_execution_history(key, limit=5)
+        assert len(instance.get_runs()) < kept
     assert lines(project) == []
 
 

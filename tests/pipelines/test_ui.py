@@ -295,9 +295,9 @@ def test_another_tau_is_selected_from_the_launchpad(page: "Page", server: Server
     run = server.new_run_succeeds(known, 60)
     assert run["jobName"] == "select"
     assert Home(server.home).kernel_runs.read_text() == kernels
-    with duckdb.connect(str(Home(server.home).scores), read_only=True) as scores:
+    with duckdb.connect(str(Home(server.home).selections), read_only=True) as selected:
         versions = "SELECT arm FROM selection_versions WHERE current ORDER BY arm"
-        assert ("color_tau5",) in scores.execute(versions).fetchall()
+        assert ("color_tau5",) in selected.execute(versions).fetchall()
     page.goto(f"/runs/{run['runId']}")
     see(page, re.compile("arm color_tau5, selected .* overlap"))
     stored = (Home(server.home).dagster / "storage").rglob("*")

@@ -4,11 +4,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from colorfilter.errors import InputError, UnreachableError
 from resources.artifacts import ArtifactStore, Work
 from resources.home import Home
+from resources.lineage import Lineage
 
 
 @pytest.fixture
@@ -226,3 +228,95 @@ def test_the_manifest_lists_every_file_with_its_hash(store: ArtifactStore) -> No
     assert manifest["files"][0]["bytes"] == 7
     assert len(manifest["files"][0]["sha256"]) == 64
     assert manifest["fingerprint"] == made.fingerprint
+
+
+def write_two(folder: Path) -> dict[str, int]:
+    (folder / "tokens").mkdir()
+    (folder / "tokens" / "a.txt").write_text("secret")
+    (folder / "b.txt").write_text("kept")
+    return {"size": 2}
+
+
+def redact(old: Path, new: Path) -> list[str]:
+    (new / "tokens").mkdir(parents=True)
+    (new / "tokens" / "a.txt").write_text("")
+    (new / "b.txt").write_text((old / "b.txt").read_text())
+    return ["tokens/a.txt"]
+
+
+def test_a_replaced_artifact_is_the_same_to_whatever_was_made_from_it(store: ArtifactStore) -> None:
+    old = store.make(Work("thing", "a"), write_two)
+    work = Work("model", inputs=[old, old.part("tokens")])
+    model = store.make(work, write)
+    entry = store.entries()["thing", "a"]
+    store.replace(entry, redact)
+    now = store.current("thing", "a")
+    assert now.path != old.path
+    path = str(now.path.relative_to(store.at.root))
+    assert (now.key, now.fingerprint) == (old.key, old.fingerprint)
+    assert now.part("tokens").fingerprint == old.part("tokens").fingerprint
+    assert (now.path / "tokens" / "a.txt").read_text() == ""
+    again = Work("model", inputs=[now, now.part("tokens")])
+    assert store.make(again, refuse).fingerprint == model.fingerprint
+    assert store.make(Work("thing", "a"), refuse).path == now.path
+    lineage = Lineage(store)
+    for name, fingerprint in model.inputs.items():
+        assert [e["path"] for e in lineage.find(name, fingerprint)] == [path]
+    store.discard(old.path)
+    assert store.make(Work("thing", "a"), refuse).path == now.path
+
+
+def test_a_replacement_that_was_interrupted_is_completed_once(store: ArtifactStore) -> None:
+    store.make(Work("thing"), write_two)
+    entry = store.entries()["thing", None]
+
+    def stopped(_old: Path, new: Path) -> list[str]:
+        new.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.replace(entry, stopped)
+    assert store.entries()["thing", None] == entry
+    store.replace(entry, lambda old, new: (new.rmdir(), redact(old, new))[1])
+    replaced = store.entries()["thing", None]
+    lines = len(list(store.ledger))
+    store.replace(entry, refuse_again)
+    assert store.entries()["thing", None] == replaced != entry
+    assert len(list(store.ledger)) == lines
+
+
+def refuse_again(_old: Path, _new: Path) -> list[str]:
+    raise AssertionError("was written again")
+
+
+def test_what_is_removed_is_found_by_its_parts_and_made_anew(store: ArtifactStore) -> None:
+    old = store.make(Work("dataset"), write_two)
+    tokens = old.part("tokens")
+    store.remove(store.entries()["dataset", None])
+    assert not old.path.exists()
+    assert ("dataset", None) not in store.entries()
+    with pytest.raises(InputError, match="is not there yet"):
+        store.current("dataset")
+    (found,) = Lineage(store).find(tokens.name, tokens.fingerprint)
+    assert found["fingerprint"] == old.fingerprint
+    assert store.make(Work("dataset"), write_two).path == old.path
+
+
+def test_a_discarded_dataset_leaves_its_table_of_rows(store: ArtifactStore) -> None:
+    rows = pl.DataFrame(
+        {"row": [0], "shard": ["a"], "position": [7], "sha256": ["ab"], "score": [1.5]}
+    )
+
+    def build(folder: Path) -> dict[str, int]:
+        (folder / "tokens").mkdir()
+        rows.write_parquet(folder / "tokens" / "sequences.parquet")
+        return {}
+
+    made = store.make(Work("dataset"), build)
+    entry = store.entries()["dataset", None]
+    expected = rows.drop("score")
+    assert expected.equals(store.rows_of(entry))
+    store.discard(made.path)
+    assert not made.path.exists()
+    assert expected.equals(store.rows_of(entry))
+    assert store.rows_of({**entry, "fingerprint": "another"}) is None

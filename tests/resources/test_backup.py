@@ -16,7 +16,7 @@ from resources.artifacts import ArtifactStore, Work
 from resources.backup import back_up, restore
 from resources.copying import BLOCK
 from resources.home import Home
-from resources.pruning import leftovers, remove
+from resources.pruning import leftovers
 from tests.conftest import Project, made_since
 
 
@@ -156,7 +156,7 @@ def test_what_happens_meanwhile_leaves_the_backup_as_it_began(
         copied = (folder / "artifacts" / "raw_corpus" / "web-1").exists()
         if copied and (folder / "begun" / "below").exists() and not happened:
             for left in leftovers(store, ["web-1"]):  # web-2 is being copied
-                remove(left)
+                store.discard(left.path)
                 happened.append(left.asset)
             make(store, "raw_corpus", "web-3", "web-3")
 
@@ -253,7 +253,7 @@ def test_what_was_pruned_stays_in_the_backup(store: ArtifactStore, folder: Path)
         make(store, "raw_corpus", shard, shard)
     saved(store, folder)
     for left in leftovers(store, ["web-2"]):
-        remove(left)
+        store.discard(left.path)
     assert saved(store, folder) == (0, 1)
     assert text_of(restored(folder), "raw_corpus", "web-1") == "web-1"
 
@@ -262,7 +262,7 @@ def test_what_was_pruned_before_is_not_missed(store: ArtifactStore, folder: Path
     for shard in ("web-1", "web-2"):
         make(store, "raw_corpus", shard, shard)
     for left in leftovers(store, ["web-2"]):
-        remove(left)
+        store.discard(left.path)
     assert saved(store, folder) == (1, 0)
     home = restored(folder)
     assert text_of(home, "raw_corpus", "web-2") == "web-2"

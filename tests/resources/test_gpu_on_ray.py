@@ -225,7 +225,7 @@ def test_everything_by_way_of_s3(root: Path, nodes: Any, local: dict[str, str]) 
     assert np.array_equal(nll, nll_alone, equal_nan=True)
     assert np.array_equal(n, n_alone)
     for place in ("tokens", *MODELS):
-        gpu.withdraw(at / place)
+        gpu.discard_copies(at / place)
     assert not fsspec.filesystem("s3").find("colorfilter/pool")
 
 

@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from colorfilter.errors import InputError
 from colorfilter.shards import InputFile, Shard
-from resources.home import Home
+from resources.home import FORMAT, Home
 
 
 def test_a_home_belongs_to_one_recipe(tmp_path: Path) -> None:
@@ -53,3 +54,11 @@ def test_settings_of_dagster_are_written_once(tmp_path: Path) -> None:
     settings.write_text("mine: true")
     home.claim("one")
     assert settings.read_text() == "mine: true"
+
+
+def test_a_home_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    home = Home(tmp_path).claim("one")
+    (tmp_path / "home.json").write_text(json.dumps({"recipe": "one", "format": FORMAT + 1}))
+    for use in (home.check, home.claim):
+        with pytest.raises(InputError, match=f"format {FORMAT + 1}, made by a newer version"):
+            use("one")

@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,19 +69,40 @@ def write_many(path: Path, name: str) -> None:
         Ledger(path).append(entry(name, str(i)))
 
 
-def test_what_is_withdrawn_makes_nothing_current(ledger: Ledger) -> None:
+def test_a_replaced_version_is_current_only_where_the_old_one_was(ledger: Ledger) -> None:
+    ledger.append(entry("one", path="older"))
+    ledger.append(entry("one", path="newer"))
+    ledger.append(entry("one", path="older-2", replaces="older"))
+    assert ledger.current()["one", None]["path"] == "newer"
+    ledger.append(entry("one", path="newer-2", replaces="newer"))
+    assert ledger.current()["one", None]["path"] == "newer-2"
+    ledger.append(entry("one", path="newer-3", replaces="newer-2"))
+    assert ledger.current()["one", None]["path"] == "newer-3"
+    assert ledger.last_version("newer") == "newer-3"
+    assert ledger.last_version("older") == "older-2"
+    assert ledger.last_version("another") == "another"
+
+
+@pytest.mark.parametrize("removed", [{"removed": True}, {"withdrawn": "whole"}])
+def test_what_is_removed_is_not_current(ledger: Ledger, removed: dict[str, Any]) -> None:
+    """Also by a ledger of home format 1."""
+    ledger.append(entry("one", path="older"))
+    ledger.append(entry("one", path="newer"))
+    ledger.append(entry("one", path="older", **removed))
+    assert ledger.current()["one", None]["path"] == "newer"
+    ledger.append(entry("one", path="newer", **removed))
+    assert ledger.current() == {}
+    ledger.append(entry("one", path="newest"))
+    assert ledger.current()["one", None]["path"] == "newest"
+
+
+def test_what_was_taken_out_of_in_format_1_stays_current(ledger: Ledger) -> None:
     ledger.append(entry("one", path="older"))
     ledger.append(entry("one", path="newer"))
     ledger.append(entry("one", path="older", withdrawn="part"))
     assert ledger.current()["one", None]["path"] == "newer"
     ledger.append(entry("one", path="newer", withdrawn="part", manifest="amended"))
     assert ledger.current()["one", None]["manifest"] == "amended"
-    ledger.append(entry("one", path="older", withdrawn="whole"))
-    assert ledger.current()["one", None]["path"] == "newer"
-    ledger.append(entry("one", path="newer", withdrawn="whole"))
-    assert ledger.current() == {}
-    ledger.append(entry("one", path="newest"))
-    assert ledger.current()["one", None]["path"] == "newest"
 
 
 def test_writers_at_the_same_time_make_one_chain(ledger: Ledger) -> None:

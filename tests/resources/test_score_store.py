@@ -17,7 +17,7 @@ from tests.resources.published import LENGTH, MODELS, colors, excluded, parts
 
 def publish(store: ScoreStore, selection: str, table: Path, domain: str, arm: str) -> None:
     new = PublishedSelection(selection, table, domain, arm, "p", "c", "now")
-    store.publish_selection(new)
+    store.publish_selections([new])
 
 
 def test_color_is_conditional_minus_prior(store: ScoreStore, tmp_path: Path) -> None:
@@ -106,10 +106,11 @@ def test_selections_have_one_current_version_per_arm(store: ScoreStore, tmp_path
         publish(store, selection, table, "books", "color_tau2")
     with store.read() as connection:
         versions = fetch(
-            connection, "SELECT selection, cutoff, current FROM selection_versions ORDER BY ALL"
+            connection,
+            "SELECT selection, cutoff, current FROM selected.selection_versions ORDER BY ALL",
         )
         assert versions == [("one", -2.0, True), ("two", -2.0, False)]
-        assert fetch(connection, "SELECT count(*) FROM selections") == [(2,)]
+        assert fetch(connection, "SELECT count(*) FROM selected.selections") == [(2,)]
 
 
 def test_what_two_arms_select_alike_stands_once(store: ScoreStore, tmp_path: Path) -> None:
@@ -123,7 +124,8 @@ def test_what_two_arms_select_alike_stands_once(store: ScoreStore, tmp_path: Pat
     with store.read() as connection:
         counts = fetch(
             connection,
-            "SELECT arm, count(*) FROM selections JOIN selection_versions USING (selection) "
+            "SELECT arm, count(*) FROM selected.selections "
+            "JOIN selected.selection_versions USING (selection) "
             "WHERE current GROUP BY arm ORDER BY arm",
         )
     assert counts == [("color_tau2", 1), ("color_tau2_leaks", 1)]
@@ -233,43 +235,29 @@ def test_publications_wait_for_each_other(store: ScoreStore, tmp_path: Path) -> 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(enter, range(6)))
     with store.read() as connection:
-        found = fetch(connection, "SELECT selection FROM selections ORDER BY ALL")
+        found = fetch(connection, "SELECT selection FROM selected.selections ORDER BY ALL")
     assert found == [(f"s{i}",) for i in range(6)]
 
 
-def test_what_a_forgotten_document_carried_leaves_the_tables_and_the_file(
-    store: ScoreStore, tmp_path: Path
+@pytest.mark.parametrize("table", ["selections", "selection_versions"])
+def test_a_query_on_the_old_place_of_the_selections_names_the_new_one(
+    store: ScoreStore, tmp_path: Path, table: str
 ) -> None:
-    """On pages that were freed it could still be read."""
-    both = [
-        *parts(tmp_path, "a", {"p": [3.0, 2.0], "c": [1.0, 4.0]}),
-        *parts(tmp_path, "b", {"p": [3.0], "c": [1.0]}),
-    ]
-    secret = "written-by-somebody" * 40
-    folder = both[0].documents
-    assert folder is not None
-    table = pl.read_parquet(folder / "documents.parquet")
-    table.with_columns(extra=pl.lit(secret)).write_parquet(folder / "documents.parquet")
-    store.publish(both, MODELS, LENGTH)
-    scored = colors(store)
-    assert secret.encode() in Home(store.home).scores.read_bytes()
-    store.forget(["a"])
-    assert b"written-by-somebody" not in Home(store.home).scores.read_bytes()
-    assert colors(store) == scored
-    with store.read() as connection:
-        rows = fetch(connection, "SELECT shard, n_chars, extra FROM documents ORDER BY shard")
-    assert rows == [("a", 0, "{}"), ("b", 9, "{}")]
+    store.publish(parts(tmp_path, "a", {"p": [3.0], "c": [1.0]}), MODELS, LENGTH)
+    with (
+        duckdb.connect(str(Home(store.home).scores), read_only=True) as connection,
+        pytest.raises(duckdb.Error, match=f"the table {table} is in selections.duckdb"),
+    ):
+        connection.execute(f"SELECT * FROM {table} WHERE selection = 'one'")
 
 
-def test_sequences_that_carry_a_forgotten_document_are_no_candidates(
+def test_a_selection_is_published_without_a_copy_of_the_scores(
     store: ScoreStore, tmp_path: Path
 ) -> None:
-    made = parts(tmp_path, "a", {"p": [3.0, 2.0], "c": [1.0, 4.0]})
-    store.publish(made, MODELS, LENGTH)
-    assert made[0].documents is not None
-    path = made[0].documents / "documents.parquet"
-    pl.read_parquet(path).with_columns(n_chars=pl.lit(0, dtype=pl.Int64)).write_parquet(path)
-    store.publish([replace(made[0], fingerprint="text-2"), *made[1:]], MODELS, LENGTH)
-    with store.read() as connection:
-        excluded = fetch(connection, "SELECT * FROM excluded ORDER BY ALL")
-    assert excluded == [("a", 0, "forgotten"), ("a", 1, "forgotten")]
+    store.publish(parts(tmp_path, "a", {"p": [3.0, 1.0], "c": [1.0, 1.0]}), MODELS, LENGTH)
+    before = Home(store.home).scores.stat()
+    table = tmp_path / "selection.parquet"
+    rows = {"rank": [1], "shard": ["a"], "position": [0], "score": [-2.0]}
+    pl.DataFrame(rows).write_parquet(table)
+    publish(store, "one", table, "books", "color_tau2")
+    assert Home(store.home).scores.stat() == before

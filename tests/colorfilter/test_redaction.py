@@ -1,4 +1,4 @@
-"""A document taken out of tables and tokens, and nothing else with it."""
+"""Copies of tables and tokens without a document, and nothing else missing."""
 
 import hashlib
 import html
@@ -11,11 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 
-from colorfilter import tokens, withdrawal
+from colorfilter import tokens
 from colorfilter.documents import read_documents, text_sha256, write_documents
 from colorfilter.recipe import Source
+from colorfilter.redaction import (
+    Forgotten,
+    holding_files,
+    touched_sequences,
+    write_redacted,
+)
 from colorfilter.shards import InputFile
-from colorfilter.withdrawal import Forgotten
 
 TEXTS = [f"Document {i}. " + " ".join(f"word{i}x{j}" for j in range(5 + 7 * i)) for i in range(9)]
 
@@ -55,31 +60,46 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tokens.Encoder:
     return tokens.Encoder(folder)
 
 
-def test_a_table_loses_one_text_and_what_it_carried(raw: Path) -> None:
-    path = raw / "documents.parquet"
-    before, gone = pl.read_parquet(path), forgotten(raw, 3)
-    assert withdrawal.holds_in_table(path, gone)
-    withdrawal.withdraw_from_table(path, gone)
-    after = pl.read_parquet(path)
-    assert after[3, "text"] == ""
-    assert after[3, "extra"] == "{}"
-    assert after[3, "n_chars"] == 0
+def redacted(folder: Path, *documents: Forgotten) -> Path:
+    """A copy of a folder without documents."""
+    target = folder.with_name(f"{folder.name}-redacted")
+    write_redacted(folder, target, documents, holding_files(folder, documents))
+    return target
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_table_loses_texts_and_what_they_carried(raw: Path) -> None:
+    before, gone = contents(raw), [forgotten(raw, 3), forgotten(raw, 5)]
+    table = pl.read_parquet(raw / "documents.parquet")
+    assert holding_files(raw, gone) == ["documents.parquet", "rejects.parquet"]
+    new = redacted(raw, *gone)
+    after = pl.read_parquet(new / "documents.parquet")
+    for row in (3, 5):
+        assert after.row(row, named=True)["text"] == ""
+        assert after[row, "extra"] == "{}"
+        assert after[row, "n_chars"] == 0
     kept = ["doc_id", "source_file", "source_line", "source", "sha256"]
-    assert after.select(kept).equals(before.select(kept))
-    others = pl.int_range(pl.len()) != 3
-    assert after.filter(others).equals(before.filter(others))
-    assert after.schema == before.schema
-    assert not withdrawal.holds_in_table(path, gone)
-    assert [row["text"] for row in read_documents(path)] == TEXTS[:3] + TEXTS[4:]
+    assert after.select(kept).equals(table.select(kept))
+    others = ~pl.int_range(pl.len()).is_in([3, 5])
+    assert after.filter(others).equals(table.filter(others))
+    assert after.schema == table.schema
+    assert holding_files(new, gone) == []
+    texts = [row["text"] for row in read_documents(new / "documents.parquet")]
+    assert texts == TEXTS[:3] + TEXTS[4:5] + TEXTS[6:]
+    assert contents(raw) == before  # an artifact never changes
+    assert (new / "files.parquet").samefile(raw / "files.parquet")
 
 
 def test_what_was_rejected_as_its_copy_loses_its_beginning(raw: Path) -> None:
     path = raw / "rejects.parquet"
     assert pl.read_parquet(path)["excerpt"].to_list() == [TEXTS[3][:200]]
-    assert not withdrawal.holds_in_table(path, forgotten(raw, 4))
-    assert withdrawal.holds_in_table(path, forgotten(raw, 3))
-    withdrawal.withdraw_from_table(path, forgotten(raw, 3))
-    assert pl.read_parquet(path).select("reason", "excerpt").row(0) == ("duplicate", "")
+    assert holding_files(raw, [forgotten(raw, 4)]) == ["documents.parquet"]
+    new = redacted(raw, forgotten(raw, 3))
+    rejects = pl.read_parquet(new / "rejects.parquet")
+    assert rejects.select("reason", "excerpt").row(0) == ("duplicate", "")
 
 
 @pytest.mark.parametrize("which", [0, 4, 8])
@@ -88,29 +108,37 @@ def test_tokens_become_end_of_text_and_no_other_moves(
     raw: Path, encoder: tokens.Encoder, which: int, examples: bool
 ) -> None:
     out, gone = packed(raw, encoder, examples), forgotten(raw, which)
+    files = contents(out)
     before = np.array(tokens.open_tokens(out))
     rows = pl.read_parquet(out / "sequences.parquet")
     spans = pl.read_parquet(out / "spans.parquet")
-    touched = withdrawal.touched_sequences(out, gone)
-    assert withdrawal.holds_in_tokens(out, gone)
-    withdrawal.withdraw_from_tokens(out, gone)
-    assert not withdrawal.holds_in_tokens(out, gone)
-    after = np.array(tokens.open_tokens(out))
+    touched = touched_sequences(out, gone)
+    assert holding_files(out, [gone]) == ["tokens.npy", "sequences.parquet"]
+    new = redacted(out, gone)
+    assert holding_files(new, [gone]) == []
+    assert contents(out) == files
+    after = np.array(tokens.open_tokens(new))
     mine = np.zeros(before.shape, dtype=bool)
     for row in spans.filter(pl.col("doc_id").is_in(list(gone.doc_ids))).iter_rows(named=True):
         mine[row["position"], row["offset"] : row["offset"] + row["n_tokens"]] = True
     assert (after[mine] == encoder.end_of_text).all()
     assert (after[~mine] == before[~mine]).all()
-    now = pl.read_parquet(out / "sequences.parquet")
+    now = pl.read_parquet(new / "sequences.parquet")
     real = zip(after, now["n_tokens"], strict=True)
     hashes = [hashlib.sha256(r[:n].astype("<u4").tobytes()).hexdigest() for r, n in real]
     assert now["sha256"].to_list() == hashes
     assert set(touched["position"]) == set(np.flatnonzero(mine.any(1)))
     changed = now.filter(now["sha256"] != rows["sha256"])["position"]
     assert set(changed) <= set(touched["position"])
-    assert pl.read_parquet(out / "spans.parquet").equals(spans)
-    withdrawal.withdraw_from_tokens(out, gone)  # again changes nothing
-    assert (np.array(tokens.open_tokens(out)) == after).all()
+    assert pl.read_parquet(new / "spans.parquet").equals(spans)
+
+
+def test_documents_of_one_sequence_are_redacted_together(
+    raw: Path, encoder: tokens.Encoder
+) -> None:
+    out, gone = packed(raw, encoder, examples=False), [forgotten(raw, i) for i in range(9)]
+    after = np.array(tokens.open_tokens(redacted(out, *gone)))
+    assert (after == encoder.end_of_text).all()
 
 
 def test_a_document_that_is_not_there_is_held_by_nothing(
@@ -118,9 +146,9 @@ def test_a_document_that_is_not_there_is_held_by_nothing(
 ) -> None:
     out = packed(raw, encoder, examples=False)
     stranger = Forgotten(text_sha256("a stranger"), {"0" * 20}, {"elsewhere:1"}, "a stranger")
-    assert not withdrawal.holds_in_tokens(out, stranger)
-    assert withdrawal.touched_sequences(out, stranger).is_empty()
-    assert not withdrawal.holds_in_table(raw / "documents.parquet", stranger)
+    assert holding_files(out, [stranger]) == []
+    assert holding_files(raw, [stranger]) == []
+    assert touched_sequences(out, stranger).is_empty()
 
 
 TEXT = (
@@ -143,7 +171,7 @@ TEXT = (
     ],
 )
 def test_a_page_tells_of_a_text_however_it_is_written(page: str, told: bool) -> None:
-    assert Forgotten("", set(), set(), TEXT).is_told_in(page) is told
+    assert Forgotten("", set(), set(), TEXT).is_shown_in(page) is told
 
 
 def test_any_thirty_letters_in_a_row_tell_of_a_text() -> None:
@@ -151,17 +179,17 @@ def test_any_thirty_letters_in_a_row_tell_of_a_text() -> None:
     text = "".join(random.Random(0).choices(string.ascii_letters, k=200))
     gone = Forgotten("", set(), set(), text)
     for start in range(len(text) - 29):
-        assert gone.is_told_in(f"| 12 | {text[start : start + 30]} | 0.5 |")
+        assert gone.is_shown_in(f"| 12 | {text[start : start + 30]} | 0.5 |")
 
 
 def test_a_short_text_is_told_as_a_whole_and_an_unknown_one_never() -> None:
     short = Forgotten("", set(), set(), "Hi there")
-    assert short.is_told_in("excerpt | Hi there! | 7")
-    assert short.is_told_in("<td>1</td><td><b>Hi there</b></td>")
-    assert not short.is_told_in("She said Hi there to all")  # other texts will have it too
-    assert not short.is_told_in("Hi you")
-    assert not Forgotten("", set(), set(), "...").is_told_in("anything...")
-    assert not Forgotten("", set(), set()).is_told_in("anything")
+    assert short.is_shown_in("excerpt | Hi there! | 7")
+    assert short.is_shown_in("<td>1</td><td><b>Hi there</b></td>")
+    assert not short.is_shown_in("She said Hi there to all")  # other texts will have it too
+    assert not short.is_shown_in("Hi you")
+    assert not Forgotten("", set(), set(), "...").is_shown_in("anything...")
+    assert not Forgotten("", set(), set()).is_shown_in("anything")
 
 
 def test_a_forgotten_text_is_not_read_again(raw: Path, tmp_path: Path) -> None:
@@ -170,8 +198,8 @@ def test_a_forgotten_text_is_not_read_again(raw: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     folder.mkdir()
     source = Source(name="web", files=str(path))
-    gone = {text_sha256(TEXTS[3])}
-    counts = write_documents([file], [source], folder, forgotten=gone)
+    gone = {text_sha256(TEXTS[3]): "forgotten"}
+    counts = write_documents([file], [source], folder, unwanted=gone)
     assert counts["documents"] == len(TEXTS) - 1
     assert counts["rejects"] == 2
     rejects = pl.read_parquet(folder / "rejects.parquet")

@@ -1,0 +1,83 @@
+"""DuckDB files that are replaced as a whole: a reader keeps the version that it has opened."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+
+from colorfilter.files import lock, require_space, write_atomically
+
+# What DuckDB may hold of the tables before it spills to disk.
+READING_MEMORY = "1GB"
+PUBLISHING_MEMORY = "2GB"
+# The newest form that every supported DuckDB reads.
+STORAGE_VERSION = "v1.2.0"
+
+
+@contextlib.contextmanager
+def next_version(
+    path: Path, leases: Path, schema: str = "", fresh: bool = False
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Connect to a copy of a database, which replaces it when the block ends without an error.
+
+    With `fresh` the copy starts empty. One writer at a time, by a lock in `leases`. Changes may be
+    committed bit by bit, as a transaction holds memory for all that it inserts.
+    """
+    with lock(leases / path.name), _copied(path, schema, fresh) as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def _copied(path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+    temporary = path.with_suffix(".next")
+    _unlink(temporary)
+    if path.exists() and not fresh:
+        require_space(path.parent, path.stat().st_size * 3 // 2, f"a new {path.name}")
+        shutil.copyfile(path, temporary)
+    connection = duckdb.connect()
+    try:
+        limit_memory(connection, path, PUBLISHING_MEMORY)
+        attach(connection, temporary, "next", f"STORAGE_VERSION '{STORAGE_VERSION}'")
+        connection.execute("USE next")
+        connection.execute(schema)
+        yield connection
+        connection.execute("USE memory")
+        connection.execute("DETACH next")
+    except BaseException:
+        connection.close()
+        _unlink(temporary)
+        raise
+    connection.close()
+    write_atomically(temporary, path)
+
+
+def _unlink(database: Path) -> None:
+    """Remove a database and its write-ahead log, where they exist."""
+    database.unlink(missing_ok=True)
+    database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Commit what the block does when it ends. After an error the database is given up."""
+    connection.execute("BEGIN")
+    yield
+    connection.execute("COMMIT")
+
+
+def attach(
+    connection: duckdb.DuckDBPyConnection, path: Path, name: str, options: str = "READ_ONLY"
+) -> None:
+    """Attach the database in a file under a name."""
+    place = str(path).replace("'", "''")
+    connection.execute(f"ATTACH '{place}' AS {name} ({options})")
+
+
+def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
+    """Limit what a connection holds in memory; beyond that it spills beside the file at `path`."""
+    connection.execute(f"SET memory_limit = '{memory}'")
+    connection.execute("SET preserve_insertion_order = false")
+    connection.execute("SET enable_progress_bar = false")
+    connection.execute("SET temp_directory = ?", [str(path.with_suffix(".spill"))])

@@ -1,0 +1,89 @@
+"""Bring a home that an earlier version made up to the current format."""
+
+import contextlib
+from functools import partial
+from pathlib import Path
+
+import duckdb
+
+from colorfilter.errors import InputError
+from colorfilter.files import lock
+from colorfilter.provenance import MANIFEST, read_manifest
+from colorfilter.redaction import write_redacted
+from colorfilter.tables import fetch
+from resources.artifacts import ArtifactStore
+from resources.databases import attach, next_version
+from resources.home import FORMAT, Home
+from resources.ledger import is_removed
+from resources.pruning import folders
+from resources.score_store import MOVED, SELECTIONS_SCHEMA
+
+TABLES = ("selections", "selection_versions")
+
+
+def upgrade(home: Home) -> None:
+    """Bring a home up to the current format, one process at a time.
+
+    Nothing is scored or trained again. A step that was interrupted is repeated. Raises InputError
+    while a run is at work.
+    """
+    with lock(home.leases / "upgrade"):
+        if home.format == FORMAT:
+            return
+        if home.is_at_work():
+            raise InputError(
+                f"home {home.root}: has the format of an earlier version, and a run is at work; "
+                "wait for it or cancel it"
+            )
+        if (home.root / "forgetting").exists():
+            raise InputError(
+                f"home {home.root}: an earlier version was interrupted in `colorfilter forget`; "
+                "complete it with that version"
+            )
+        _move_selections(home)
+        _replace_amended(home)
+        home.record_format()
+
+
+def _move_selections(home: Home) -> None:
+    """Move the tables of selections from `scores.duckdb` to a file of their own (format 2)."""
+    if not home.scores.exists() or not _selections_in(home):
+        return
+    with next_version(home.selections, home.leases, SELECTIONS_SCHEMA, fresh=True) as connection:
+        attach(connection, home.scores, "scores")
+        for table in TABLES:
+            connection.execute(f"INSERT INTO {table} BY NAME FROM scores.{table}")
+    with next_version(home.scores, home.leases) as connection:
+        for table in TABLES:
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute(MOVED)
+
+
+def _replace_amended(home: Home) -> None:
+    """Replace artifacts that `forget` changed in place by versions of their own (format 2)."""
+    artifacts = ArtifactStore(home=str(home.root))
+    entries = artifacts.ledger.by_path()
+    for folder in list(folders(home.artifacts)):
+        if not (folder / MANIFEST).exists():
+            continue
+        now = {f["path"]: f["now"] for f in read_manifest(folder)["files"] if "now" in f}
+        entry = entries.get(str(folder.relative_to(home.root)))
+        if not now or entry is None:
+            continue
+        if is_removed(entry):
+            artifacts.remove(entry)
+        else:
+            artifacts.replace(entry, partial(_link_all, list(now)))
+            artifacts.discard(folder)
+
+
+def _link_all(changed: list[str], old: Path, new: Path) -> list[str]:
+    write_redacted(old, new, [], [])
+    return changed
+
+
+def _selections_in(home: Home) -> bool:
+    """Whether `scores.duckdb` still has the tables of selections."""
+    with contextlib.closing(duckdb.connect(str(home.scores), read_only=True)) as connection:
+        names = {name for (name,) in fetch(connection, "SELECT table_name FROM duckdb_tables()")}
+    return names.issuperset(TABLES)
