@@ -67,7 +67,7 @@ def test_selections_are_moved_and_nothing_is_made_again(
         assert [connection.execute(f"FROM {t} ORDER BY ALL").fetchall() for t in TABLES] == before
     with (
         duckdb.connect(str(home.scores), read_only=True) as connection,
-        pytest.raises(duckdb.Error, match="the table selections is in selections.duckdb"),
+        pytest.raises(duckdb.Error, match="the table selections is in"),
     ):
         connection.execute("SELECT count(*) FROM selections")
     assert movable.run(monkeypatch, Job.EVERYTHING) is None
@@ -83,7 +83,7 @@ def test_what_was_changed_in_place_becomes_a_version_of_its_own(
     shard = home.shards()[0].name
     raw = store.entries()["raw_corpus", shard]
     table = home.root / raw["path"] / "documents.parquet"
-    changed = pl.read_parquet(table).with_columns(extra=pl.lit("{}"))
+    changed = pl.read_parquet(table).with_columns(text=pl.lit(""))
     changed.write_parquet(table)
     amend(store, raw, {"documents.parquet"}, "part")
     dataset = store.entries()[f"{ARM}/filtered_dataset", None]
