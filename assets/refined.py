@@ -10,7 +10,7 @@ import dagster as dg
 from assets.auxiliary import checkpoint
 from assets.common import AnyContext, Context, Progress, result
 from assets.declaration import Declaration, Read, Shards, asset
-from assets.scores import GROUP, REFINED, boundary, end_of_text_read, publication
+from assets.scores import GROUP, REFINED, boundary, end_of_text_read
 from colorfilter.progress import Progress as Counting
 from colorfilter.progress import silent
 from colorfilter.recipe import Arm, Domain, Recipe
@@ -72,7 +72,7 @@ def refined_declaration(recipe: Recipe, domain: Domain) -> Declaration:
         seed=recipe.seed,
         precision="float32",
         description="Losses in float32 of what lies so near an arm's cutoff that the precision of "
-        "the scores could decide, and the error of the scores. Published in place of the others. "
+        "the scores could decide, and the error of the scores. Selections read them instead. "
         "Loads models; a selection does not need it, but says how much near its cutoff is not "
         "refined.",
         pool="gpu",
@@ -100,7 +100,7 @@ def refine(
     recipe: Recipe,
     domain: Domain,
 ) -> Artifact:
-    """Make a domain's `refined_scores` for all arms of the recipe, and publish them."""
+    """Make a domain's `refined_scores` for all arms of the recipe, ."""
     declared = refined_declaration(recipe, domain)
     models = [
         declared.current(artifacts, "prior_model"),
@@ -122,10 +122,7 @@ def refine(
             shutil.rmtree(folder / part, ignore_errors=True)
         return facts
 
-    made = artifacts.make(declared.work([tables, *models]), build)
-    parts, published, _ = publication(artifacts, recipe)
-    score_store.publish(parts, published, recipe.sequence_length)
-    return made
+    return artifacts.make(declared.work([tables, *models]), build)
 
 
 def score_near_cutoffs(

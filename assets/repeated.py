@@ -10,7 +10,7 @@ import polars as pl
 
 from assets.common import shard_names
 from assets.refined import score_places
-from assets.scores import loss_assets
+from assets.scores import loss_assets, overlays
 from assets.selected import choose
 from assets.selecting import Choice, with_choice
 from colorfilter.errors import InputError
@@ -44,7 +44,7 @@ def reselect(
             continue
         try:
             narrowed, domain, arm = _terms(recipe, entry)
-            with store.read() as connection:
+            with store.read(_refined(artifacts, entry)) as connection:
                 again = choose(connection, narrowed, domain, arm)
         except InputError as error:
             yield Finding(name, where, "a selection that can be repeated", str(error), warning=True)
@@ -54,6 +54,20 @@ def reselect(
         again = again.select(columns)
         if not kept.equals(again):
             yield Finding(name, where, *_first_difference(again, kept))
+
+
+def _refined(artifacts: ArtifactStore, selection: Entry) -> dict[str, Path]:
+    """The refined losses that a selection was made by, where there are any.
+
+    Raises InputError where they are no longer current.
+    """
+    name = f"{selection['asset'].split('/')[0]}/refined_scores"
+    if name not in selection["inputs"]:
+        return {}
+    refined = artifacts.current(name)
+    if refined.fingerprint != selection["inputs"][name]:
+        raise InputError(f"one by older {name}")
+    return overlays([refined])
 
 
 def _terms(recipe: Recipe, entry: Entry) -> tuple[Recipe, Domain, Arm]:

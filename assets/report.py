@@ -16,7 +16,7 @@ from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
 from assets.measured import cost_rows, kernel_runs
 from assets.refined import is_refined
-from assets.scores import boundary, refined_of
+from assets.scores import boundary, overlays, refined_of
 from assets.targets import GROUP
 from colorfilter import report as method
 from colorfilter.recipe import Arm, Domain, Recipe
@@ -100,7 +100,8 @@ class ReportInputs:
     leaking: Mapping[str, Artifact]
     confidence: Sequence[Artifact]  # none, or one
     models: Sequence[Artifact]  # prior and conditional
-    scores: Sequence[Artifact]  # the score tables, and the refined ones if there are any
+    tables: Artifact
+    refined: Sequence[Artifact]  # none, or one
 
     @property
     def inputs(self) -> list[Artifact]:
@@ -110,7 +111,8 @@ class ReportInputs:
             *(made for by_arm in of_arms for made in by_arm.values()),
             *self.confidence,
             *self.models,
-            *self.scores,
+            self.tables,
+            *self.refined,
         ]
 
     def evaluations(self) -> list[pl.DataFrame]:
@@ -145,7 +147,8 @@ def read_for_report(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) ->
         of_arms("leakage"),
         confidence,
         models,
-        [tables, *refined_of(artifacts, domain.name, tables.fingerprint)],
+        tables,
+        refined_of(artifacts, domain.name, tables.fingerprint),
     )
 
 
@@ -173,9 +176,9 @@ def write_report(
         rows,
         recipe.arms,
         {arm.name: _curves(artifacts, recipe, domain, arm) for arm in recipe.arms},
-        _colors(score_store, domain),
+        _colors(score_store, domain, read),
         cutoffs,
-        _examples(artifacts, gpu, score_store, recipe, domain, read.models, cutoffs, folder),
+        _examples(artifacts, gpu, score_store, recipe, domain, read, cutoffs, folder),
         confidence=sure,
         leakage=[{"arm": arm, **_leaks(made)} for arm, made in read.leaking.items()],
         cost=cost_rows(artifacts, recipe, domain),
@@ -225,7 +228,7 @@ def _examples(
     score_store: ScoreStore,
     recipe: Recipe,
     domain: Domain,
-    models: Sequence[Artifact],
+    read: ReportInputs,
     cutoffs: Mapping[str, float],
     folder: Path,
 ) -> list["Example"]:
@@ -235,7 +238,7 @@ def _examples(
 
     cut_at = {1 / arm.tau for arm in recipe.arms if arm.name in cutoffs and arm.tau}
     shares = [share for share in shown.SHARES if share not in cut_at]
-    with score_store.read() as connection:
+    with score_store.read(overlays(read.refined)) as connection:
         chosen = shown.sequences(connection, domain.name, cutoffs, shares)
     encoder = artifacts.current("tokenizer")
     raw = {shard: artifacts.current("raw_corpus", shard) for shard in chosen["shard"].unique()}
@@ -245,7 +248,7 @@ def _examples(
     }
     documents = {shard: source.path / "documents.parquet" for shard, source in raw.items()}
     prior, conditional = gpu.token_losses(
-        [checkpoint(model) for model in models],
+        [checkpoint(model) for model in read.models],
         shown.sequence_tokens(chosen, packed),
         folder,
         boundary(artifacts, recipe.scoring),
@@ -254,13 +257,13 @@ def _examples(
     return shown.examples(chosen, texts, prior, conditional)
 
 
-def _colors(score_store: ScoreStore, domain: Domain) -> dict[str, list[float]]:
+def _colors(score_store: ScoreStore, domain: Domain, read: ReportInputs) -> dict[str, list[float]]:
     """Color of a sample of the corpus and of the probe, for the histogram."""
     query = (
         "SELECT color FROM color WHERE domain = $domain AND {} "
         "USING SAMPLE reservoir(20000 ROWS) REPEATABLE (0)"
     )
-    with score_store.read() as connection:
+    with score_store.read(overlays(read.refined)) as connection:
         corpus = fetch(
             connection, query.format("NOT starts_with(shard, '_')"), {"domain": domain.name}
         )

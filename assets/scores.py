@@ -32,8 +32,6 @@ from resources.score_parts import Part, PublishedModel
 from resources.score_store import ScoreStore
 
 if TYPE_CHECKING:
-    import duckdb
-
     from colorfilter.chunks import Receipt
 
 GROUP = "scores"
@@ -253,8 +251,7 @@ def publication(
 ) -> tuple[list[Part], list[PublishedModel], list[Artifact]]:
     """Everything to publish, each checked to have been made from what is current.
 
-    The artefacts are those that the score tables are made from; what was scored again in float32
-    from exactly these takes the place of theirs.
+    The artifacts are those that the score tables are made from.
     """
     scored_by = {losses.asset: artifacts.current(losses.model) for losses in loss_assets(recipe)}
     models = [
@@ -279,22 +276,10 @@ def publication(
             inputs.append(losses)
             scored.append((model, losses))
     inputs += score_tables_declaration(recipe).exclusions(artifacts)
-    tables = artifacts.entries().get(("score_tables", None))
-    refined = []
-    if tables and tables["key"] == score_tables_declaration(recipe).work(inputs).key:
-        for domain in recipe.domains:
-            refined += refined_of(artifacts, domain.name, tables["fingerprint"])
-    for model, losses in scored:
-        again = [r for r in refined if model.name in r.inputs]
-        parts.append(
-            Part(
-                str(losses.partition),
-                fingerprint="+".join([losses.fingerprint, *(r.fingerprint[:32] for r in again)]),
-                model=model.fingerprint,
-                losses=losses.path,
-                refined=tuple(r.path / REFINED for r in again),
-            )
-        )
+    parts += [
+        Part(str(losses.partition), losses.fingerprint, model=model.fingerprint, losses=losses.path)
+        for model, losses in scored
+    ]
     return parts, models, inputs
 
 
@@ -307,18 +292,19 @@ def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artif
     return [artifacts.current(name)] if provenance.stands(artifacts.at.root / entry["path"]) else []
 
 
-def require_published(connection: "duckdb.DuckDBPyConnection", refined: Sequence[Artifact]) -> None:
-    """Raises InputError where losses in float32 were made and are not in the tables.
+def all_refined(artifacts: ArtifactStore) -> list[Artifact]:
+    """The refined losses of all domains over the current score tables."""
+    entries = artifacts.entries()
+    tables = entries.get(("score_tables", None))
+    domains = [a.split("/")[0] for a, _ in entries if a.endswith("/refined_scores")]
+    if tables is None:
+        return []
+    return [made for d in domains for made in refined_of(artifacts, d, tables["fingerprint"])]
 
-    A run that was killed between the two leaves them so.
-    """
-    for made in refined:
-        query = "SELECT count(*) FROM parts WHERE contains(fingerprint, ?)"
-        if not fetch_row(connection, query, [f"+{made.fingerprint[:32]}"])[0]:
-            raise InputError(
-                f"{made.name}: made but not published, as by a run that was killed; "
-                "materialize it again"
-            )
+
+def overlays(refined: Sequence[Artifact]) -> dict[str, Path]:
+    """Tables of refined losses by domain, as ScoreStore.read has them."""
+    return {made.asset.rpartition("/")[0]: made.path / REFINED for made in refined}
 
 
 def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from assets.common import probe_shard, result
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
 from assets.refined import is_refined, near
-from assets.scores import refined_of, require_published
+from assets.scores import overlays, refined_of
 from colorfilter import selection as method
 from colorfilter.errors import InputError
 from colorfilter.evaluation import probe
@@ -72,8 +72,7 @@ def select_by_query(
         refined = refined_of(artifacts, domain.name, tables.fingerprint)
 
     def build(folder: Path) -> dict[str, Any]:
-        with score_store.read() as connection:
-            require_published(connection, refined)
+        with score_store.read(overlays(refined)) as connection:
             candidates = method.count_candidates(connection)
             chosen = choose(connection, recipe, domain, arm)
             if arm.method == "color":

@@ -11,7 +11,7 @@ from assets.common import AnyContext, data_version, identity
 from assets.filtered import make_dataset
 from assets.leakage import find_leakage, leaks_in
 from assets.refined import refine
-from assets.scores import refined_of
+from assets.scores import overlays, refined_of
 from assets.selected import choose, near_cutoff, select_by_query
 from colorfilter.errors import InputError
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
@@ -110,7 +110,7 @@ def select(
         every = recipe.model_copy(update={"arms": [*others, arm]})
         refine(context, artifacts, gpu, score_store, every, domain)
     refined = refined_of(artifacts, domain.name, tables.fingerprint)
-    with score_store.read() as connection:
+    with score_store.read(overlays(refined)) as connection:
         changes = what_would_change(connection, narrowed, domain, arm, refined)
     context.log.info(", ".join(f"{name} {value}" for name, value in changes.items()))
     if choice.dry_run:

@@ -3,12 +3,13 @@
 Both run where scores are published, under its memory limit.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import duckdb
 import polars as pl
 
-from colorfilter.tables import fetch, fetch_frame
+from colorfilter.tables import fetch, fetch_frame, fetch_row
 
 # Why a sequence is no candidate, by the reason in the table `excluded`.
 EXCLUDED = {
@@ -83,6 +84,51 @@ def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
     connection.execute(FORGOTTEN)
     connection.execute(PADDED, {"length": length})
     connection.execute(COPIES)
+
+
+# Views of this connection alone, found before the tables of the same names. Two domains may have
+# refined the same loss of the prior: a domain's color is made of its own.
+OVERLAY = """
+    CREATE TEMP VIEW losses AS
+    SELECT model, shard, position, coalesce(exact.loss, published.loss) AS loss, n_tokens,
+        coalesce(exact.precision, published.precision) AS precision
+    FROM {database}.losses AS published
+    LEFT JOIN (
+        SELECT DISTINCT ON (model, shard, position) model, shard, position, loss, precision
+        FROM refined_losses
+    ) AS exact USING (model, shard, position);
+
+    CREATE TEMP VIEW paired_losses AS
+    SELECT domain, shard, position, coalesce(exact.prior, loss_prior) AS loss_prior,
+        coalesce(exact.conditional, loss_conditional) AS loss_conditional
+    FROM {database}.paired_losses
+    LEFT JOIN (
+        SELECT refined_losses.domain, shard, position,
+            any_value(loss) FILTER (role = 'prior') AS prior,
+            any_value(loss) FILTER (role = 'conditional') AS conditional
+        FROM refined_losses JOIN {database}.models USING (model)
+        GROUP BY ALL
+    ) AS exact USING (domain, shard, position);
+
+    CREATE TEMP VIEW color AS
+    SELECT *, loss_conditional::DOUBLE - loss_prior::DOUBLE AS color FROM paired_losses;
+"""
+
+
+def overlay(connection: duckdb.DuckDBPyConnection, refined: Mapping[str, Path]) -> None:
+    """Show refined losses, by domain, instead of the published ones in `losses` and `color`."""
+    (database,) = fetch_row(connection, "SELECT current_database()")
+    connection.execute(
+        "CREATE TEMP TABLE refined_losses(domain VARCHAR, model VARCHAR, shard VARCHAR, "
+        "position BIGINT, loss FLOAT, precision VARCHAR)"
+    )
+    for domain, table in refined.items():
+        connection.execute(
+            "INSERT INTO refined_losses BY NAME "
+            "SELECT ? AS domain, model, shard, position, loss, precision FROM read_parquet(?)",
+            [domain, str(table)],
+        )
+    connection.execute(OVERLAY.format(database=database))
 
 
 def changed_since_scored(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:

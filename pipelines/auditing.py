@@ -136,7 +136,7 @@ def audit(
         return found
     show("score tables", 0)
     before = len(found.findings)
-    look("score tables of all that is current", tables_are_current(artifacts, store, recipe))
+    look("score tables of all that is current", tables_are_current(artifacts, recipe))
     if len(found.findings) == before:
         with workplace(home) as folder:
             look("score tables against the record", tables(artifacts, store, recipe, folder))

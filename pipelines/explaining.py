@@ -11,6 +11,7 @@ from rich.table import Table
 
 from assets.datasets import InDataset, Records
 from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
+from assets.scores import all_refined, overlays
 from assets.standing import Checkpoint, Score, Stand
 from assets.versions import Change, DatasetExplanation, DatasetVersion, Difference, Example
 from colorfilter.score_tables import EXCLUDED
@@ -26,7 +27,7 @@ SHORT = 8  # digits of a fingerprint that are shown
 def look_up(place: Home, what: str) -> Explanation | DatasetExplanation:
     """What a home has on record of a document, a sequence or a dataset. Raises InputError."""
     artifacts = ArtifactStore(home=str(place.root))
-    with ScoreStore(home=str(place.root)).read() as connection:
+    with ScoreStore(home=str(place.root)).read(overlays(all_refined(artifacts))) as connection:
         return explain(Records(artifacts, Lineage(artifacts), connection), what)
 
 

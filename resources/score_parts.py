@@ -16,7 +16,7 @@ class Part:
     """Something to publish: a shard's text tables, or a model's losses over a shard.
 
     `documents` is the folder of the shard's documents, `tokens` of its packed tokens, `losses`
-    of the chunks; `refined` are files of losses in float32 that take the place of those.
+    of the chunks.
     """
 
     shard: str
@@ -25,7 +25,6 @@ class Part:
     tokens: Path | None = None
     model: str | None = None
     losses: Path | None = None
-    refined: tuple[Path, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -138,18 +137,6 @@ def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
         "SELECT * FROM read_parquet($files) WHERE model = $model AND shard = $shard",
         {"files": files, **wanted},
     )
-    if part.refined:
-        connection.execute(
-            """
-            UPDATE part SET loss = refined.loss, precision = refined.precision
-            FROM (
-                SELECT DISTINCT position, loss, precision FROM read_parquet($files)
-                WHERE model = $model AND shard = $shard
-            ) AS refined
-            WHERE part.position = refined.position
-            """,
-            {"files": [str(p) for p in part.refined], **wanted},
-        )
     bad, twice = fetch_row(
         connection,
         "SELECT count(*) FILTER (NOT isfinite(loss)), count(*) - count(DISTINCT position) "

@@ -16,7 +16,7 @@ import dagster as dg
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.score_tables import exclude, pair
+from colorfilter.score_tables import exclude, overlay, pair
 from colorfilter.tables import fetch, fetch_row
 from resources.databases import (
     READING_MEMORY,
@@ -114,11 +114,14 @@ class ScoreStore(dg.ConfigurableResource):
     home: str
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def read(
+        self, refined: Mapping[str, Path] | None = None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-only connection to the scores as published last.
 
-        The published selections are attached as the database `selected`. Raises InputError where
-        no scores have been published yet.
+        `refined` are tables of losses in float32 by domain: the connection shows these instead of
+        the published ones. The published selections are attached as the database `selected`.
+        Raises InputError where no scores have been published yet.
         """
         home = Home(self.home)
         if not home.scores.exists():
@@ -132,6 +135,8 @@ class ScoreStore(dg.ConfigurableResource):
                 connection.execute(SELECTIONS_SCHEMA)
             attach(connection, home.scores, "scores")
             connection.execute("USE scores")
+            if refined:
+                overlay(connection, refined)
             yield connection
 
     def publish(

@@ -36,9 +36,9 @@ def recorded_in(path: Path) -> Iterator[None]:
         found.add((at_work(), asset))
         return current(store, asset, partition)
 
-    def read_(store: ScoreStore) -> Any:
+    def read_(store: ScoreStore, *refined: Any) -> Any:
         found.add((at_work(), "score_tables"))
-        return read(store)
+        return read(store, *refined)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(ArtifactStore, "current", current_)

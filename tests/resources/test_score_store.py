@@ -1,7 +1,6 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -11,6 +10,7 @@ import pytest
 from colorfilter.errors import InputError
 from colorfilter.tables import fetch
 from resources.home import Home
+from resources.score_parts import PublishedModel
 from resources.score_store import PublishedSelection, ScoreStore
 from tests.resources.published import LENGTH, MODELS, colors, excluded, parts
 
@@ -186,40 +186,45 @@ def test_results_are_made_anew(store: ScoreStore) -> None:
         assert fetch(connection, "SELECT versions FROM kernel_runs") == [('{"torch": "2"}',)]
 
 
-def refined(folder: Path, losses: dict[tuple[str, str, int], float]) -> Path:
-    folder.mkdir()
+def refined(path: Path, losses: dict[tuple[str, str, int], float]) -> Path:
     pl.DataFrame(
         [(*place, loss, 7, "float32") for place, loss in losses.items()],
         schema=["model", "shard", "position", "loss", "n_tokens", "precision"],
         orient="row",
-    ).cast({"loss": pl.Float32}).write_parquet(folder / "refined.parquet")
-    return folder / "refined.parquet"
+    ).cast({"loss": pl.Float32}).write_parquet(path)
+    return path
 
 
-def test_refined_losses_take_the_place_of_the_others_and_give_it_back(
+def test_refined_losses_are_read_instead_of_the_others_where_they_are_asked_for(
     store: ScoreStore, tmp_path: Path
 ) -> None:
-    made = parts(tmp_path, "a", {"p": [3.0, 2.0, 1.0], "c": [1.0, 4.0, 1.0]})
+    made = parts(tmp_path, "a", {"p": [3.0, 2.0, 1.0], "c": [1.0, 4.0, 1.0], "d": [1.0, 1.0, 1.0]})
     for path in tmp_path.glob("a-1/*/losses*.parquet"):
         pl.read_parquet(path).with_columns(precision=pl.lit("bf16")).write_parquet(path)
-    store.publish(made, MODELS, LENGTH)
-    # Two domains may have refined the same loss of the prior; what is another's stays out.
-    one = refined(tmp_path / "1", {("p", "a", 1): 2.5, ("c", "a", 1): 4.0, ("p", "b", 0): 9.0})
-    two = refined(tmp_path / "2", {("p", "a", 1): 2.5, ("p", "a", 2): 0.5})
-    again = [
-        replace(p, fingerprint=f"{p.fingerprint}+r", refined=(one, two)) if p.losses else p
-        for p in made
-    ]
-    store.publish(again, MODELS, LENGTH)
-    assert colors(store) == [("a", 0, -2.0), ("a", 1, 1.5), ("a", 2, 0.5)]
-    with store.read() as connection:
-        rows = fetch(connection, "SELECT model, position, precision FROM losses ORDER BY ALL")
-    exact = {("p", 1), ("c", 1), ("p", 2)}
-    assert rows == [
-        (m, i, "float32" if (m, i) in exact else "bf16") for m in ("c", "p") for i in range(3)
-    ]
-    store.publish(made, MODELS, LENGTH)
-    assert colors(store) == [("a", 0, -2.0), ("a", 1, 2.0), ("a", 2, 0.0)]
+    web = PublishedModel("d", "conditional", "web", "/d")
+    store.publish(made, [*MODELS, web], LENGTH)
+    published = colors(store)
+    # Two domains may have refined the same loss of the prior: each reads its own.
+    books = refined(tmp_path / "b", {("p", "a", 1): 2.5, ("c", "a", 1): 4.25, ("p", "b", 0): 9.0})
+    other = refined(tmp_path / "w", {("p", "a", 1): 2.25, ("d", "a", 2): 0.5})
+
+    def read(**overlays: Path) -> tuple[list[tuple], list[tuple]]:
+        with store.read(overlays) as connection:
+            query = "SELECT domain, position, color FROM color ORDER BY ALL"
+            exact = "SELECT model, position FROM losses WHERE precision = 'float32' ORDER BY ALL"
+            count = fetch(connection, "SELECT count(*) FROM losses")
+            assert count == [(9,)]
+            return fetch(connection, query), fetch(connection, exact)
+
+    color, exact = read(books=books)
+    assert color[:3] == [("books", 0, -2.0), ("books", 1, 1.75), ("books", 2, 0.0)]
+    assert color[3:] == [("web", 0, -2.0), ("web", 1, -1.0), ("web", 2, 0.0)]
+    assert exact == [("c", 1), ("p", 1)]
+    color, exact = read(books=books, web=other)
+    assert color[:3] == [("books", 0, -2.0), ("books", 1, 1.75), ("books", 2, 0.0)]
+    assert color[3:] == [("web", 0, -2.0), ("web", 1, -1.25), ("web", 2, -0.5)]
+    assert exact == [("c", 1), ("d", 2), ("p", 1)]
+    assert colors(store) == published
 
 
 def test_publications_wait_for_each_other(store: ScoreStore, tmp_path: Path) -> None:
