@@ -216,9 +216,23 @@ FAULTS = [
     Fault(
         "a damaged file stands",
         "colorfilter/provenance.py",
-        'path.stat().st_size == held["bytes"] if held["sha256"]',
-        'path.exists() if held["sha256"]',
+        "path.stat().st_size == size for path",
+        "path.exists() for path",
         "tests/colorfilter/test_provenance.py",
+    ),
+    Fault(
+        "a redacted version that is another artifact to what was made of it",
+        "colorfilter/provenance.py",
+        'f.get("origin", f["sha256"])',
+        'f["sha256"]',
+        "tests/colorfilter/test_provenance.py",
+    ),
+    Fault(
+        "what was forgotten stays a candidate",
+        "assets/declaration.py",
+        "return tombstones_of_sequences(artifacts)",
+        "return tombstones_of_sequences(artifacts)[:0]",
+        "tests/pipelines/test_forgetting.py",
     ),
     Fault(
         "what is at work is pruned",

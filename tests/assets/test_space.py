@@ -16,6 +16,7 @@ STAGES = [
     "corpus_tokens",
     "scoring",
     "a new scores.duckdb",
+    "a new selections.duckdb",
     "reference/color_tau4/filtered_dataset",
     "reference/conditional_only_tau4/filtered_dataset",
     "reference/random/filtered_dataset",
