@@ -27,6 +27,8 @@ def tables_are_current(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Fin
     try:
         _, _, inputs = publication(artifacts, recipe)
         made = artifacts.current("score_tables")
+        if not artifacts.at.scores.exists():
+            raise InputError("none; materialize score_tables")
         if made.key != score_tables_declaration(recipe).work(inputs).key:
             raise InputError("older ones; materialize score_tables")
     except InputError as error:

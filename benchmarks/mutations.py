@@ -251,7 +251,7 @@ FAULTS = [
     Fault(
         "a home of another recipe taken",
         "resources/home.py",
-        "if owner not in {None, recipe}:",
+        'if facts["recipe"] != recipe:',
         "if False:",
         "tests/resources/test_home.py",
     ),
