@@ -11,8 +11,7 @@ import dagster as dg
 from assets.common import ONE_RUN, OWNERS, SHARDS
 from colorfilter import provenance
 from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.ledger import FORGOTTEN
-from resources.tombstones import tombstones_of_sequences
+from resources.tombstones import FORGOTTEN, tombstones_of_sequences
 
 
 class Shards(Enum):

@@ -25,10 +25,10 @@ from colorfilter.redaction import (
 )
 from resources.artifacts import ROWS, Artifact, ArtifactStore, Work
 from resources.audit import Finding
-from resources.ledger import FORGOTTEN, Entry, is_removed
+from resources.ledger import Entry, is_removed
 from resources.lineage import Lineage, name_of
 from resources.pruning import folders
-from resources.tombstones import SEQUENCES, tombstones
+from resources.tombstones import FORGOTTEN, SEQUENCES, tombstones
 
 TEXTS = {"raw_corpus", "sample_plan", "domain_text"}  # the assets that have texts themselves
 PAGES = {".html", ".md"}

@@ -361,11 +361,11 @@ class ArtifactStore(dg.ConfigurableResource):
         new = old.with_name(name[:16])
         manifest = provenance.read_manifest(old)
         if not provenance.stands(new):
-            changed = set(write(old, new))
+            differ = set(write(old, new))
             origins = {
                 file["path"]: file.get("origin", file["sha256"])
                 for file in manifest["files"]
-                if "origin" in file or file["path"] in changed
+                if "origin" in file or file["path"] in differ
             }
             identity = {k: v for k, v in manifest.items() if k not in {"facts", "files"}}
             provenance.write_manifest(
@@ -375,7 +375,7 @@ class ArtifactStore(dg.ConfigurableResource):
         if self.ledger.last_version(entry["path"]) != path:
             content = provenance.content(new)._asdict()
             parts = provenance.parts(new)
-            self._amend(entry, path=path, replaces=entry["path"], parts=parts, **content)
+            self._record_change(entry, path=path, replaces=entry["path"], parts=parts, **content)
 
     def remove(self, entry: Entry) -> None:
         """Record that an artifact is removed for good, and remove its folder.
@@ -387,7 +387,7 @@ class ArtifactStore(dg.ConfigurableResource):
             parts = entry.get("parts")
             if parts is None and (folder / provenance.MANIFEST).exists():
                 parts = provenance.parts(folder)
-            self._amend(entry, removed=True, parts=parts)
+            self._record_change(entry, removed=True, parts=parts)
         self.discard(folder)
 
     def discard(self, folder: Path) -> None:
@@ -405,7 +405,8 @@ class ArtifactStore(dg.ConfigurableResource):
             )
             write_atomically(temporary, kept)
         (folder / provenance.MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
 
     def rows_of(self, dataset: Entry) -> pl.DataFrame | None:
         """A dataset's row, shard, position and sha256, also where its folder is gone.
@@ -419,11 +420,11 @@ class ArtifactStore(dg.ConfigurableResource):
                 return pl.read_parquet(table, columns=["row", "shard", "position", "sha256"])
         return None
 
-    def _amend(self, entry: Entry, **changes: Any) -> None:
+    def _record_change(self, entry: Entry, **changes: Any) -> None:
         """Append an entry to the ledger with some facts changed."""
-        amended = {**entry, "reused": True, **changes, "recorded": _now()}
-        amended.pop("previous", None)
-        self.ledger.append(amended)
+        changed = {**entry, "reused": True, **changes, "recorded": _now()}
+        changed.pop("previous", None)
+        self.ledger.append(changed)
 
     def record(self, work: Work, artifact: Artifact) -> None:
         """Enter an artefact in the ledger."""

@@ -1,11 +1,11 @@
 """The ledger: what was made from what, exact per partition, in a file that is only appended to.
 
-A line of JSON for every artefact made or taken up again; the last line of an asset's partition says
-what is current. A line may also say that something was withdrawn of an artefact: that makes nothing
-current, and what was withdrawn as a whole is so no longer. Each entry holds the sha256 of the line
-before it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew
-from there changes its head, the hash of the last line: that is printed, and stands in the manifest
-of every artefact made after.
+A line of JSON for every artifact made or taken up again; the last line of an asset's partition says
+what is current. A line may also say that another version `replaces` an artifact, with the same key
+and fingerprint, or that one was `removed` for good. Each entry holds the sha256 of the line before
+it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew from there
+changes its head, the hash of the last line: that is printed, and is in the manifest of every artifact
+made after.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ Entry = dict[str, Any]
 Entries = dict[tuple[str, str | None], Entry]
 
 NOTHING = "0" * 64  # the hash before the first entry
-FORGOTTEN = "forgotten"  # the asset of what is left of a document that was forgotten
 
 
 class Link(NamedTuple):

@@ -90,8 +90,8 @@ CREATE TABLE artifacts(
     asset VARCHAR, partition VARCHAR, key VARCHAR, fingerprint VARCHAR, path VARCHAR,
     manifest VARCHAR, bytes BIGINT, rows BIGINT, run VARCHAR, reused BOOLEAN, facts VARCHAR,
     inputs VARCHAR, sources VARCHAR, recipe VARCHAR, code BIGINT, seed BIGINT, precision VARCHAR,
-    experiment VARCHAR, environment VARCHAR, recorded VARCHAR, withdrawn VARCHAR,
-    previous VARCHAR);
+    experiment VARCHAR, environment VARCHAR, recorded VARCHAR, replaces VARCHAR,
+    removed BOOLEAN, previous VARCHAR);
 """
 
 

@@ -1,8 +1,8 @@
 """What is left of a forgotten document: its sha256, where it was, and what learned from it."""
 
 from resources.artifacts import Artifact, ArtifactStore
-from resources.ledger import FORGOTTEN
 
+FORGOTTEN = "forgotten"  # the asset whose partitions are tombstones
 SEQUENCES = "sequences.parquet"
 
 

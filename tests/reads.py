@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 
 from resources.artifacts import Artifact, ArtifactStore
-from resources.ledger import FORGOTTEN
 from resources.score_store import ScoreStore
+from resources.tombstones import FORGOTTEN
 
 # By step, the assets that were read; a step makes one asset, or several together.
 Reads = dict[tuple[str, ...], set[str]]

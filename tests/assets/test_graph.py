@@ -16,7 +16,7 @@ from colorfilter.recipe_file import load
 from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path
 from resources.artifacts import RECIPE
-from resources.ledger import FORGOTTEN
+from resources.tombstones import FORGOTTEN
 from tests.conftest import recipe_facts
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
