@@ -25,7 +25,7 @@ from colorfilter import provenance
 from colorfilter.errors import InputError, UnreachableError
 from colorfilter.files import lock, write_atomically
 from resources.home import Home
-from resources.ledger import Entries, Entry, Ledger
+from resources.ledger import Entries, Entry, Ledger, ledger_at
 
 ROWS = "tokens/sequences.parquet"  # the table of a dataset's rows
 RECIPE = "recipe"  # the artefact that a run's recipe is kept as
@@ -308,7 +308,7 @@ class ArtifactStore(dg.ConfigurableResource):
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.at.ledger)
+        return ledger_at(self.at.ledger)
 
     def entries(self) -> Entries:
         """The current ledger entry of every asset's partition."""

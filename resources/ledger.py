@@ -3,13 +3,14 @@
 A line of JSON for every artifact made or taken up again; the last line of an asset's partition says
 what is current. A line may also say that another version `replaces` an artifact, with the same key
 and fingerprint, or that one was `removed` for good. Each entry holds the sha256 of the line before
-it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew from there
-changes its head, the hash of the last line: that is printed, and is in the manifest of every artifact
-made after.
+it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew from
+there changes its head, the hash of the last line: that is printed, and is in the manifest of every
+artifact made after.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -38,10 +39,11 @@ class Link(NamedTuple):
 
 
 class Ledger:
-    """The ledger in a file."""
+    """The ledger in a file. Keeps what it has read, so that only new lines are read again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._reading = _Reading()
 
     def __iter__(self) -> Iterator[Entry]:
         """All entries, oldest first. A line cut off by a crash is passed over."""
@@ -61,12 +63,12 @@ class Ledger:
                 before = sha256
 
     def current(self) -> Entries:
-        """The current entry of every asset's partition. What has been read is not read again."""
-        return _read(self.path).entries
+        """The current entry of every asset's partition."""
+        return self._read().entries
 
     def last_version(self, path: str) -> str:
         """The path of the last version of an artifact that was at `path`."""
-        replaced = _read(self.path).replaced
+        replaced = self._read().replaced
         while path in replaced:
             path = replaced[path]
         return path
@@ -96,6 +98,38 @@ class Ledger:
             stream.write(json.dumps(chained, ensure_ascii=False, default=str).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
+
+    def _read(self) -> "_Reading":
+        """What the ledger says by now."""
+        if not self.path.exists():
+            return _Reading()
+        reading = self._reading
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
+            return reading
+        with self.path.open("rb") as stream:
+            stream.seek(reading.stop - len(reading.tail))
+            before = stream.read(len(reading.tail))
+            if before != reading.tail or now.st_size <= reading.stop:  # written anew
+                reading = _Reading()
+                stream.seek(0)
+            appended = stream.read()
+        whole = appended[: appended.rfind(b"\n") + 1]
+        stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
+        # Copies: whoever has the old ones may be going through them.
+        new = _Reading(stop, now.st_mtime_ns, tail, dict(reading.entries), dict(reading.replaced))
+        for line in whole.splitlines():
+            entry = _parsed(line)
+            if entry is not None:
+                new.enter(entry)
+        self._reading = new
+        return new
+
+
+@functools.cache
+def ledger_at(path: Path) -> Ledger:
+    """The ledger in a file, one for all of the process: Dagster makes resources anew each tick."""
+    return Ledger(path)
 
 
 def _whole(stream: IO[bytes]) -> int:
@@ -165,33 +199,3 @@ class _Reading:
                 del self.entries[place]
         elif was_current or not (earlier or entry.get("withdrawn")):
             self.entries[place] = entry
-
-
-_readings: dict[Path, _Reading] = {}
-
-
-def _read(ledger: Path) -> _Reading:
-    """What a ledger says; what was read before is not read again."""
-    if not ledger.exists():
-        return _Reading()
-    reading = _readings.get(ledger, _Reading())
-    now = ledger.stat()
-    if (now.st_size, now.st_mtime_ns) == (reading.stop, reading.written):
-        return reading
-    with ledger.open("rb") as stream:
-        stream.seek(reading.stop - len(reading.tail))
-        before = stream.read(len(reading.tail))
-        if before != reading.tail or now.st_size <= reading.stop:  # written anew
-            reading = _Reading()
-            stream.seek(0)
-        appended = stream.read()
-    whole = appended[: appended.rfind(b"\n") + 1]
-    stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
-    # Copies: whoever has the old ones may be going through them.
-    new = _Reading(stop, now.st_mtime_ns, tail, dict(reading.entries), dict(reading.replaced))
-    for line in whole.splitlines():
-        entry = _parsed(line)
-        if entry is not None:
-            new.enter(entry)
-    _readings[ledger] = new
-    return new
