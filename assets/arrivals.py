@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import dagster as dg
 
-from assets.common import probe_shard
 from assets.declaration import Declaration, Read
 from colorfilter.files import lock
 from colorfilter.recipe import Recipe
 from colorfilter.shards import Shard, list_files, plan_shards, with_vanished
+from colorfilter.stages import ShardKind
 from resources.artifacts import ArtifactStore, Work
 
 
@@ -66,7 +66,7 @@ def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = Tr
             home.write_shards(planned)
     before, after = {s.name for s in standing}, {s.name for s in planned}
     return Arrivals(
-        shards=[s.name for s in planned] + [probe_shard(d.name) for d in recipe.domains],
+        shards=[s.name for s in planned] + [ShardKind.PROBE.named(d.name) for d in recipe.domains],
         new=sorted(after - before),
         retired=sorted(before - after),
         vanished=[f.name for f in files if f.vanished],

@@ -10,6 +10,7 @@ import dagster as dg
 from colorfilter.errors import InputError
 from colorfilter.files import require_space
 from colorfilter.recipe import Recipe
+from colorfilter.stages import ShardKind
 from colorfilter.workers import Workers, cores
 from resources.artifacts import Artifact, ArtifactStore, Work
 
@@ -21,11 +22,6 @@ INPUTS_SHOWN = 12
 AnyContext = dg.AssetExecutionContext | dg.OpExecutionContext
 
 
-def probe_shard(domain: str) -> str:
-    """The reserved shard of a domain: scored like corpus, never selected."""
-    return f"_probe_{domain}"
-
-
 def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
     """All shards, the reserved ones last. Raises InputError where none are planned."""
     planned = [s.name for s in store.at.shards()]
@@ -34,7 +30,7 @@ def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
             "no shards are planned yet; the sensor `arrivals` plans them within a minute, and so "
             "does `colorfilter run`"
         )
-    return planned + [probe_shard(d.name) for d in recipe.domains]
+    return planned + [ShardKind.PROBE.named(d.name) for d in recipe.domains]
 
 
 def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.MaterializeResult:

@@ -13,7 +13,6 @@ from assets.common import (
     Context,
     Progress,
     make_in_processes,
-    probe_shard,
     result,
     sharded_result,
     total,
@@ -25,6 +24,7 @@ from colorfilter.errors import InputError
 from colorfilter.files import checkpoint_content
 from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Recipe
+from colorfilter.stages import ShardKind
 from resources.artifacts import Artifact, ArtifactStore
 from resources.tombstones import unwanted_texts
 
@@ -75,7 +75,7 @@ def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> l
     """
     declared = raw_corpus_declaration(recipe)
     planned = {s.name: s for s in artifacts.at.shards()}
-    reserved = {probe_shard(d.name): f"{d.name}/domain_text" for d in recipe.domains}
+    reserved = {ShardKind.PROBE.named(d.name): f"{d.name}/domain_text" for d in recipe.domains}
     works, made = [], []
     for name in context.partition_keys:
         if name in planned:
@@ -217,8 +217,9 @@ def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
         plans = [declared.current(artifacts, read.asset) for read in left_out]
         encoder = declared.current(artifacts, "tokenizer")
         raw = {s: declared.current(artifacts, "raw_corpus", s) for s in context.partition_keys}
+        without = {ShardKind.CORPUS: plans}
         works = [
-            declared.work([source, encoder, *([] if name.startswith("_") else plans)], name)
+            declared.work([source, encoder, *without.get(ShardKind.of(name), [])], name)
             for name, source in raw.items()
         ]
         made = make_in_processes(

@@ -11,6 +11,7 @@ from colorfilter.errors import one_line
 from colorfilter.leakage import without_leaks
 from colorfilter.provenance import stands
 from colorfilter.recipe import SCORED
+from colorfilter.stages import ArtifactName, Stage
 from colorfilter.tokens import open_tokens
 from resources.audit import Finding
 from resources.ledger import Entry
@@ -22,7 +23,7 @@ SLICE = 65_536  # sequences of a dataset that are held at once
 def counts(root: Path, lineage: Lineage, entries: Iterable[Entry]) -> Iterator[Finding]:
     """Whether tokens, losses, selections and datasets agree, each with what it was made from."""
     for entry in entries:
-        check = _COUNTED.get(entry["asset"].rpartition("/")[2])
+        check = _COUNTED.get(ArtifactName.parse(entry["asset"]).stage)
         if check and stands(root / entry["path"]):
             sources = {
                 name: root / made[0]["path"]
@@ -43,12 +44,12 @@ Compared = Iterator[tuple[str, object, object]]
 Sources = dict[str, Path]
 
 
-def _source(sources: Sources, asset: str) -> Path:
-    """The folder of the one input that is an asset's. Raises KeyError where it does not stand."""
+def _source(sources: Sources, stage: Stage) -> Path:
+    """The folder of the one input of a stage. Raises KeyError where it does not exist."""
     for name, path in sources.items():
-        if name.partition("[")[0].endswith(asset):
+        if ArtifactName.parse(name).stage is stage:
             return path
-    raise KeyError(f"its {asset} does not stand")
+    raise KeyError(f"its {stage} does not exist")
 
 
 def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
@@ -58,7 +59,7 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
     spanned, named = (
         spans.select(pl.col("n_tokens").sum(), pl.col("doc_id").n_unique()).collect().row(0)
     )
-    documents = pl.scan_parquet(_source(sources, "raw_corpus") / "documents.parquet")
+    documents = pl.scan_parquet(_source(sources, Stage.RAW_CORPUS) / "documents.parquet")
     yield "sequences", facts["sequences"], len(sequences)
     yield "rows of tokens.npy", len(sequences), len(open_tokens(folder))
     yield "tokens", facts["tokens"], int(sequences["n_tokens"].sum())
@@ -73,13 +74,17 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
 
 
 def _losses(folder: Path, entry: Entry, sources: Sources) -> Compared:
-    packed = pl.read_parquet(_source(sources, "corpus_tokens") / "sequences.parquet")
+    packed = pl.read_parquet(_source(sources, Stage.CORPUS_TOKENS) / "sequences.parquet")
     chunks = sorted(folder.glob("losses-*.parquet"))
     if not chunks:  # a shard without a sequence
         yield "losses", len(packed) - entry["facts"]["unscored"], 0
         return
     losses = pl.read_parquet(chunks)
-    (model,) = (f for name, f in entry["inputs"].items() if name.endswith("_model"))
+    (model,) = (
+        made_of
+        for name, made_of in entry["inputs"].items()
+        if ArtifactName.parse(name).stage is not Stage.CORPUS_TOKENS
+    )
     yield "losses", len(packed) - entry["facts"]["unscored"], len(losses)
     yield "sequences scored once", len(losses), losses["position"].n_unique()
     yield "sequences scored", True, losses["position"].is_in(packed["position"].to_list()).all()
@@ -99,7 +104,7 @@ def _selection(folder: Path, entry: Entry, _sources: Sources) -> Compared:
 
 
 def _dataset(folder: Path, entry: Entry, sources: Sources) -> Compared:
-    selection, leakage = _source(sources, "/selection"), _source(sources, "/leakage")
+    selection, leakage = _source(sources, Stage.SELECTION), _source(sources, Stage.LEAKAGE)
     rows = pl.read_parquet(selection / "selection.parquet")
     if entry["recipe"]["leaks"] == "remove":
         rows = without_leaks(rows, pl.read_parquet(leakage / "leakage.parquet"))
@@ -125,11 +130,11 @@ def _dataset(folder: Path, entry: Entry, sources: Sources) -> Compared:
     yield "sequences of another sha256 than is on record", 0, unlike
 
 
-_COUNTED: dict[str, Callable[[Path, Entry, Sources], Compared]] = {
-    "corpus_tokens": _tokens,
-    "prior_scores": _losses,
-    "conditional_scores": _losses,
-    "domain_only_scores": _losses,
-    "selection": _selection,
-    "filtered_dataset": _dataset,
+_COUNTED: dict[Stage, Callable[[Path, Entry, Sources], Compared]] = {
+    Stage.CORPUS_TOKENS: _tokens,
+    Stage.PRIOR_SCORES: _losses,
+    Stage.CONDITIONAL_SCORES: _losses,
+    Stage.DOMAIN_ONLY_SCORES: _losses,
+    Stage.SELECTION: _selection,
+    Stage.FILTERED_DATASET: _dataset,
 }

@@ -17,6 +17,7 @@ from colorfilter.corpus import pack_shard
 from colorfilter.documents import read_documents
 from colorfilter.errors import InputError
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.stages import ShardKind
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
@@ -126,7 +127,7 @@ def pack_drawn(
             pl.col("position").alias("rank") + 1,
             "position",
             "score",
-            shard=pl.lit(f"_dsir_{domain.name}"),
+            shard=pl.lit(ShardKind.DRAWN.named(domain.name)),
             color=pl.lit(None, dtype=pl.Float64),
         )
     )

@@ -23,6 +23,7 @@ from colorfilter.redaction import (
     touched_sequences,
     write_redacted,
 )
+from colorfilter.stages import ArtifactName, Stage
 from resources.artifacts import ROWS, Artifact, ArtifactStore, Work
 from resources.audit import Finding
 from resources.ledger import Entry, is_removed
@@ -30,7 +31,7 @@ from resources.lineage import Lineage, name_of
 from resources.pruning import folders
 from resources.tombstones import FORGOTTEN, SEQUENCES, tombstones
 
-TEXTS = {"raw_corpus", "sample_plan", "domain_text"}  # the assets that have texts themselves
+TEXTS = {Stage.RAW_CORPUS, Stage.SAMPLE_PLAN, Stage.DOMAIN_TEXT}  # those that have texts themselves
 PAGES = {".html", ".md"}
 TOUCHED = {"shard": pl.String, "position": pl.Int64, "sha256": pl.String}
 
@@ -173,15 +174,15 @@ def _learned(
     learned: dict[tuple[str, str], Entry] = {}
     for entry in artifacts.ledger:
         identity = name_of(entry), str(entry["fingerprint"])
-        asset = str(entry["asset"]).rpartition("/")[2]
+        stage = ArtifactName.parse(entry["asset"]).stage
         holding = held.get(entry["path"])
         in_down = holding and any(f.startswith("down/") for f in holding.redacted)
-        if (holding and asset == "sample_plan") or (in_down and asset == "domain_tokens"):
+        if (holding and stage is Stage.SAMPLE_PLAN) or (in_down and stage is Stage.DOMAIN_TOKENS):
             taught.add(identity)
-        trained = asset == "tokenizer" or {"checkpoint", "checkpoints"} & entry["facts"].keys()
+        trained = stage is Stage.TOKENIZER or {"checkpoint", "checkpoints"} & entry["facts"].keys()
         # A target model is only evaluated on a domain's tokens.
-        only_seen = "domain_tokens" if asset == "target_model" else None
-        by = {i for i in entry["inputs"].items() if i[0].rpartition("/")[2] != only_seen}
+        only_seen = Stage.DOMAIN_TOKENS if stage is Stage.TARGET_MODEL else None
+        by = {i for i in entry["inputs"].items() if ArtifactName.parse(i[0]).stage != only_seen}
         if trained and (taught & by or _reached(artifacts, lineage, entry, touched)):
             taught.add(identity)
             learned[identity] = entry
@@ -193,7 +194,8 @@ def _reached(
 ) -> bool:
     """Whether a target model's training came to one of the sequences."""
     for name, fingerprint in model["inputs"].items():
-        if not name.endswith("/filtered_dataset/tokens"):
+        of = ArtifactName.parse(name)
+        if (of.stage, of.part) != (Stage.FILTERED_DATASET, "tokens"):
             continue
         for dataset in lineage.find(name, fingerprint):
             rows = artifacts.rows_of(dataset)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
-from assets.common import probe_shard
 from colorfilter import cost
 from colorfilter.cost import Measured, Text
 from colorfilter.recipe import Domain, Recipe
+from colorfilter.stages import ArtifactName, ShardKind, Stage
 from colorfilter.workers import Workers
 from resources.artifacts import ArtifactStore
 from resources.home import Home
@@ -23,7 +23,7 @@ def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[
     shards = [s.name for s in artifacts.at.shards()]
     corpus = sum(artifacts.current("corpus_tokens", s).facts["tokens"] for s in shards)
     packed = artifacts.current(f"{domain.name}/domain_tokens").facts
-    probe = artifacts.current("corpus_tokens", probe_shard(domain.name)).facts["tokens"]
+    probe = artifacts.current("corpus_tokens", ShardKind.PROBE.named(domain.name)).facts["tokens"]
     text = Text(packed["down_tokens"], packed["held_out_tokens"], probe)
     sample = artifacts.current("prior_model").facts.get("tokens", 0)  # none where it was given
     with Workers(1) as one:  # which has loaded torch, that takes seconds
@@ -65,8 +65,9 @@ def took_by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Me
         folder = PurePath(record.get("folder") or "")
         around = [str(place) for place in (folder, *folder.parents) if str(place) in assets]
         asset = assets[around[0]] if around else NOT_CURRENT
-        if asset.endswith("/evaluation"):
-            asset = f"{asset.split('/')[0]}/*/evaluation"
+        name = ArtifactName.parse(asset) if around else None
+        if name and name.stage is Stage.EVALUATION:
+            asset = f"{name.domain}/*/{name.stage}"
         so_far = stages.get(asset, Measured(0, 0.0))
         stages[asset] = Measured(
             so_far.tokens + record["tokens"], so_far.seconds + record["seconds"]

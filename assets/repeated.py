@@ -17,6 +17,7 @@ from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
 from colorfilter.recipe import Arm, Domain, Recipe
 from colorfilter.score_tables import changed_since_scored
+from colorfilter.stages import ArtifactName, Stage
 from resources.artifacts import ArtifactStore
 from resources.audit import Finding
 from resources.gpu import Gpu, release
@@ -36,7 +37,7 @@ def reselect(
     """
     scores = artifacts.current("score_tables").fingerprint
     for entry in entries:
-        if not entry["asset"].endswith("/selection"):
+        if ArtifactName.parse(entry["asset"]).stage is not Stage.SELECTION:
             continue
         name, where = entry["asset"], f"{entry['path']}/selection.parquet"
         if entry["inputs"].get("score_tables") != scores:
@@ -61,7 +62,7 @@ def _refined(artifacts: ArtifactStore, selection: Entry) -> dict[str, Path]:
 
     Raises InputError where they are no longer current.
     """
-    name = f"{selection['asset'].split('/')[0]}/refined_scores"
+    name = f"{ArtifactName.parse(selection['asset']).domain}/{Stage.REFINED_SCORES}"
     if name not in selection["inputs"]:
         return {}
     refined = artifacts.current(name)
@@ -75,16 +76,16 @@ def _terms(recipe: Recipe, entry: Entry) -> tuple[Recipe, Domain, Arm]:
 
     Raises InputError where it was neither as the recipe is now.
     """
-    name, arm_name = entry["asset"].split("/")[:2]
+    name = ArtifactName.parse(entry["asset"])
     terms = entry["recipe"]
-    domain = next((d for d in recipe.domains if d.name == name), None)
-    arm = next((a for a in recipe.arms if a.name == arm_name), None)
+    domain = next((d for d in recipe.domains if d.name == name.domain), None)
+    arm = next((a for a in recipe.arms if a.name == name.arm), None)
     if domain and arm:
         needed = recipe.endpoints(arm, 0)[-1]
         now = {**arm.choice(), "needed": needed, "sequence_length": recipe.sequence_length}
         if now == terms and entry["seed"] in {None, recipe.seed}:
             return recipe, domain, arm
-    choice = {"domain": name, "tokens": terms["needed"] * recipe.sequence_length}
+    choice = {"domain": name.domain, "tokens": terms["needed"] * recipe.sequence_length}
     choice |= {part: terms[part] for part in ("method", "tau", "batch")}
     if choice["tau"] is None or entry["seed"] not in {None, recipe.seed}:
         raise InputError("one by another recipe than the present")

@@ -10,7 +10,7 @@ import dagster as dg
 import polars as pl
 
 from assets.auxiliary import checkpoint
-from assets.common import probe_shard, result
+from assets.common import result
 from assets.confidence import flips
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
@@ -20,6 +20,7 @@ from assets.scores import boundary, overlays, refined_of
 from assets.targets import GROUP
 from colorfilter import report as method
 from colorfilter.recipe import Arm, Domain, Recipe
+from colorfilter.stages import ShardKind
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
@@ -270,7 +271,7 @@ def _colors(score_store: ScoreStore, domain: Domain, read: ReportInputs) -> dict
         probe = fetch(
             connection,
             query.format("shard = $probe"),
-            {"domain": domain.name, "probe": probe_shard(domain.name)},
+            {"domain": domain.name, "probe": ShardKind.PROBE.named(domain.name)},
         )
     return {"corpus": [r[0] for r in corpus], "probe": [r[0] for r in probe]}
 

@@ -14,7 +14,6 @@ from assets.common import (
     SHARDS,
     Context,
     Progress,
-    probe_shard,
     result,
     shard_names,
     sharded_result,
@@ -25,6 +24,7 @@ from assets.figures import histogram
 from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe, Scoring
+from colorfilter.stages import ArtifactName, ShardKind, Stage
 from colorfilter.tables import fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt
 from resources.gpu import Gpu, ScoreJob
@@ -296,7 +296,8 @@ def all_refined(artifacts: ArtifactStore) -> list[Artifact]:
     """The refined losses of all domains over the current score tables."""
     entries = artifacts.entries()
     tables = entries.get(("score_tables", None))
-    domains = [a.split("/")[0] for a, _ in entries if a.endswith("/refined_scores")]
+    names = [ArtifactName.parse(asset) for asset, _ in entries]
+    domains = [name.domain for name in names if name.stage is Stage.REFINED_SCORES and name.domain]
     if tables is None:
         return []
     return [made for d in domains for made in refined_of(artifacts, d, tables["fingerprint"])]
@@ -304,7 +305,7 @@ def all_refined(artifacts: ArtifactStore) -> list[Artifact]:
 
 def overlays(refined: Sequence[Artifact]) -> dict[str, Path]:
     """Tables of refined losses by domain, as ScoreStore.read has them."""
-    return {made.asset.rpartition("/")[0]: made.path / REFINED for made in refined}
+    return {str(ArtifactName.parse(r.asset).domain): r.path / REFINED for r in refined}
 
 
 def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> dict[str, int]:
@@ -371,7 +372,7 @@ def _domain_below_corpus(domain: Domain) -> dg.AssetChecksDefinition:
                 connection,
                 "SELECT avg(color) FILTER (shard = $probe), "
                 "avg(color) FILTER (NOT starts_with(shard, '_')) FROM color WHERE domain = $domain",
-                {"probe": probe_shard(domain.name), "domain": domain.name},
+                {"probe": ShardKind.PROBE.named(domain.name), "domain": domain.name},
             )
         known = probe is not None and corpus is not None
         passed = bool(known and probe < corpus and held_out < corpus)

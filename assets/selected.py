@@ -8,7 +8,7 @@ import dagster as dg
 import duckdb
 import polars as pl
 
-from assets.common import probe_shard, result
+from assets.common import result
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.figures import table
 from assets.refined import is_refined, near
@@ -18,6 +18,7 @@ from colorfilter.errors import InputError
 from colorfilter.evaluation import probe
 from colorfilter.examples import excerpts, extremes
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
+from colorfilter.stages import ShardKind
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
@@ -169,7 +170,7 @@ def _probed(
     """Where text of the domain ranks against the corpus, for what losses rank."""
     if arm.method not in SCORED:
         return {}
-    found = probe(connection, arm.method, domain, probe_shard(domain), cutoff)
+    found = probe(connection, arm.method, domain, ShardKind.PROBE.named(domain), cutoff)
     if arm.batch:  # whose pools have a cutoff each
         return {"probe_auc": found.auc}
     return {"probe_auc": found.auc, "probe_recall": found.recall}

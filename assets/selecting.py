@@ -16,6 +16,7 @@ from assets.selected import choose, near_cutoff, select_by_query
 from colorfilter.errors import InputError
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.recipe_file import first_problem
+from colorfilter.stages import ArtifactName, Stage
 from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore
@@ -166,7 +167,8 @@ def select_job(recipe: Recipe) -> dg.JobDefinition:
 
 
 def _materialization(artifact: Artifact, changes: Mapping[str, Any]) -> dg.AssetMaterialization:
-    about = changes if artifact.asset.endswith("/selection") else artifact.facts
+    selected = ArtifactName.parse(artifact.asset).stage is Stage.SELECTION
+    about = changes if selected else artifact.facts
     return dg.AssetMaterialization(
         asset_key=artifact.asset.split("/"),
         metadata={**_shown(about), **identity(artifact)},

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from colorfilter.operation import Compute, Refresh
 from colorfilter.section import Section
+from colorfilter.stages import Stage
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -129,20 +130,8 @@ class Task(Section):
         return Source.model_validate({"name": self.name, "files": files})
 
 
-# Names of assets and of folders beside theirs, which a domain of the name would share.
-RESERVED = frozenset(
-    {
-        *("raw_corpus", "sample_plan", "tokenizer", "corpus_tokens", "domain_text"),
-        *("domain_tokens", "prior_model", "conditional_model", "domain_only_model"),
-        *("prior_scores", "conditional_scores", "domain_only_scores", "score_tables"),
-        *("refined_scores", "cutoff_confidence", "selection", "leakage", "filtered_dataset"),
-        *("target_model", "finetuned_model", "evaluation", "report", "recipe", "forgotten"),
-    }
-)
-
-
 def _not_reserved(name: str) -> str:
-    if name in RESERVED:
+    if name in set(Stage):
         raise ValueError(f"'{name}' is the name of an asset; give the domain another")
     return name
 

@@ -12,6 +12,7 @@ from assets.common import SHARDS
 from assets.scores import loss_assets
 from colorfilter.errors import InputError
 from colorfilter.recipe import ONLINE, Recipe
+from colorfilter.stages import ArtifactName, Stage
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
@@ -117,8 +118,9 @@ def unfinished(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) 
     there = [entries.get((name, None)) for name in ["score_tables", *names]]
     if any(entry is None or artifacts.is_behind(entry) for entry in there):
         return True
-    published = {name for name in entries["score_tables", None]["inputs"] if "tokens[" in name}
-    return published != {f"corpus_tokens[{shard}]" for shard in shards}
+    made_of = map(ArtifactName.parse, entries["score_tables", None]["inputs"])
+    published = {of.partition for of in made_of if of.stage is Stage.CORPUS_TOKENS}
+    return published != set(shards)
 
 
 def _digest(artifacts: ArtifactStore) -> str:

@@ -23,6 +23,7 @@ from colorfilter.provenance import (
     read_manifest,
 )
 from colorfilter.shards import InputFile
+from colorfilter.stages import ArtifactName, Stage
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from resources.ledger import NOTHING, Entry, is_removed
@@ -31,7 +32,7 @@ from resources.pruning import at_work, folders
 
 THREADS = 4
 WORKPLACE = "auditing"  # the folder for what an audit makes
-READ = ("raw_corpus", "domain_text")  # the assets that read raw files
+READ = {Stage.RAW_CORPUS, Stage.DOMAIN_TEXT}  # what reads raw files
 # What an entry of the ledger and the manifest that it is for both have.
 IDENTITY = (
     "asset",
@@ -275,7 +276,7 @@ def raw_files(
     for entry in entries:
         record = root / entry["path"] / "files.parquet"
         if not record.exists():
-            if entry["asset"].endswith(READ) and not entry["inputs"]:
+            if ArtifactName.parse(entry["asset"]).stage in READ and not entry["inputs"]:
                 unknown.append(name_of(entry))
             continue
         for was in pl.read_parquet(record).iter_rows(named=True):

@@ -11,8 +11,9 @@ from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 
 from assets.common import SHARDS
 from colorfilter.cost import METHODS
-from colorfilter.recipe import RESERVED, Recipe
+from colorfilter.recipe import Recipe
 from colorfilter.recipe_file import load
+from colorfilter.stages import Stage
 from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path
 from resources.artifacts import RECIPE
@@ -116,5 +117,5 @@ def test_a_domain_cannot_have_the_name_of_an_asset() -> None:
     names = {name for key in keys for name in (key.path[0], key.path[-1])}
     domains = {"reference", "quiz"}
     assert domains < names
-    assert names - domains <= RESERVED
-    assert {RECIPE, FORGOTTEN} <= RESERVED
+    assert names - domains <= set(Stage)
+    assert {RECIPE, FORGOTTEN} <= set(Stage)
