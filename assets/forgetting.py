@@ -226,14 +226,16 @@ def forget(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
             write = partial(_write, documents, holding.redacted)
             artifacts.replace(entries[holding.path], write)
     for holding in holdings:
-        if holding.path in entries and not holding.redacted:
-            artifacts.remove(entries[holding.path])
-        elif not holding.unfinished:
+        if holding.unfinished:
+            continue
+        if holding.redacted or holding.path not in entries:
             artifacts.discard(artifacts.at.root / holding.path)
+        else:
+            artifacts.remove(entries[holding.path])
     # What was pruned cannot be searched, and backups may have it.
     for path, entry in artifacts.ledger.by_path().items():
-        there = (artifacts.at.root / path / MANIFEST).exists()
-        if not there and not is_removed(entry) and artifacts.ledger.last_version(path) == path:
+        gone = not (artifacts.at.root / path).exists() and not is_removed(entry)
+        if gone and artifacts.ledger.last_version(path) == path:
             artifacts.remove(entry)
 
 

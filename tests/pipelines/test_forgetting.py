@@ -295,6 +295,23 @@ def test_copies_go_too_and_are_not_read_again(
     assert lines(project) == []
 
 
+def test_losses_of_a_damaged_artifact_are_kept(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that lost its manifest, what was scored is not scored again."""
+    gone = selected_document(project)
+    shard = next(s.name for s in project.home.shards() if s.name != gone["shard"])
+    losses = store(project).current("prior_scores", shard).path
+    (losses / "manifest.json").unlink()
+    chunks = sorted(losses.glob("losses-*.parquet"))
+    scored = len(project.kernel_runs())
+    forget(project, gone["doc_id"])
+    assert sorted(losses.glob("losses-*.parquet")) == chunks
+    assert project.run(monkeypatch, Job.REFRESH) is None
+    assert len(project.kernel_runs()) == scored
+    assert store(project).current("prior_scores", shard).path == losses
+
+
 class KilledError(BaseException):
     """Ends what it is raised in as a kill does."""
 
