@@ -256,7 +256,7 @@ def test_an_empty_line_begins_another_paragraph() -> None:
 
 
 def test_markdown_has_rule_and_escaped_bars() -> None:
-    text = markdown_table(["a", "b|c"], [["x|y", 1], ["|", None]])
+    text = markdown_table(Table(["a", "b|c"], [["x|y", 1], ["|", None]]))
     assert text.splitlines() == [
         "| a | b\\|c |",
         "| --- | --- |",
