@@ -112,16 +112,17 @@ def openlineage(
         raise InputError(
             "openlineage wants the package openlineage-python; pip install '.[openlineage]'"
         )
-    from resources.openlineage import events, send, write
+    from resources.catalogue import send, write
+    from resources.openlineage import events
 
-    found = events(artifacts_of(Home(home)))
+    found, without_run = events(artifacts_of(Home(home)))
     if file:
-        write(found.events, file)
+        write(found, file)
     else:
-        send(found.events)
-    console.print(f"{len(found.events)} events {'written' if file else 'sent'}", highlight=False)
-    if found.without_run:
+        send(found)
+    console.print(f"{len(found)} events {'written' if file else 'sent'}", highlight=False)
+    if without_run:
         console.print(
-            f"{found.without_run} artefacts left out: no run is on record for them",
+            f"{without_run} artefacts left out: no run is on record for them",
             highlight=False,
         )

@@ -78,6 +78,17 @@ class Lineage:
         found = self._made.get(f"{asset}[{partition}]" if partition else asset, {})
         return [e for e in found.values() if self._part(e, folder) == fingerprint]
 
+    def whole(self, name: str, fingerprint: str, before: str) -> Entry | None:
+        """Return the entry of what has this name and content, or has it as a part.
+
+        Of several that have it as a part, it is the last one recorded before a time.
+        """
+        return max(
+            reversed(self.find(name, fingerprint)),
+            key=lambda entry: (entry["recorded"] <= before, entry["recorded"]),
+            default=None,
+        )
+
     def _part(self, entry: Entry, folder: str) -> str | None:
         """The fingerprint of a folder of an artifact; by its files where it is not recorded."""
         if entry.get("parts") is not None:

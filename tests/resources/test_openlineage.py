@@ -17,7 +17,7 @@ from colorfilter.files import file_sha256
 from pipelines import proving
 from resources.home import Home
 from resources.ledger import Ledger
-from resources.openlineage import _address
+from resources.openlineage import address
 from tests.conftest import Project
 from tests.pipelines.program import Caller, colorfilter
 
@@ -142,14 +142,14 @@ def test_the_files_that_text_was_read_from_are_inputs(
 
 
 @pytest.mark.parametrize(
-    ("uri", "address"),
+    ("uri", "named"),
     [
         ("/data/a b.jsonl", ("file", "/data/a b.jsonl")),
         ("s3://bucket/web/x.jsonl.zst", ("s3://bucket", "web/x.jsonl.zst")),
     ],
 )
-def test_files_are_named_as_openlineage_names_them(uri: str, address: tuple[str, str]) -> None:
-    assert _address(uri) == address
+def test_files_are_named_as_openlineage_names_them(uri: str, named: tuple[str, str]) -> None:
+    assert address(uri) == named
 
 
 def test_a_second_export_is_the_same(
