@@ -244,8 +244,8 @@ FAULTS = [
     Fault(
         "a backup restored unchecked",
         "resources/backup.py",
-        "if not manifest.exists() or file_sha256(manifest) != sha256:",
-        "if not manifest.exists():",
+        "if not stands(folder / path) or file_sha256(folder / path / MANIFEST) != sha256:",
+        "if not stands(folder / path):",
         "tests/resources/test_backup.py",
     ),
     Fault(

@@ -7,6 +7,10 @@ import shutil
 from pathlib import Path
 from typing import IO
 
+from colorfilter.progress import Progress, silent
+
+BLOCK = 1 << 23  # bytes that are copied at a time
+
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
@@ -18,6 +22,23 @@ def checkpoint_content(path: str) -> dict[str, str]:
     """sha256 of the files of a checkpoint or tokenizer in a local folder; none for a hub name."""
     files = sorted(f for form in ("*.json", "*.safetensors") for f in Path(path).glob(form))
     return {file.name: file_sha256(file) for file in files}
+
+
+def copy_file(source: Path, target: Path, progress: Progress = silent) -> str:
+    """Copy a file, flush it to disk and return its sha256. Makes the folder of the target.
+
+    `progress` is called with the bytes of every block.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        while block := read.read(BLOCK):
+            write.write(block)
+            sha256.update(block)
+            progress(len(block))
+        write.flush()
+        os.fsync(write.fileno())
+    return sha256.hexdigest()
 
 
 def write_atomically(temporary: Path, path: Path) -> None:

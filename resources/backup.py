@@ -1,41 +1,129 @@
-"""Backups of a home, taken while the pipeline may be at work, and homes made of them again.
+"""Backups of a home, made while the pipeline may be at work, and homes restored from them.
 
-The folder of a backup holds `backup.json`, which says whose it is; `artifacts/`, as in the home;
-and `state-<time>/` with what changes: the ledger, the tables, Dagster's databases. The manifest of
-that, written last, lists the artefacts that the ledger names and the backup has, so a backup that
-is killed leaves the last one whole, and the next goes on from there. An artefact is copied once and
-stays, even when it is pruned in the home, unless it was replaced or removed for good there.
-`artifacts/` and what lies in `state-<time>/`, put side by side, are a home.
+A backup is a folder with `backup.json`, which names the recipe; `artifacts/`, as in the home; and
+`state-<time>/`, a copy of the files that change: the ledger, the tables, Dagster's databases. The
+manifest of the state is written last and lists the artifacts that belong to it, so a backup that is
+killed leaves the last one as it was, and the next one continues. An artifact is copied once. It
+stays when it is pruned in the home, unless it was replaced or removed for good there.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import duckdb
-
 from colorfilter.errors import InputError
-from colorfilter.files import file_sha256, lock, require_space, write_text_atomically
-from colorfilter.provenance import MANIFEST, stands, write_manifest
-from resources.artifacts import ArtifactStore
-from resources.copying import BEGUN, Copying, DamagedError, Listener, is_copied, size
+from colorfilter.files import copy_file, file_sha256, lock, require_space, write_text_atomically
+from colorfilter.provenance import MANIFEST, content, read_manifest, stands, write_manifest
+from resources.databases import copy_sqlite
 from resources.home import Home
-from resources.ledger import Entry, is_removed
+from resources.ledger import Ledger, is_removed
+from resources.score_store import move_models
 
 OWNER = "backup.json"
-# What changes in a home, beside the files that are appended to.
-CHANGING = ("shards.json", "*.duckdb", "rows/*.parquet", "dagster/**/*")
-JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's; a copy of the database has what is in them
+BEGUN = "begun"  # the folder that is being copied
+# The files of a home that change. The ledger comes after the tables and Dagster's history, and so
+# knows all that they refer to.
+CHANGING = ("shards.json", "*.duckdb", "rows/*.parquet", "dagster/**/*", "*.jsonl")
+JOURNALS = ("-wal", "-shm", "-journal")  # of SQLite; the copy of a database has their content
 
 
-def back_up(home: Home, folder: Path, listener: Listener) -> Copying:
-    """Copy a home into a folder, of its artefacts those that are not there yet.
+class DamagedError(InputError):
+    """The files of a folder are not those of its manifest."""
 
-    Raises InputError for a folder that is no backup of this recipe's home, for an artefact that is
-    damaged, and while a command works that keeps backups away.
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: is damaged, its files are not those of its manifest; remove it, then run "
+            "(what a home lacks is made again) and back up (what a backup lacks is copied again)"
+        )
+
+
+@dataclass
+class Copying:
+    """Counts artifacts that are copied or exist already, and bytes; reports these to `listener`."""
+
+    listener: Callable[[int, int], None]
+    copied: int = 0
+    there: int = 0
+    done: int = 0
+    total: int = 0
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.copied} artefacts copied, {self.there} already there; "
+            f"{self.done / 1e6:,.1f} MB copied"
+        )
+
+    def progress(self, amount: int) -> None:
+        """Report bytes that were copied."""
+        self.done += amount
+        self.listener(self.done, self.total)
+
+    def expect(self, size: int, place: Path, what: str) -> None:
+        """Add bytes to the total. Raises OSError where there is no room for them."""
+        require_space(place, size, what)
+        self.total = self.done + size
+
+    def artifacts(self, paths: Collection[str], source: Path, target: Path, what: str) -> None:
+        """Copy the artifacts that the target does not have.
+
+        Raises DamagedError for one that is not as its manifest says, unless it is pruned meanwhile.
+        """
+        missing = [path for path in paths if not _same(source / path, target / path)]
+        self.there = len(paths) - len(missing)
+        self.expect(sum(_size(source / path) for path in missing), target, what)
+        for path in missing:
+            try:
+                self.folder(path, source, target)
+                self.copied += 1
+            except DamagedError:
+                if stands(source / path):
+                    raise
+
+    def folder(self, path: str, source: Path, target: Path) -> None:
+        """Copy the folder at a path. It appears in the target once every file is verified.
+
+        Raises DamagedError for a file that is not as the manifest says.
+        """
+        begun = target / BEGUN
+        shutil.rmtree(begun, ignore_errors=True)
+        try:
+            for file in read_manifest(source / path)["files"]:
+                copy = begun / file["path"]
+                if copy_file(source / path / file["path"], copy, self.progress) != file["sha256"]:
+                    raise DamagedError(source / path)
+            copy_file(source / path / MANIFEST, begun / MANIFEST, self.progress)
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(source / path) from error
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target / path, ignore_errors=True)
+        begun.rename(target / path)
+
+    def changing(self, source: Path, target: Path) -> None:
+        """Copy a file that may be replaced or removed meanwhile; of JSON Lines, complete ones.
+
+        Of an SQLite database copy what is committed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if source.suffix == ".db":
+                copy_sqlite(source, target)
+                self.progress(target.stat().st_size)
+            else:
+                copy_file(source, target, self.progress)
+            if source.suffix == ".jsonl":
+                with target.open("rb+") as copy:
+                    copy.truncate(copy.read().rfind(b"\n") + 1)
+
+
+def back_up(home: Home, folder: Path, listener: Callable[[int, int], None]) -> Copying:
+    """Copy a home into a folder: the files that change, and the artifacts that it does not have.
+
+    Raises InputError for a folder that is not a backup of this recipe's home, for a damaged
+    artifact, and while a command works that keeps backups away.
     """
     home.refuse_exclusive()
     copying = Copying(listener)
@@ -47,112 +135,73 @@ def back_up(home: Home, folder: Path, listener: Listener) -> Copying:
 
 
 def _copy(home: Home, folder: Path, copying: Copying) -> None:
-    """Tables and Dagster's history before the ledger, which then knows all that they tell of.
-
-    What the ledger names stands by the time that it is read, and does not change.
-    """
     state = folder / f"state-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     state.mkdir()
-    found = [file for form in CHANGING for file in home.root.glob(form)]
-    changing = [f for f in found if f.is_file() and not f.name.endswith(JOURNALS)]
-    copying.total = sum(file.stat().st_size for file in changing)
-    require_space(folder, copying.total, "the backup")
+    found = [file for pattern in CHANGING for file in home.root.glob(pattern) if file.is_file()]
+    changing = [file for file in found if not file.name.endswith(JOURNALS)]
+    copying.expect(sum(file.stat().st_size for file in changing), folder, "the backup")
     for file in changing:
         copying.changing(file, state / file.relative_to(home.root))
-    copying.lines(home.ledger, state / home.ledger.name)
-    copying.lines(home.kernel_runs, state / home.kernel_runs.name)
-    ledger = list(ArtifactStore(home=str(state)).ledger)
-    _remove_gone(folder, ledger)
-    named = sorted({entry["path"] for entry in ledger})
-    standing = [path for path in named if stands(home.root / path)]
-    missing = [path for path in standing if not is_copied(home.root / path, folder / path)]
-    copying.there = len(standing) - len(missing)
-    rest = sum(size(home.root / path) for path in missing)
-    copying.total = copying.done + rest
-    require_space(folder, rest, "the backup")
-    for path in missing:
-        try:
-            copying.artifact(path, home.root, folder)
-        except DamagedError:
-            if stands(home.root / path):  # and was not pruned meanwhile
-                raise
-    manifests = {path: folder / path / MANIFEST for path in named}
+    ledger = Ledger(state / home.ledger.name)
+    entries = sorted(ledger.by_path().items())
+    for path, entry in entries:
+        if is_removed(entry) or ledger.last_version(path) != path:
+            shutil.rmtree(folder / path, ignore_errors=True)
+    standing = [path for path, _ in entries if stands(home.root / path)]
+    copying.artifacts(standing, home.root, folder, "the backup")
+    manifests = {path: folder / path / MANIFEST for path, _ in entries}
     held = {path: file_sha256(file) for path, file in manifests.items() if file.exists()}
-    facts = {"home": str(home.root), "format": home.format, "artifacts": held}
-    write_manifest(state, facts)
+    write_manifest(state, {"home": str(home.root), "format": home.format, "artifacts": held})
     for left in {*folder.glob("state-*"), folder / BEGUN} - {state}:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_gone(folder: Path, ledger: Sequence[Entry]) -> None:
-    """Remove from a backup what the ledger says was replaced or removed for good."""
-    last = {entry["path"]: entry for entry in ledger}
-    gone = {path for path, entry in last.items() if is_removed(entry)}
-    gone |= {str(entry["replaces"]) for entry in ledger if entry.get("replaces")}
-    for path in gone:
-        shutil.rmtree(folder / path, ignore_errors=True)
-
-
-def restore(folder: Path, home: Home, listener: Listener) -> Copying:
-    """Make a home of a backup: it is one once all is there, and every file hashed again.
+def restore(folder: Path, home: Home, listener: Callable[[int, int], None]) -> Copying:
+    """Make a home from a backup. It is one once all is there and every file was hashed again.
 
     Raises InputError for a home that is not empty, and for a backup that is unfinished or damaged.
     """
     copying = Copying(listener)
     coming = home.root / "restoring"
     with _failures_told(folder):
-        recipe = _recipe(folder)
+        recipe = _recipe(folder, home)
         if recipe is None:
             raise InputError(f"{folder}: is not a backup; name the folder of one")
-        _refuse_nested(folder, home)
         if home.root.exists() and set(home.root.iterdir()) - {coming}:
             raise InputError(f"home {home.root}: is not empty; name a new one with --home")
         state = max((s for s in folder.glob("state-*") if stands(s)), default=None)
         if state is None:
             raise InputError(f"backup {folder}: was never finished; back up again")
-        facts = json.loads((state / MANIFEST).read_text(encoding="utf-8"))["facts"]
+        facts = read_manifest(state)["facts"]
+        coming.mkdir(parents=True, exist_ok=True)
         try:
-            _bring(folder, state.name, facts["artifacts"], coming, copying)
+            for path, sha256 in facts["artifacts"].items():
+                if not stands(folder / path) or file_sha256(folder / path / MANIFEST) != sha256:
+                    raise DamagedError(folder / path)
+            copying.expect(_size(state), coming, "the home")
+            copying.folder(state.name, folder, coming)
+            copying.artifacts(facts["artifacts"], folder, coming, "the home")
         except DamagedError:
-            shutil.rmtree(coming, ignore_errors=True)
+            shutil.rmtree(coming)
             raise
-        state = coming / state.name
-        _point_to(home, facts["home"], state / home.scores.name)
-        (state / MANIFEST).unlink()
-        for found in [*state.iterdir(), *coming.glob(home.artifacts.name)]:
+        if copying.copied + copying.there < len(facts["artifacts"]):
+            raise InputError(f"backup {folder}: has changed meanwhile; restore again")
+        move_models(coming / state.name / home.scores.name, facts["home"], str(home.root))
+        (coming / state.name / MANIFEST).unlink()
+        for found in [*(coming / state.name).iterdir(), *coming.glob(home.artifacts.name)]:
             found.rename(home.root / found.name)
         shutil.rmtree(coming)
         home.claim(recipe, made_as=int(facts.get("format", 1)))
     return copying
 
 
-def _bring(
-    folder: Path, state: str, artifacts: Mapping[str, str], coming: Path, copying: Copying
-) -> None:
-    """Copy a backup's state and its artefacts, which are listed with their manifests' sha256."""
-    for path, sha256 in artifacts.items():
-        manifest = folder / path / MANIFEST
-        if not manifest.exists() or file_sha256(manifest) != sha256:
-            raise DamagedError(folder / path)
-    missing = [path for path in artifacts if not is_copied(folder / path, coming / path)]
-    copying.there = len(artifacts) - len(missing)
-    copying.total = sum(size(folder / path) for path in [state, *missing])
-    coming.mkdir(parents=True, exist_ok=True)
-    require_space(coming, copying.total, "the home")
-    copying.folder(state, folder, coming)
-    for path in missing:
-        copying.artifact(path, folder, coming)
+def _size(folder: Path) -> int:
+    return content(folder).bytes + (folder / MANIFEST).stat().st_size
 
 
-def _point_to(home: Home, old: str, scores: Path) -> None:
-    """Make the table of models name the checkpoints in this home."""
-    if scores.exists():
-        with contextlib.closing(duckdb.connect(str(scores))) as connection:
-            connection.execute(
-                "UPDATE models SET path = $new || substr(path, length($old) + 1) "
-                "WHERE starts_with(path, $old || '/')",
-                {"old": old, "new": str(home.root)},
-            )
+def _same(source: Path, target: Path) -> bool:
+    """Return whether the target is complete and has the manifest of the source."""
+    return stands(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
 
 def _claim(folder: Path, home: Home) -> None:
@@ -161,33 +210,32 @@ def _claim(folder: Path, home: Home) -> None:
     if recipe is None:
         raise InputError(f"home {home.root}: there is none; name another with --home")
     home.check(recipe)
-    _refuse_nested(folder, home)
+    whose = _recipe(folder, home)
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         write_text_atomically(folder / OWNER, json.dumps({"recipe": recipe}))
-    whose = _recipe(folder)
-    if whose is None:
+    elif whose is None:
         raise InputError(f"{folder}: holds something else than a backup; name another folder")
-    if whose != recipe:
+    elif whose != recipe:
         raise InputError(
             f"backup {folder}: is of the recipe '{whose}', not of '{recipe}'; name another folder"
         )
 
 
-def _recipe(folder: Path) -> str | None:
-    """The recipe that a backup is of, None for a folder that is not a backup."""
-    try:
-        return str(json.loads((folder / OWNER).read_text(encoding="utf-8"))["recipe"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+def _recipe(folder: Path, home: Home) -> str | None:
+    """Return the recipe of a backup, or None for a folder that is not a backup.
 
-
-def _refuse_nested(folder: Path, home: Home) -> None:
+    Raises InputError where the home and the backup lie within each other.
+    """
     place = folder.resolve()
     if place.is_relative_to(home.root) or home.root.is_relative_to(place):
         raise InputError(
             f"{folder}: lies in the home {home.root}, or holds it; name another folder"
         )
+    try:
+        return str(json.loads((folder / OWNER).read_text(encoding="utf-8"))["recipe"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
-"""DuckDB files that are replaced as a whole: a reader keeps the version that it has opened."""
+"""Databases: DuckDB files that are replaced as a whole, and copies of SQLite files in use.
+
+A reader of a DuckDB file keeps the version that it has opened.
+"""
 
 import contextlib
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +55,22 @@ def _copied(path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyCon
         raise
     connection.close()
     write_atomically(temporary, path)
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """Copy an SQLite database in use, with what is committed. Makes the folder of the target.
+
+    Raises OSError for a file that cannot be read as a database.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as read,
+            contextlib.closing(sqlite3.connect(target)) as write,
+        ):
+            read.backup(write)
+    except sqlite3.Error as error:
+        raise OSError(f"{source}: {error}") from error
 
 
 def _unlink(database: Path) -> None:

@@ -252,6 +252,17 @@ def _enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelect
     )
 
 
+def move_models(scores: Path, old: str, new: str) -> None:
+    """Change the paths of models in a file of scores from one home to another."""
+    if scores.exists():
+        with contextlib.closing(duckdb.connect(str(scores))) as connection:
+            connection.execute(
+                "UPDATE models SET path = $new || substr(path, length($old) + 1) "
+                "WHERE starts_with(path, $old || '/')",
+                {"old": old, "new": new},
+            )
+
+
 def _holds(
     connection: duckdb.DuckDBPyConnection,
     parts: Set[Key],

@@ -11,10 +11,9 @@ import duckdb
 import pytest
 
 from colorfilter.errors import InputError
-from colorfilter.files import is_locked
+from colorfilter.files import BLOCK, is_locked
 from resources.artifacts import ArtifactStore, Work
 from resources.backup import back_up, restore
-from resources.copying import BLOCK
 from resources.home import Home
 from resources.pruning import leftovers
 from tests.conftest import Project, made_since
