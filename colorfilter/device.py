@@ -73,7 +73,7 @@ def score(chunk: Chunk) -> list[Receipt]:
         del _loaded[gone]
     sample = read_tokens(chunk.tokens, 0, 1)
     checkpoints = {m: here(place) for m, place in chunk.models.items()}
-    scorers = {m: _scorer(m, path, chunk.precision, sample) for m, path in checkpoints.items()}
+    scorers = {m: scorer(m, path, chunk.precision, sample) for m, path in checkpoints.items()}
     receipts = scoring.score_chunk(
         scorers,
         chunk.tokens,
@@ -82,7 +82,7 @@ def score(chunk: Chunk) -> list[Receipt]:
         chunk.stop,
         chunk.outs,
         chunk.boundary,
-        exact=lambda model: _scorer(model, checkpoints[model], "float32", sample),
+        exact=lambda model: scorer(model, checkpoints[model], "float32", sample),
         progress=workers.report,
     )
     return [replace(r, matrix_share=_matrix_share(scorers[r.model], r)) for r in receipts]
@@ -102,7 +102,7 @@ def train(
     `places` says where the spec's folders lie for all machines. Where torch has a process group,
     its processes train the model together, and the first one counts.
     """
-    _loaded.clear()
+    unload()
     tokens = 0
 
     def count(amount: int) -> None:
@@ -195,16 +195,25 @@ def losses_by_token(
     return losses, _took(tokens.size, begun)
 
 
-def _scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:
-    """The model, loaded once and kept, in the first precision from this one on that holds."""
+def scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:
+    """Return the scorer of a model, which is loaded once and kept.
+
+    It has the first precision, from the given one on, in which the losses of a sample of sequences
+    [N, T] are accurate.
+    """
     key = model, precision
     if key not in _loaded:
         for candidate in filter(multiplies, FALLBACKS[precision]):
-            scorer = Scorer(_load(checkpoint, candidate), candidate)
-            if candidate == "float32" or _holds(scorer, checkpoint, sample):
+            found = Scorer(_load(checkpoint, candidate), candidate)
+            if candidate == "float32" or _holds(found, checkpoint, sample):
                 break
-        _loaded[key] = scorer
+        _loaded[key] = found
     return _loaded[key]
+
+
+def unload() -> None:
+    """Let go of the models that are kept."""
+    _loaded.clear()
 
 
 def _load(checkpoint: Path, precision: str) -> PreTrainedModel:

@@ -66,7 +66,7 @@ class Protected:
         bounds = [np.empty((0, 2), np.uint32)]
         ngrams = defaultdict(list)
         for name, text in documents:
-            hashes, places = _hashed_words(text)
+            hashes, places = hashed_words(text)
             size = min(NGRAM_WORDS, len(hashes))
             if size < LEAST_WORDS:
                 self.too_short += 1
@@ -75,7 +75,7 @@ class Protected:
             self._texts.append(text)
             self._first_words.append(n_words)
             bounds.append(places.astype(np.uint32))
-            ngrams[size].append((_ngrams(hashes, size), n_words))
+            ngrams[size].append((hashed_ngrams(hashes, size), n_words))
             n_words += len(hashes)
         self._bounds = np.concatenate(bounds)
         self._ngrams = {size: _Ngrams(parts) for size, parts in sorted(ngrams.items())}
@@ -87,11 +87,11 @@ class Protected:
         """All matches in some texts, in order. Takes some 50 bytes for each word of the texts."""
         joined = "\n".join(texts)
         begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
-        hashes, bounds = _hashed_words(joined)
+        hashes, bounds = hashed_words(joined)
         owner = np.searchsorted(begins, bounds[:, 0], side="right") - 1
         hits: list[tuple[int, int, int]] = []  # first word, end, protected document
         for size, protected in self._ngrams.items():
-            ngrams = _ngrams(hashes, size)
+            ngrams = hashed_ngrams(hashes, size)
             for first in protected.hits(ngrams):
                 end = first + size
                 if owner[first] == owner[end - 1]:
@@ -194,7 +194,7 @@ def _values() -> np.ndarray:
     return _mixed(np.fromiter((0 if c == " " else ord(c) for c in folded), np.uint64, 0x110000))
 
 
-def _hashed_words(text: str) -> tuple[np.ndarray, np.ndarray]:
+def hashed_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The words of a text: hashes, uint64 [W], and where they begin and end, int64 [W, 2]."""
     hashes, bounds = [np.empty(0, np.uint64)], [np.empty((0, 2), np.int64)]
     begin = 0
@@ -210,7 +210,7 @@ def _hashed_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(bounds)
 
 
-def _ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
+def hashed_ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
     """Hashes of all runs of `size` words, from the hashes of the words: uint64 [W - size + 1]."""
     starts = np.arange(max(0, len(hashes) - size + 1))
     return _polynomials(hashes, starts, starts + size)

@@ -78,10 +78,12 @@ def train(
     their share of every batch, and the first one of them reads and writes what is in the folder.
     Raises OSError where the disk has no room for its states and checkpoints.
     """
-    return _Run(spec, torch.device(device), progress, keep, group or Single()).run()
+    return Run(spec, torch.device(device), progress, keep, group or Single()).run()
 
 
-class _Run:
+class Run:
+    """A training run: its model, its optimizer, and where it stands among its phases."""
+
     def __init__(
         self,
         spec: TrainSpec,
@@ -212,7 +214,7 @@ class _Run:
             )
             last = self.spec.endpoints[phase.target]
             rows = self._rows(state.step * size, min((state.step + 1) * size, last))
-            loss = self._step(rows, rate, state.step)
+            loss = self.step(rows, rate, state.step)
             state.step += 1
             finished = phase.branch and state.step == phase.stop
             measured = finished or state.step % every == 0
@@ -238,7 +240,7 @@ class _Run:
             return self.chooser.choose(self.model, first, stop)
         return self.order[first:stop]
 
-    def _step(self, rows: np.ndarray, rate: float, step: int) -> float:
+    def step(self, rows: np.ndarray, rate: float, step: int) -> float:
         """One optimizer step on some sequences; returns their mean loss, nats per token."""
         self._seed_dropout(step)
         for group in self.optimizer.param_groups:

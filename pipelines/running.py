@@ -67,7 +67,7 @@ def execute(
     `on_event` is called with every event of the run as it is logged.
     """
     result = _run(recipe, home, on_event, job.value, RUN_CONFIG.get(job, {}))
-    return None if result.success else _failure(result)
+    return None if result.success else failure_of(result)
 
 
 def select(
@@ -77,7 +77,7 @@ def select(
     config = {"ops": {SELECT_OP: {"config": dict(choice)}}}
     result = _run(recipe, home, on_event, "select", config)
     if not result.success:
-        return _failure(result)
+        return failure_of(result)
     changes: dict[str, Any] = result.output_for_node(SELECT_OP)
     return changes
 
@@ -129,7 +129,7 @@ def _instance(home: Home) -> dg.DagsterInstance:
     )
 
 
-def _failure(result: dg.ExecuteInProcessResult) -> Failure:
+def failure_of(result: dg.ExecuteInProcessResult) -> Failure:
     """The first thing that went wrong: a blocking check that failed, or a step's error."""
     for check in result.get_asset_check_evaluations():
         if check.blocking and not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:

@@ -1,9 +1,11 @@
-"""The rule of the layers, imports only go down; and what must come before torch."""
+"""The rule of the layers, imports only go down; what tests use; and what must precede torch."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,64 @@ def test_imports_go_down(package: str) -> None:
     for module in modules:
         upward = imported(module) & FORBIDDEN[package]
         assert not upward, f"{module} imports {upward}"
+
+
+def modules_imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names that a module imports, of modules and of what is in them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_(?!_).*", name) is not None
+
+
+def private_names() -> set[str]:
+    """Return the private names that the packages define, also those of methods and attributes."""
+    found = set()
+    for module in (m for package in FORBIDDEN for m in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def names_used(tree: ast.AST) -> Iterator[str]:
+    """Yield the names by which a module reaches into others: imports, attributes, patches.
+
+    An attribute of `self` is the module's own.
+    """
+    for name in modules_imported(tree):
+        if name.split(".")[0] in FORBIDDEN:
+            yield from name.split(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("attr", "patch")):
+            texts = (a.value for a in node.args if isinstance(a, ast.Constant))
+            yield from (name for text in texts for name in str(text).split("."))
+
+
+def test_no_test_imports_another() -> None:
+    for module in (ROOT / "tests").rglob("*.py"):
+        for name in modules_imported(ast.parse(module.read_text(encoding="utf-8"))):
+            package, *parts = name.split(".")
+            others = [p for p in parts if p.startswith("test_")] if package == "tests" else []
+            assert not others, f"{module} imports {name}; move what they share to a helper module"
+
+
+def test_tests_use_public_names_only() -> None:
+    private = private_names()
+    for module in (ROOT / "tests").rglob("*.py"):
+        used = set(names_used(ast.parse(module.read_text(encoding="utf-8")))) & private
+        assert not used, f"{module} uses {used}"
 
 
 @pytest.mark.parametrize("package", ["assets", "resources", "pipelines"])

@@ -92,12 +92,12 @@ def sequence_nll_by(
 
     triton.set_allocator(_scratch)
     with torch.cuda.device_of(rows):
-        _split_log_sums[(n_splits * triton.cdiv(n_rows, tile.rows),)](
+        split_log_sums[(n_splits * triton.cdiv(n_rows, tile.rows),)](
             rows, weight, targets, maxima, sums, label_logits, n_rows, vocab, width, n_splits,
             tiles_per_split, tile.rows, tile.columns, tile.depth, INTERPRETED,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _join[(len(labels),)](
+        join[(len(labels),)](
             maxima, sums, label_logits, targets, nll, n_labels, n_rows, labels.shape[1], n_splits,
             IGNORED, JOINED_TOKENS,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
 
 
 @triton.jit
-def _split_log_sums(
+def split_log_sums(
     hidden: tl.tensor, head_weight: tl.tensor, labels: tl.tensor,
     maxima: tl.tensor, sums: tl.tensor, label_logits: tl.tensor,
     n_rows: tl.tensor, vocab: tl.tensor, width: tl.tensor, n_splits: tl.tensor,
@@ -179,7 +179,7 @@ def _split_log_sums(
 
 
 @triton.jit
-def _join(
+def join(
     maxima: tl.tensor, sums: tl.tensor, label_logits: tl.tensor, labels: tl.tensor,
     nll: tl.tensor, n_labels: tl.tensor, n_rows: tl.tensor, length: tl.tensor, n_splits: tl.tensor,
     IGNORED: tl.constexpr, TOKENS: tl.constexpr,

@@ -9,8 +9,7 @@ from colorfilter.tables import fetch
 from pipelines.graph import build_definitions
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
-from tests.assets.test_pipeline import copy_of
-from tests.conftest import Project
+from tests.conftest import Project, copy_of
 from tests.reads import assert_declared, recorded
 
 ARMS = [

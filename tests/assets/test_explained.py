@@ -18,7 +18,7 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.lineage import Lineage
 from resources.score_store import ScoreStore
-from tests.assets.test_selecting import places, run_select
+from tests.assets.results import places, run_select
 from tests.conftest import Project, copy_of
 
 ARM = "reference/color_tau4"

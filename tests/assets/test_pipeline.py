@@ -16,19 +16,14 @@ from assets.auxiliary import auxiliary_checks
 from assets.corpus import corpus_checks
 from assets.scores import score_checks
 from colorfilter import models, page
-from colorfilter.chunks import Receipt
 from colorfilter.examples import Example
 from colorfilter.tables import fetch, fetch_row
 from colorfilter.tokens import Encoder, open_tokens
 from resources.artifacts import ArtifactStore
-from resources.gpu import Gpu, ScoreJob
 from resources.score_store import ScoreStore
+from resources.tally import Tally
+from tests.assets.results import selection
 from tests.conftest import Project, copy_of, made_since, recipe_facts, write_corpus
-
-
-def selection(project: Project, arm: str) -> pl.DataFrame:
-    artifact = ArtifactStore(home=str(project.home.root)).current(f"reference/{arm}/selection")
-    return pl.read_parquet(artifact.path / "selection.parquet")
 
 
 def test_a_second_run_computes_nothing(
@@ -129,18 +124,19 @@ def test_another_home_that_was_killed_while_scoring_ends_the_same(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project(tmp_path, finished.facts)
-    record = Gpu._record_chunk
-    finished_chunks = []
+    add = Tally.add
+    finished_chunks: list[str] = []
 
-    def dies(self: Gpu, job: ScoreJob, receipt: Receipt) -> None:
+    def dies(self: Tally, shard: str, node: str | None) -> None:
+        """Called before a chunk is recorded."""
         if len(finished_chunks) == 2:
             raise KeyboardInterrupt
-        record(self, job, receipt)
-        finished_chunks.append(job.shard)
+        add(self, shard, node)
+        finished_chunks.append(shard)
 
-    monkeypatch.setattr(Gpu, "_record_chunk", dies)
+    monkeypatch.setattr(Tally, "add", dies)
     assert project.run(monkeypatch) is not None
-    monkeypatch.setattr(Gpu, "_record_chunk", record)
+    monkeypatch.setattr(Tally, "add", add)
     before = len(project.ledger())
     assert project.run(monkeypatch) is None
     made = made_since(project, before)

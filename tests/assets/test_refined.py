@@ -11,7 +11,7 @@ from colorfilter import device
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
-from tests.assets.test_pipeline import selection
+from tests.assets.results import selection
 from tests.conftest import Project, copy_of, made_since
 
 ARMS = [

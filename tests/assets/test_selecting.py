@@ -3,26 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from colorfilter.errors import InputError
-from pipelines.running import Failure, select
+from pipelines.running import Failure
 from resources.artifacts import ArtifactStore
-from tests.assets.test_pipeline import selection
+from tests.assets.results import places, run_select, selection
 from tests.conftest import Project, copy_of, made_since
-
-
-def run_select(
-    project: Project, monkeypatch: pytest.MonkeyPatch, **choice: Any
-) -> Failure | dict[str, Any]:
-    monkeypatch.setenv("DAGSTER_HOME", str(project.home.claim(project.recipe.name).dagster))
-    choice = {"domain": "reference", "tokens": 2_000, **choice}
-    return select(project.recipe, project.home, lambda _: None, choice)
-
-
-def places(frame: pl.DataFrame) -> set[tuple[str, int]]:
-    return set(frame.select("shard", "position").rows())
 
 
 def test_another_tau_is_selected_without_a_model_and_stands_for_the_recipe(

@@ -161,7 +161,8 @@ def test_what_a_call_raises_on_two_devices_is_raised_here(three: Cluster, said: 
 def test_where_there_is_one_device_what_a_call_raises_is_raised_at_once(
     three: Cluster, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster._Run, "_devices", lambda _: 1)
+    devices = {three.resource: 1.0}
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: devices)
 
     def fail(name: str) -> None:
         raise ZeroDivisionError(name)

@@ -14,21 +14,23 @@ SAMPLE = np.arange(16)[None] + 3
 @pytest.fixture
 def checkpoint(tiny: Model, tmp_path: Path) -> Path:
     models.build(tiny, 300, 16, seed=0).save_pretrained(tmp_path)
-    device._loaded.clear()
+    device.unload()
     return tmp_path
 
 
 def test_a_loaded_model_is_used_again_for_the_same_work_only(checkpoint: Path) -> None:
-    first = device._scorer("m", checkpoint, "float32", SAMPLE)
-    assert device._scorer("m", checkpoint, "float32", SAMPLE) is first
-    assert device._scorer("m", checkpoint, "bf16", SAMPLE) is not first
-    assert list(device._loaded) == [("m", "float32"), ("m", "bf16")]
+    first = device.scorer("m", checkpoint, "float32", SAMPLE)
+    assert device.scorer("m", checkpoint, "float32", SAMPLE) is first
+    second = device.scorer("m", checkpoint, "bf16", SAMPLE)
+    assert second is not first
+    assert device.scorer("m", checkpoint, "bf16", SAMPLE) is second
+    assert device.scorer("m", checkpoint, "float32", SAMPLE) is first
 
 
 def test_fp16_gives_way_on_a_cpu(checkpoint: Path) -> None:
     if device.kind() != "cpu":
         pytest.skip("no CPU run")
-    scorer = device._scorer("m", checkpoint, "fp16", SAMPLE)
+    scorer = device.scorer("m", checkpoint, "fp16", SAMPLE)
     assert scorer.precision in {"bf16", "float32"}
 
 
@@ -36,13 +38,13 @@ def test_a_precision_that_is_too_coarse_for_a_model_gives_way_to_float32(
     tiny: Model, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "multiplies", lambda _: True)
-    assert device._scorer("m", checkpoint, "bf16", SAMPLE).precision == "bf16"
+    assert device.scorer("m", checkpoint, "bf16", SAMPLE).precision == "bf16"
     rough = models.build(tiny, 300, 16, seed=0)
     with torch.no_grad():
         rough.get_output_embeddings().weight.mul_(300)
         rough.get_input_embeddings().weight.mul_(300)
     rough.save_pretrained(checkpoint)
-    assert device._scorer("rough", checkpoint, "bf16", SAMPLE).precision == "float32"
+    assert device.scorer("rough", checkpoint, "bf16", SAMPLE).precision == "float32"
 
 
 def test_what_a_precision_makes_infinite_gives_way_to_the_next(
@@ -53,7 +55,7 @@ def test_what_a_precision_makes_infinite_gives_way_to_the_next(
     with torch.no_grad():
         large.get_input_embeddings().weight.mul_(1e7)  # the norms take it out again
     large.save_pretrained(checkpoint)
-    assert device._scorer("large", checkpoint, "fp16", SAMPLE).precision == "bf16"
+    assert device.scorer("large", checkpoint, "fp16", SAMPLE).precision == "bf16"
 
 
 def test_the_share_of_the_matrix_rate_counts_every_product(tiny: Model) -> None:

@@ -79,13 +79,13 @@ def test_matches_are_those_found_word_by_word(
     protected: list[str], texts: list[str], block: int, hashes: int | None
 ) -> None:
     """In blocks of any size, and whether or not different runs of words have the same hash."""
-    ngrams = leakage._ngrams
+    ngrams = leakage.hashed_ngrams
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leakage, "NGRAM_WORDS", 4)
         patch.setattr(leakage, "LEAST_WORDS", 2)
         patch.setattr(leakage, "BLOCK_CHARS", block)
         if hashes:
-            patch.setattr(leakage, "_ngrams", lambda *a: ngrams(*a) % np.uint64(hashes))
+            patch.setattr(leakage, "hashed_ngrams", lambda *a: ngrams(*a) % np.uint64(hashes))
         assert protect(protected).matches(texts) == expected(protected, texts, 4, 2)
 
 
@@ -183,12 +183,12 @@ def test_hashes_are_polynomials_modulo_two_to_the_64() -> None:
     def polynomial(values: list[int]) -> int:
         return sum(v * 0x9E3779B97F4A7C15**i for i, v in enumerate(values)) % 2**64
 
-    hashes, bounds = leakage._hashed_words("One, größer \U0001d400b  3")
+    hashes, bounds = leakage.hashed_words("One, größer \U0001d400b  3")
     spelled = ["one", "größer", "\U0001d400b", "3"]
     assert hashes.tolist() == [mixed(polynomial([mixed(ord(c)) for c in w])) for w in spelled]
     assert bounds.tolist() == [[0, 3], [5, 11], [12, 14], [16, 17]]
     ngrams = [polynomial(hashes[i : i + 3].tolist()) for i in range(2)]
-    assert leakage._ngrams(hashes, 3).tolist() == ngrams
+    assert leakage.hashed_ngrams(hashes, 3).tolist() == ngrams
 
 
 def test_quotes_in_a_text_of_millions_of_characters_are_found_at_their_places() -> None:

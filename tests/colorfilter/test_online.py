@@ -11,8 +11,7 @@ from colorfilter.online import chosen_rows
 from colorfilter.recipe import Model, Training
 from colorfilter.train_spec import Online, TrainSpec, planned_tokens, trained_tokens
 from colorfilter.training import train
-from tests.colorfilter.test_training import assert_same_result
-from tests.colorfilter.test_training_resume import killed
+from tests.colorfilter.trained import assert_same_result, killed
 
 N, T, TAU, BATCH = 96, 16, 4.0, 5
 NEEDED = 23  # so that the last batch is short
@@ -107,13 +106,13 @@ def test_the_model_is_trained_on_what_was_chosen(
     spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    step = training._Run._step
+    step = training.Run.step
 
-    def look(self: training._Run, rows: np.ndarray, rate: float, number: int) -> float:
+    def look(self: training.Run, rows: np.ndarray, rate: float, number: int) -> float:
         seen.extend(rows.tolist())
         return step(self, rows, rate, number)
 
-    monkeypatch.setattr(training._Run, "_step", look)
+    monkeypatch.setattr(training.Run, "step", look)
     train(spec)
     assert seen == chosen_rows(spec.out)["row"].tolist()
 

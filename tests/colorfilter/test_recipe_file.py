@@ -7,7 +7,7 @@ import yaml
 
 from colorfilter.errors import InputError
 from colorfilter.recipe_file import as_text, load
-from tests.colorfilter.test_recipe import (
+from tests.colorfilter.recipes import (
     MISSING,
     PIQA,
     changed,

@@ -11,7 +11,7 @@ from colorfilter import chunks
 from colorfilter.chunks import Receipt, chunk_sequences, plan_chunks
 from colorfilter.files import file_sha256
 from colorfilter.scoring import Scorer, score_shard
-from tests.colorfilter.test_scoring import (
+from tests.colorfilter.packed import (
     CHUNK,
     MODELS,
     Counting,

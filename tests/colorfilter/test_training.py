@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import safetensors.torch
 import torch
 
 from colorfilter import models, training
@@ -18,25 +17,12 @@ from colorfilter.tokens import Encoder, pack_examples, real_tokens
 from colorfilter.train_spec import TrainSpec, planned_tokens
 from colorfilter.training import held_out_loss, train
 from tests.colorfilter.conftest import ENDPOINTS
+from tests.colorfilter.trained import assert_same_result, weights
 
 
 def sizes(spec: TrainSpec) -> np.ndarray:
     n = pl.read_parquet(spec.tokens / "sequences.parquet")["n_tokens"].to_numpy()
     return n[np.random.default_rng(spec.seed).permutation(len(n))]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def assert_same_result(one: Path, other: Path) -> None:
-    names = {p.name for p in one.iterdir()}
-    assert names == {p.name for p in other.iterdir()}
-    for folder in (p for p in one.iterdir() if p.is_dir()):
-        mine, theirs = weights(folder), weights(other / folder.name)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
-    assert pl.read_parquet(one / "curve.parquet").equals(pl.read_parquet(other / "curve.parquet"))
 
 
 def test_the_loss_goes_down(spec: TrainSpec, tmp_path: Path) -> None:
@@ -136,22 +122,22 @@ def test_a_plain_head_is_not_run_for_its_logits(spec: TrainSpec, tmp_path: Path)
         raise AssertionError("the head was run")
 
     own = replace(spec, out=tmp_path)
-    run = training._Run(own, torch.device("cpu"), silent, training.keep_nothing, Single())
+    run = training.Run(own, torch.device("cpu"), silent, training.keep_nothing, Single())
     run.model.get_output_embeddings().register_forward_hook(forbidden)
-    assert run._step(np.arange(4), 1e-3, 0) == pytest.approx(math.log(280), abs=0.2)
+    assert run.step(np.arange(4), 1e-3, 0) == pytest.approx(math.log(280), abs=0.2)
 
 
 def test_every_sequence_is_seen_once_in_an_order_that_the_seed_fixes(
     spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    step = training._Run._step
+    step = training.Run.step
 
     def recording(self: object, rows: np.ndarray, *more: object) -> float:
         seen.extend(rows.tolist())
         return step(self, rows, *more)
 
-    monkeypatch.setattr(training._Run, "_step", recording)
+    monkeypatch.setattr(training.Run, "step", recording)
     n = len(sizes(spec))
     orders = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -169,7 +155,7 @@ def test_a_checkpoint_has_seen_the_first_of_the_order_up_to_its_end_point(
 ) -> None:
     steps: dict[int, list[int]] = {}
     seen: list[list[int]] = []
-    step, save = training._Run._step, models.save
+    step, save = training.Run.step, models.save
 
     def recording(self: object, rows: np.ndarray, rate: float, number: int) -> float:
         # A branch goes on from the trunk: what a later phase did is not in its weights.
@@ -182,7 +168,7 @@ def test_a_checkpoint_has_seen_the_first_of_the_order_up_to_its_end_point(
         seen.append([row for number in sorted(steps) for row in steps[number]])
         save(*arguments)
 
-    monkeypatch.setattr(training._Run, "_step", recording)
+    monkeypatch.setattr(training.Run, "step", recording)
     monkeypatch.setattr(models, "save", saving)
     changed = spec.training.model_copy(update={"schedule": schedule})
     train(replace(spec, training=changed, endpoints=(10, 17), held_out=None, out=tmp_path))

@@ -12,28 +12,9 @@ import torch
 from colorfilter import models, training
 from colorfilter.train_spec import TrainSpec, planned_tokens, trained_tokens
 from colorfilter.training import train
-from tests.colorfilter.test_training import assert_same_result
+from tests.colorfilter.trained import KilledError, assert_same_result, killed
 
 STEPS = 18  # 10 steps to the first end point, and to the second 4 of the trunk and 4 of decay
-
-
-class KilledError(Exception):
-    pass
-
-
-class Killer:
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def __call__(self, _: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KilledError
-
-
-def killed(spec: TrainSpec, after: int) -> None:
-    with pytest.raises(KilledError):
-        train(spec, progress=Killer(after))
 
 
 @pytest.mark.parametrize("after", [1, 4, 7, 8, 9, 10, 11, 13, 14, 15, 17, STEPS])

@@ -7,8 +7,7 @@ import pytest
 
 from resources.artifacts import ArtifactStore
 from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
-from tests.pipelines.server import Server, serving, wait_for
-from tests.pipelines.test_daemon import (
+from tests.pipelines.scoring_runs import (
     MANY,
     by_hand,
     chunks,
@@ -17,6 +16,7 @@ from tests.pipelines.test_daemon import (
     mid_scoring,
     whole_once,
 )
+from tests.pipelines.server import Server, serving, wait_for
 from tests.three_nodes import loopback_only, three_nodes, workers_at_work
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,7 @@
 import dagster as dg
 
 from colorfilter.errors import InputError
-from pipelines.running import _failure
+from pipelines.running import failure_of
 
 
 def outcome(severity: dg.AssetCheckSeverity, error: Exception) -> object:
@@ -21,7 +21,7 @@ def outcome(severity: dg.AssetCheckSeverity, error: Exception) -> object:
 
     defs = dg.Definitions(assets=[checked, broken], asset_checks=[check])
     result = defs.resolve_implicit_global_asset_job_def().execute_in_process(raise_on_error=False)
-    failure = _failure(result)
+    failure = failure_of(result)
     return failure.message, failure.input_is_wrong
 
 

@@ -1,12 +1,14 @@
 """Training by the machine's own workers: what several processes give."""
 
-import signal
+import contextlib
+import multiprocessing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 
 from colorfilter import machine as local
@@ -15,8 +17,9 @@ from colorfilter.errors import InputError
 from colorfilter.machine import Machine
 from colorfilter.recipe import Model, Training
 from colorfilter.train_spec import TrainSpec
+from colorfilter.workers import Workers
 from resources import gpu as resource
-from resources.gpu import Gpu
+from resources.gpu import Gpu, release
 from resources.home import Home
 
 LENGTH = 64
@@ -49,17 +52,40 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     )
 
 
+@contextlib.contextmanager
+def machine_of(cores: int) -> Iterator[list[Machine]]:
+    """Take this machine for one of some CPU cores; gives the machines that are made."""
+    made: list[Machine] = []
+
+    class Asked(Workers):
+        """Workers that are asked what devices there are."""
+
+        def run(self, *_: Any) -> Iterator[Any]:
+            yield 0, ("cpu", cores)
+
+    class Recorded(Machine):
+        def __init__(self, kind: str, devices: int) -> None:
+            super().__init__(kind, devices)
+            made.append(self)
+
+    release()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "cores", lambda: cores)
+        patch.setattr(resource, "Workers", Asked)
+        patch.setattr(resource, "Machine", Recorded)
+        try:
+            yield made
+        finally:
+            release()
+
+
 def trained(spec: TrainSpec, folder: Path, cores: int) -> tuple[pl.DataFrame, int]:
     """The curve of a run on so many cores, and the progress that was told."""
     told: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "cores", lambda: cores)
-        patch.setattr(resource, "_standing", [])
-        home = Home(folder).claim("tests")
-        own = replace(spec, out=home.artifacts / "model")
-        with Machine("cpu", cores) as machine:
-            resource._standing.append(machine)
-            ((_, (checkpoint,)),) = Gpu(home=str(home.root)).train([own], 1, told.append)
+    home = Home(folder).claim("tests")
+    own = replace(spec, out=home.artifacts / "model")
+    with machine_of(cores):
+        ((_, (checkpoint,)),) = Gpu(home=str(home.root)).train([own], 1, told.append)
         assert checkpoint.path == own.out / f"tokens-{checkpoint.tokens}"
     return pl.read_parquet(own.out / "curve.parquet"), sum(told)
 
@@ -88,18 +114,14 @@ def test_a_group_that_loses_a_process_fails_and_goes_on_when_run_again(
     whole, _ = trained(spec, tmp_path / "whole", 2)
     home = Home(tmp_path / "killed").claim("tests")
     own = replace(spec, out=home.artifacts / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "cores", lambda: 2)
-        patch.setattr(resource, "_standing", [])
-        machine = Machine("cpu", 2)
-        resource._standing.append(machine)
 
-        def kill_one(_: int) -> None:
-            process = next(iter(machine._pool._processes.values()))
-            psutil.Process(process.pid).send_signal(signal.SIGKILL)
+    def kill_one(_: int) -> None:
+        multiprocessing.active_children()[0].kill()
 
+    with machine_of(2) as made:
         with pytest.raises(RuntimeError, match="run again"):
             list(Gpu(home=str(home.root)).train([own], 1, kill_one))
+        (machine,) = made
         assert machine.broken
     curve, _ = trained(spec, tmp_path / "killed", 2)
     assert curve.equals(whole)

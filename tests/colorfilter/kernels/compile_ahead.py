@@ -62,7 +62,7 @@ def split_log_sums(tile: kernels.Tile, dtype: str) -> dict[str, int]:
         "INTERPRETED": False,
     }
     return figures(
-        kernels._split_log_sums,
+        kernels.split_log_sums,
         pointers,
         constants,
         num_warps=tile.warps,
@@ -74,7 +74,7 @@ def join() -> dict[str, int]:
     pointers = dict.fromkeys(["maxima", "sums", "label_logits", "nll"], "*fp32")
     pointers |= {"labels": "*i64", "n_labels": "*i32"}
     constants = {"IGNORED": kernels.IGNORED, "TOKENS": kernels.JOINED_TOKENS}
-    return figures(kernels._join, pointers, constants)
+    return figures(kernels.join, pointers, constants)
 
 
 if __name__ == "__main__":
