@@ -43,7 +43,7 @@ class DamagedError(InputError):
 
 @dataclass
 class Copying:
-    """Counts artifacts that are copied or exist already, and bytes; reports these to `listener`."""
+    """Copies folders and files; counts artifacts, and bytes, which it reports to `listener`."""
 
     listener: Callable[[int, int], None]
     copied: int = 0
@@ -104,17 +104,17 @@ class Copying:
         begun.rename(target / path)
 
     def changing(self, source: Path, target: Path) -> None:
-        """Copy a file that may be replaced or removed meanwhile; of JSON Lines, complete ones.
+        """Copy a file that may be replaced or removed meanwhile.
 
-        Of an SQLite database copy what is committed.
+        An SQLite database is copied with what is committed, and JSON Lines up to the last newline.
         """
         with contextlib.suppress(FileNotFoundError):
-            if source.suffix == ".db":
+            if source.name.endswith(".db"):
                 copy_sqlite(source, target)
                 self.progress(target.stat().st_size)
             else:
                 copy_file(source, target, self.progress)
-            if source.suffix == ".jsonl":
+            if source.name.endswith(".jsonl"):
                 with target.open("rb+") as copy:
                     copy.truncate(copy.read().rfind(b"\n") + 1)
 
@@ -178,7 +178,8 @@ def restore(folder: Path, home: Home, listener: Callable[[int, int], None]) -> C
             for path, sha256 in facts["artifacts"].items():
                 if not stands(folder / path) or file_sha256(folder / path / MANIFEST) != sha256:
                     raise DamagedError(folder / path)
-            copying.expect(_size(state), coming, "the home")
+            lacking = (folder / path for path in facts["artifacts"] if not (coming / path).exists())
+            copying.expect(_size(state) + sum(map(_size, lacking)), coming, "the home")
             copying.folder(state.name, folder, coming)
             copying.artifacts(facts["artifacts"], folder, coming, "the home")
         except DamagedError:

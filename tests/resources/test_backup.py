@@ -172,10 +172,11 @@ def test_what_happens_meanwhile_leaves_the_backup_as_it_began(
     assert text_of(restored(folder), "raw_corpus", "web-3") == "web-3"
 
 
+@pytest.mark.parametrize("name", ["runs.db", ".db"])  # Dagster has both
 def test_a_database_in_use_is_copied_with_what_its_journal_holds(
-    store: ArtifactStore, folder: Path
+    store: ArtifactStore, folder: Path, name: str
 ) -> None:
-    place = store.at.dagster / "history" / "runs.db"
+    place = store.at.dagster / "history" / name
     place.parent.mkdir()
     writer = sqlite3.connect(place)
     writer.execute("PRAGMA journal_mode = WAL")
@@ -183,13 +184,13 @@ def test_a_database_in_use_is_copied_with_what_its_journal_holds(
     writer.execute("INSERT INTO runs VALUES (1)")
     writer.commit()
     writer.execute("INSERT INTO runs VALUES (2)")  # and not yet committed
-    assert place.with_name("runs.db-wal").stat().st_size
+    assert place.with_name(f"{name}-wal").stat().st_size
     (store.at.dagster / "storage").mkdir()
     (store.at.dagster / "storage" / "step.out").write_text("printed")
     saved(store, folder)
     writer.close()
     home = restored(folder).at
-    with sqlite3.connect(home.dagster / "history" / "runs.db") as copy:
+    with sqlite3.connect(home.dagster / "history" / name) as copy:
         assert copy.execute("SELECT n FROM runs").fetchall() == [(1,)]
     assert (home.dagster / "storage" / "step.out").read_text() == "printed"
     assert (home.dagster / "dagster.yaml").exists()
