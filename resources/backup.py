@@ -164,9 +164,10 @@ def restore(folder: Path, home: Home, listener: Callable[[int, int], None]) -> C
     copying = Copying(listener)
     coming = home.root / "restoring"
     with _failures_told(folder):
-        recipe = _recipe(folder, home)
+        recipe = _recipe(folder)
         if recipe is None:
             raise InputError(f"{folder}: is not a backup; name the folder of one")
+        _refuse_nested(folder, home)
         if home.root.exists() and set(home.root.iterdir()) - {coming}:
             raise InputError(f"home {home.root}: is not empty; name a new one with --home")
         state = max((s for s in folder.glob("state-*") if stands(s)), default=None)
@@ -211,32 +212,33 @@ def _claim(folder: Path, home: Home) -> None:
     if recipe is None:
         raise InputError(f"home {home.root}: there is none; name another with --home")
     home.check(recipe)
-    whose = _recipe(folder, home)
+    _refuse_nested(folder, home)
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         write_text_atomically(folder / OWNER, json.dumps({"recipe": recipe}))
-    elif whose is None:
+    whose = _recipe(folder)
+    if whose is None:
         raise InputError(f"{folder}: holds something else than a backup; name another folder")
-    elif whose != recipe:
+    if whose != recipe:
         raise InputError(
             f"backup {folder}: is of the recipe '{whose}', not of '{recipe}'; name another folder"
         )
 
 
-def _recipe(folder: Path, home: Home) -> str | None:
-    """Return the recipe of a backup, or None for a folder that is not a backup.
+def _recipe(folder: Path) -> str | None:
+    """Return the recipe of a backup, or None for a folder that is not a backup."""
+    try:
+        return str(json.loads((folder / OWNER).read_text(encoding="utf-8"))["recipe"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
-    Raises InputError where the home and the backup lie within each other.
-    """
+
+def _refuse_nested(folder: Path, home: Home) -> None:
     place = folder.resolve()
     if place.is_relative_to(home.root) or home.root.is_relative_to(place):
         raise InputError(
             f"{folder}: lies in the home {home.root}, or holds it; name another folder"
         )
-    try:
-        return str(json.loads((folder / OWNER).read_text(encoding="utf-8"))["recipe"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextlib.contextmanager
