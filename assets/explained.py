@@ -1,24 +1,17 @@
 """What became of a document or a sequence, and why: from the raw file to the models trained on it.
 
-A document is asked for by its doc_id, or by the line of the file that it was read from (what was
-rejected has no doc_id); a sequence by its shard and position. `assets.versions` explains datasets.
+A document is named by its doc_id, or by its line of a raw file (rejected lines have no doc_id); a
+sequence by its shard and position. `assets.versions` explains datasets.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import polars as pl
-
-from assets.datasets import QUOTE, Records
-from assets.standing import MINE, Checkpoint, Standing, checkpoints, standing
-from assets.versions import DatasetExplanation, explain_dataset
+from assets.standing import MINE, QUOTE, Facts, Records, checkpoints, standing
+from assets.versions import explain_dataset
 from colorfilter.errors import InputError
-from colorfilter.provenance import stands
 from colorfilter.score_tables import EXCLUDED
-from colorfilter.tables import fetch
 from resources.ledger import Entry
 from resources.tombstones import tombstones
 
@@ -30,238 +23,140 @@ SPLITS = {
     "held_out": "held-out text, only ever evaluated on",
     "probe": "the probe, which is scored like corpus and never selected",
 }
-COLUMNS = "doc_id, shard, source_file, source_line, source, n_chars, n_tokens, sha256, extra"
+DOCUMENTS = "documents.parquet"
+AT_LINE = "source_line = $line AND ends_with('/' || source_file, '/' || $file)"
+BY_ID = "starts_with(doc_id, $doc_id)"
+DOCUMENT = (
+    *("became", "doc_id", "shard", "source_file", "source_line", "source", "file_sha256"),
+    *("sha256", "n_chars", "n_tokens", "extra", "text", "copies", "sequences"),
+)
+COPIES = """
+    SELECT doc_id, shard, source_file, source_line FROM documents
+    WHERE sha256 = $sha256 AND doc_id <> $doc_id AND NOT starts_with(shard, '_') ORDER BY shard
+"""
+SPANS = f"""
+    SELECT position, doc_id, source_file, source_line, source, sha256, "offset", s.n_tokens,
+        char_start, char_end
+    FROM (FROM spans WHERE {MINE}) AS s JOIN documents USING (shard, doc_id)
+    ORDER BY position, "offset"
+"""
 
 
-@dataclass(frozen=True)
-class Span:
-    """A piece of a document in a sequence: `n_tokens` tokens from `offset` on, and their text."""
+def explain(records: Records, what: str) -> Facts:
+    """All that is known of a document, sequence or dataset.
 
-    doc_id: str
-    source_file: str
-    source_line: int
-    source: str
-    file_sha256: str | None
-    sha256: str
-    offset: int
-    n_tokens: int
-    char_start: int
-    char_end: int
-    text: str | None
-
-
-@dataclass(frozen=True)
-class SequenceFacts:
-    """A sequence: what it is made of and where it stands."""
-
-    shard: str
-    position: int
-    n_tokens: int
-    sha256: str
-    spans: list[Span]
-    standing: Standing
-
-
-@dataclass(frozen=True)
-class DocumentFacts:
-    """A document: where it came from, what became of it, and its sequences.
-
-    `doc_id` and `sha256` are None for what was rejected, `shard` for text that is no corpus.
+    Returns the object that `colorfilter explain --json` prints: `document` or `sequence`, and
+    `models`, those that the losses are by; for a dataset see `explain_dataset`. Raises InputError
+    for a name of nothing.
     """
-
-    became: str
-    doc_id: str | None
-    shard: str | None
-    source_file: str
-    source_line: int
-    source: str
-    file_sha256: str | None
-    sha256: str | None
-    n_chars: int | None
-    n_tokens: int | None
-    extra: str | None
-    text: str | None
-    copies: list[dict[str, Any]] = field(default_factory=list)
-    sequences: list[SequenceFacts] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A document or a sequence, and the models that the losses are by."""
-
-    document: DocumentFacts | None
-    sequence: SequenceFacts | None
-    models: list[Checkpoint]
-
-
-def explain(records: Records, what: str) -> Explanation | DatasetExplanation:
-    """All that is known of a document, sequence or dataset. Raises InputError for what is none."""
     place = PLACE.fullmatch(what)
     if "/" in what and not place:
         return explain_dataset(records, what)
-    models = checkpoints(records)
-    if place and _is_shard(records, place[1]):
-        return Explanation(None, _sequence(records, place[1], int(place[2])), models)
-    if place:
-        return Explanation(_at_line(records, place[1], int(place[2])), None, models)
-    if not DOC_ID.fullmatch(what):
+    document = sequence = None
+    query = "SELECT max(position) AS last FROM sequences WHERE shard = $shard"
+    last = records.rows(query, shard=place[1])[0]["last"] if place else None
+    if place and last is not None:
+        sequence = next(iter(sequences(records, place[1], [int(place[2])])), None)
+        if sequence is None:
+            raise InputError(f"{what}: the shard has positions 0 to {last}; give one of them")
+    elif place:
+        document = _document(records, what, AT_LINE, file=place[1], line=int(place[2]))
+    elif DOC_ID.fullmatch(what):
+        document = _document(records, what, BY_ID, doc_id=what)
+    else:
         raise InputError(f"'{what}' names nothing that can be explained; {FORMS}")
-    return Explanation(_document(records, what), None, models)
+    return {"document": document, "sequence": sequence, "models": checkpoints(records)}
 
 
-def _is_shard(records: Records, name: str) -> bool:
-    query = "SELECT 1 FROM sequences WHERE shard = ? LIMIT 1"
-    return bool(fetch(records.connection, query, [name]))
+def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[Facts]:
+    """Facts of the sequences at these positions of a shard, in order.
 
-
-def _sequence(records: Records, shard: str, position: int) -> SequenceFacts:
-    found = sequences(records, shard, [position])
-    if not found:
-        query = "SELECT max(position) FROM sequences WHERE shard = ?"
-        ((last,),) = fetch(records.connection, query, [shard])
-        raise InputError(
-            f"{shard}:{position}: the shard has positions 0 to {last}; give one of them"
-        )
-    return found[0]
-
-
-def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[SequenceFacts]:
-    """Facts of the sequences at these positions of a shard, in order; unknown ones are left out."""
+    `spans` are the pieces of documents in a sequence: `n_tokens` tokens from `offset` on, and the
+    beginning of their text. Positions that do not exist are left out.
+    """
     mine = {"shard": shard, "positions": list(positions)}
-    rows = fetch(
-        records.connection,
-        f"SELECT position, n_tokens, sha256 FROM sequences {MINE} ORDER BY position",
-        mine,
-    )
-    spans: dict[int, list[tuple[Any, ...]]] = {row[0]: [] for row in rows}
-    for position, *span in fetch(
-        records.connection,
-        f"""
-        SELECT position, doc_id, source_file, source_line, source, sha256, "offset", s.n_tokens,
-            char_start, char_end
-        FROM (FROM spans {MINE}) AS s JOIN documents USING (shard, doc_id)
-        ORDER BY position, "offset"
-        """,
-        mine,
-    ):
-        spans[position].append(tuple(span))
-    raw = records.artifacts.entries().get(("raw_corpus", shard))
-    files = raw_files(records, raw)
-    texts = _texts(records, raw, sorted({span[0] for of in spans.values() for span in of}))
-    stand = standing(records, shard, [row[0] for row in rows])
-
-    def shown(span: tuple[Any, ...]) -> Span:
-        doc_id, file, line, source, sha256, offset, n_tokens, start, end = span
-        text = texts.get(doc_id)
-        piece = text[start : min(end, start + QUOTE)] if text is not None else None
-        return Span(
-            doc_id, file, line, source, files.get(file), sha256, offset, n_tokens, start, end, piece
-        )
-
-    return [
-        SequenceFacts(
-            shard, position, n_tokens, sha256, [shown(s) for s in spans[position]], stand[position]
-        )
-        for position, n_tokens, sha256 in rows
-    ]
-
-
-def raw_files(records: Records, raw: Entry | None) -> dict[str, str]:
-    """sha256 of the files that a shard was read from, by address, where it has been taken."""
-    if raw is None:
-        return {}
-    if not str(raw["partition"]).startswith("_"):
-        return _file_hashes(records.folder(raw))
-    # A probe's documents were read with the rest of the domain's text.
-    read = [records.one(name, made) for name, made in raw["inputs"].items()]
-    return {k: v for e in read if e for k, v in _file_hashes(records.folder(e)).items()}
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    path = folder / "files.parquet"
-    if not path.exists():
-        return {}
-    return dict(pl.read_parquet(path, columns=["uri", "sha256"]).iter_rows())
-
-
-def _texts(records: Records, raw: Entry | None, doc_ids: Sequence[str]) -> dict[str, str]:
-    """Texts of documents of a shard; none where its files are gone."""
-    path = records.folder(raw) / "documents.parquet" if raw else None
-    if path is None or not path.exists():
-        return {}
-    found = pl.scan_parquet(path).filter(pl.col("doc_id").is_in(doc_ids)).select("doc_id", "text")
-    return dict(found.collect().iter_rows())
-
-
-def _document(records: Records, prefix: str) -> DocumentFacts:
-    """The document whose doc_id begins so."""
-    rows = fetch(
-        records.connection,
-        f"SELECT {COLUMNS} FROM documents WHERE starts_with(doc_id, ?) ORDER BY doc_id LIMIT 20",
-        [prefix],
-    )
-    if len(rows) > 1:
-        ids = ", ".join(row[0] for row in rows[:3])
-        raise InputError(f"doc_id {prefix}: several documents begin so ({ids}...); give more of it")
-    if rows:
-        return _in_tables(records, rows[0])
-    found = _elsewhere(records, prefix)
-    if found is None:
-        raise InputError(
-            f"doc_id {prefix}: no document of the corpus or of a domain has it; look it up in "
-            f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE for what was rejected"
-        )
+    query = "SELECT shard, position, n_tokens, sha256 FROM sequences"
+    found = records.rows(f"{query} WHERE {MINE} ORDER BY position", **mine)
+    facts = standing(records, shard, [row["position"] for row in found])
+    spans = records.rows(SPANS, **mine)
+    raw = records.current("raw_corpus", shard)
+    files = _file_hashes(records, raw)
+    texts = _texts(records, raw, {span["doc_id"] for span in spans})
+    by_position: dict[int, list[Facts]] = {row["position"]: [] for row in found}
+    for span in spans:
+        start, text = span["char_start"], texts.get(span["doc_id"])
+        span["file_sha256"] = files.get(span["source_file"])
+        span["text"] = text and text[start : min(span["char_end"], start + QUOTE)]
+        by_position[span.pop("position")].append(span)
+    for row in found:
+        row |= {"spans": by_position[row["position"]], "standing": facts[row["position"]]}
     return found
 
 
-def _in_tables(records: Records, row: tuple[Any, ...]) -> DocumentFacts:
+def _file_hashes(records: Records, entry: Entry | None) -> dict[str, str]:
+    """sha256 of the files that an artifact was read from, by address, where it is on record.
+
+    A probe's documents were read with the rest of the text of the domain, which is its input.
+    """
+    inputs = [records.input(entry, name) for name in (entry["inputs"] if entry else ())]
+    tables = [records.read(made, "files.parquet", "uri, sha256") for made in (entry, *inputs)]
+    return {uri: sha256 for table in tables for uri, sha256 in table.rows()}
+
+
+def _texts(records: Records, raw: Entry | None, doc_ids: Collection[str]) -> dict[str, str]:
+    """Texts of documents of a shard; none where its files are gone."""
+    where = "list_contains($doc_ids::VARCHAR[], doc_id)"
+    texts = records.read(raw, DOCUMENTS, "doc_id, text", where, doc_ids=list(doc_ids))
+    return dict(texts.rows())
+
+
+def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
+    """The document that a condition holds for. Raises InputError for none or several."""
+    query = f"FROM documents WHERE {where} ORDER BY source_file, shard, doc_id LIMIT 20"
+    found = records.rows(query, **wanted)
+    if len(found) > 1:
+        places = ", ".join(f"{d['doc_id']} at {d['source_file']}:{d['source_line']}" for d in found)
+        raise InputError(f"{what}: several documents ({places}); give more of it")
+    if found:
+        return _in_tables(records, found[0])
+    for entry, table, became in _outside(records, wanted.get("file")):
+        for row in records.read(entry, table, "*", f"{where} LIMIT 1", **wanted).to_dicts():
+            return _facts(
+                records, entry, {"became": became, **row, **_rejected(records, entry, row)}
+            )
+    if "file" in wanted:
+        raise InputError(f"{what}: neither a shard nor a raw file has that; {FORMS}")
+    raise InputError(
+        f"doc_id {what}: no document of the corpus or of a domain has it; look it up in "
+        f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE for what was rejected"
+    )
+
+
+def _facts(records: Records, entry: Entry | None, document: Facts) -> Facts:
+    """A document by the names of DOCUMENT, null where not known. `entry` read its file."""
+    text = document.get("text", document.get("excerpt"))
+    found = {"copies": [], "sequences": [], **document, "text": text and text[:QUOTE]}
+    found["file_sha256"] = _file_hashes(records, entry).get(document["source_file"])
+    return {name: found.get(name) for name in DOCUMENT}
+
+
+def _in_tables(records: Records, document: Facts) -> Facts:
     """A document of the score tables, with its sequences and its copies in other shards."""
-    doc_id, shard, file, line, source, n_chars, n_tokens, sha256, extra = row
-    positions = fetch(
-        records.connection,
-        "SELECT DISTINCT position FROM spans WHERE shard = ? AND doc_id = ? ORDER BY position",
-        [shard, doc_id],
+    shard, mine = document["shard"], {k: document[k] for k in ("shard", "doc_id")}
+    query = (
+        "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id ORDER BY 1"
     )
-    copies = fetch(
-        records.connection,
-        """
-        SELECT doc_id, shard, source_file, source_line FROM documents
-        WHERE sha256 = ? AND doc_id <> ? AND NOT starts_with(shard, '_') ORDER BY shard
-        """,
-        [sha256, doc_id],
-    )
-    raw = records.artifacts.entries().get(("raw_corpus", shard))
-    text = _texts(records, raw, [doc_id]).get(doc_id)
-    found = sequences(records, shard, [p for (p,) in positions])
-    return DocumentFacts(
-        _became(records, row, [c[1] for c in copies], found),
-        doc_id,
-        shard,
-        file,
-        line,
-        source,
-        raw_files(records, raw).get(file),
-        sha256,
-        n_chars,
-        n_tokens,
-        extra,
-        text[:QUOTE] if text is not None else None,
-        [
-            dict(zip(("doc_id", "shard", "source_file", "source_line"), c, strict=True))
-            for c in copies
-        ],
-        found,
-    )
+    positions = [row["position"] for row in records.rows(query, **mine)]
+    document["sequences"] = sequences(records, shard, positions)
+    document["copies"] = records.rows(COPIES, **{k: document[k] for k in ("sha256", "doc_id")})
+    raw = records.current("raw_corpus", shard)
+    document["text"] = _texts(records, raw, [document["doc_id"]]).get(document["doc_id"])
+    return _facts(records, raw, {**document, "became": _became(records, document)})
 
 
-def _became(
-    records: Records,
-    row: tuple[Any, ...],
-    copies_in: Sequence[str],
-    found: Sequence[SequenceFacts],
-) -> str:
+def _became(records: Records, document: Facts) -> str:
     """What a document of the score tables is to the pipeline, in words."""
-    shard, sha256 = row[1], row[7]
+    shard, sha256 = document["shard"], document["sha256"]
     for made in tombstones(records.artifacts):
         if made.facts["sha256"] == sha256:
             models = ", ".join(name for name, _ in made.facts["learned"]) or "no model"
@@ -269,17 +164,17 @@ def _became(
     if shard.startswith("_"):
         return SPLITS["probe"]
     in_sample = _in_sample(records, shard, sha256)
-    if not found:
+    if not document["sequences"]:
         if in_sample:
             return "D_prior, which the prior learned from: left out of the sequences, never scored"
         return "left out of the sequences"
     words = ["corpus"]
     if in_sample:
         words.append("also in D_prior, which the prior learned from")
-    if copies_in and min(copies_in) < shard:
-        words.append(f"a copy of what stands in {min(copies_in)}: never selected here")
-    reasons = {s.standing.excluded for s in found}
-    if reasons == {"padded"}:
+    first = min([copy["shard"] for copy in document["copies"]], default=shard)
+    if first < shard:
+        words.append(f"a copy of what stands in {first}: never selected here")
+    if {s["standing"]["excluded"] for s in document["sequences"]} == {"padded"}:
         words.append(f"{EXCLUDED['padded']}, never selected")
     return "; ".join(words)
 
@@ -289,115 +184,40 @@ def _in_sample(records: Records, shard: str, sha256: str) -> bool:
 
     By its text: a copy in another shard is left out as well.
     """
-    made = [
-        records.artifacts.entries().get(k)
-        for k in (("corpus_tokens", shard), ("prior_model", None))
-    ]
-    for plan in {e["inputs"].get("sample_plan") for e in made if e}:
-        entry = records.one("sample_plan", plan)
-        if entry and stands(records.folder(entry)):
-            table = pl.scan_parquet(records.folder(entry) / "documents.parquet")
-            if len(table.filter(pl.col("sha256") == sha256).select("sha256").collect()):
-                return True
+    for made in (records.current("corpus_tokens", shard), records.current("prior_model")):
+        plan = records.input(made, "sample_plan")
+        if len(records.read(plan, DOCUMENTS, "1", "sha256 = $text", text=sha256)):
+            return True
     return False
 
 
-def _elsewhere(records: Records, prefix: str) -> DocumentFacts | None:
-    """A document that the tables do not hold: a domain's text, or a shard that was retired."""
+def _outside(records: Records, file: str | None) -> Iterator[tuple[Entry | None, str, str | None]]:
+    """Tables of documents that the score tables do not hold, newest first, and what became of them.
+
+    With a file, first what its shards rejected; `_rejected` says why.
+    """
+    for shard in records.artifacts.at.shards() if file else ():
+        if any(f"/{f.uri}".endswith(f"/{file}") for f in shard.files):
+            raw = records.current("raw_corpus", shard.name)
+            yield raw, "rejects.parquet", None
     for entry in records.lineage.newest_first():
-        asset = str(entry["asset"])
-        if asset.endswith("/domain_text"):
-            parts = {
-                f"{why} ({asset.removesuffix('/domain_text')})": folder / "documents.parquet"
-                for split, why in SPLITS.items()
-                if (folder := records.folder(entry) / split).exists()
-            }
-        elif asset == "raw_corpus":
-            parts = {
-                f"of the shard {entry['partition']}, which is no longer in the corpus": (
-                    records.folder(entry) / "documents.parquet"
-                )
-            }
-        else:
-            continue
-        for became, path in parts.items():
-            if path.exists():
-                found = pl.scan_parquet(path).filter(pl.col("doc_id").str.starts_with(prefix))
-                for row in found.head(1).collect().to_dicts():
-                    files = _file_hashes(records.folder(entry))
-                    return _outside(became, row, None, files)
-    return None
+        domain, _, last = str(entry["asset"]).rpartition("/")
+        if last == "domain_text":
+            for split, became in SPLITS.items():
+                yield entry, f"{split}/{DOCUMENTS}", f"{became} ({domain})"
+        elif last == "raw_corpus":
+            shard_name = entry["partition"]
+            yield entry, DOCUMENTS, f"of the shard {shard_name}, which is no longer in the corpus"
 
 
-def _outside(
-    became: str, row: dict[str, Any], shard: str | None, files: dict[str, str]
-) -> DocumentFacts:
-    """A document without sequences, from a row of DOCUMENTS or REJECTS."""
-    text = row.get("text", row.get("excerpt"))
-    return DocumentFacts(
-        became,
-        row.get("doc_id"),
-        shard,
-        row["source_file"],
-        row["source_line"],
-        row["source"],
-        files.get(row["source_file"]),
-        row.get("sha256"),
-        row.get("n_chars"),
-        None,
-        row.get("extra"),
-        text[:QUOTE] if text is not None else None,
-    )
-
-
-def _at_line(records: Records, file: str, line: int) -> DocumentFacts:
-    """The document at a line of a raw file, given by its path or the end of it."""
-    rows = fetch(
-        records.connection,
-        f"""
-        SELECT {COLUMNS} FROM documents WHERE source_line = $line
-            AND (source_file = $file OR ends_with(source_file, '/' || $file))
-        ORDER BY source_file, shard LIMIT 20
-        """,
-        {"file": file, "line": line},
-    )
-    if not rows:
-        rejected = _rejected(records, file, line)
-        if rejected is None:
-            raise InputError(f"{file}:{line}: neither a shard nor a raw file has that; {FORMS}")
-        return rejected
-    if len(rows) > 1:
-        files = ", ".join(f"{row[2]} ({row[0]})" for row in rows[:3])
-        raise InputError(
-            f"{file}:{line}: several documents are of such a file ({files}); give more"
-        )
-    return _in_tables(records, rows[0])
-
-
-def _rejected(records: Records, file: str, line: int) -> DocumentFacts | None:
-    """What was read at a line of a raw file and not kept, with the reason."""
-    for shard in records.artifacts.at.shards():
-        if not any(f.uri == file or f.uri.endswith(f"/{file}") for f in shard.files):
-            continue
-        raw = records.artifacts.entries().get(("raw_corpus", shard.name))
-        path = records.folder(raw) / "rejects.parquet" if raw else None
-        if path is None or not path.exists():
-            continue
-        name = pl.col("source_file")
-        found = pl.scan_parquet(path).filter(
-            pl.col("source_line") == line, (name == file) | name.str.ends_with(f"/{file}")
-        )
-        for row in found.head(1).collect().to_dicts():
-            became = f"rejected: {row['reason']}"
-            if row["reason"] == "duplicate":
-                became = "a duplicate of a document of its own shard, which stands for both"
-                became += _kept_one(path.with_name("documents.parquet"), row["excerpt"])
-            return _outside(became, row, shard.name, raw_files(records, raw))
-    return None
-
-
-def _kept_one(documents: Path, excerpt: str) -> str:
-    """The documents whose text begins as that of a duplicate, in brackets."""
-    begins = pl.scan_parquet(documents).filter(pl.col("text").str.starts_with(excerpt))
-    ids = begins.select("doc_id").head(3).collect()["doc_id"].to_list()
-    return f" ({', '.join(ids)})" if ids else ""
+def _rejected(records: Records, raw: Entry | None, row: Facts) -> Facts:
+    """The shard of a rejected line, and why it was; of a duplicate, what begins like it."""
+    if "reason" not in row:
+        return {}
+    became = f"rejected: {row['reason']}"
+    if row["reason"] == "duplicate":
+        became = "a duplicate of a document of its own shard, which stands for both"
+        alike, wanted = "starts_with(text, $excerpt) LIMIT 3", {"excerpt": row["excerpt"]}
+        kept = records.read(raw, DOCUMENTS, "doc_id", alike, **wanted).rows()
+        became += f" ({', '.join(doc_id for (doc_id,) in kept)})" if kept else ""
+    return {"became": became, "shard": raw and raw["partition"]}

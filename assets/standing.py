@@ -1,362 +1,374 @@
-"""Where sequences stand: losses, rank, what each arm selected, and which models trained on them.
+"""Facts of sequences: losses, rank, what each arm did with them, and the models trained on them.
 
-Read from the score tables, the ledger and the artefacts; Dagster's history is not needed. The
-tables are asked for all sequences of a document at once, so that the cost is that of one.
+Read from the score tables, the ledger and the artifacts; Dagster's history is not needed. All
+sequences of a document are looked up at once, at the cost of one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from assets.datasets import InDataset, Records, datasets_of
+import numpy as np
+import polars as pl
+
+from colorfilter.order import training_order
+from colorfilter.provenance import content, stands
 from colorfilter.recipe import SCORED
 from colorfilter.score_tables import EXCLUDED
 from colorfilter.selection import SCORES, SHARDS, count_candidates
-from colorfilter.tables import fetch
+from colorfilter.tables import fetch, fetch_frame
+from resources.artifacts import ArtifactStore
 from resources.ledger import Entry
+from resources.lineage import Lineage
 
+if TYPE_CHECKING:
+    import duckdb
+
+QUOTE = 200  # characters of a text that are shown
 DRAWN = ("random", "full")  # methods whose score is a lot
+Facts = dict[str, Any]  # an object of the JSON that `colorfilter explain --json` prints
+PACKED = "corpus_tokens["  # of the names of packed tokens, by shard
+MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
+CHOSEN = f"selection = $selection AND {MINE}"
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model that scored, and what it was trained on."""
-
-    fingerprint: str
-    role: str
-    domain: str | None
-    path: str
-    trained_on: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Losses of a sequence for a domain, nats per token, and where its color ranks.
-
-    `rank` counts from 1 among the candidates, those of lower (color, shard, position) before it;
-    of what is no candidate it is the rank it would have. `percentile` is 100 rank / candidates.
-    """
-
-    domain: str
-    loss_prior: float
-    loss_conditional: float
-    color: float
-    precision_prior: str
-    precision_conditional: str
-    prior: str
-    conditional: str
-    rank: int
-    candidates: int
-    percentile: float
-
-
-@dataclass(frozen=True)
-class Stand:
-    """What a version of an arm's selection did with a sequence.
-
-    `margin` is score minus cutoff, negative or zero where it was selected.
-    """
-
-    domain: str
-    arm: str
-    selection: str
-    created: str
-    current: bool
-    decision: str
-    why: str | None
-    score: float | None
-    cutoff: float | None
-    margin: float | None
-    rank: int | None
-    selected: int
-    datasets: list[InDataset]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """All about one sequence that the score tables and the ledger have."""
-
-    excluded: str | None
-    scores: list[Score]
-    selections: list[Stand]
-
-
-def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int, Standing]:
-    """Where sequences of a shard stand, by position."""
-    mine = {"shard": shard, "positions": list(positions)}
-    reasons = dict(fetch(records.connection, f"SELECT position, reason FROM excluded {MINE}", mine))
-    scores = _scores(records, mine)
-    stands_ = _selections(records, mine, reasons)
-    return {p: Standing(reasons.get(p), scores[p], stands_[p]) for p in positions}
-
-
-def checkpoints(records: Records) -> list[Checkpoint]:
-    """The models that gave the losses in the tables, the prior first."""
-    rows = fetch(
-        records.connection,
-        "SELECT model, role, domain, path FROM models WHERE current ORDER BY role DESC, domain",
-    )
-    return [
-        Checkpoint(model, role, domain, *_trained_on(records, model, role, domain, path))
-        for model, role, domain, path in rows
-    ]
-
-
-def _trained_on(
-    records: Records, model: str, role: str, domain: str | None, published: str
-) -> tuple[str, dict[str, Any]]:
-    """Where a checkpoint lies and what it was trained on, followed back through the ledger."""
-    entry = records.one(f"{domain}/{role}_model" if domain else f"{role}_model", model)
-    if entry is None:
-        return published, {"what": "not in the ledger"}
-    path = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
-    plan = records.one("sample_plan", entry["inputs"].get("sample_plan"))
-    if plan:
-        facts = {fact: plan["facts"].get(fact) for fact in ("documents", "chars")}
-        tokens = entry["facts"].get("tokens")
-        return path, {
-            "what": "D_prior",
-            **facts,
-            "tokens": tokens,
-            "sample_plan": plan["fingerprint"],
-        }
-    packed = records.one(f"{domain}/domain_tokens", entry["inputs"].get(f"{domain}/domain_tokens"))
-    if packed is None:
-        return path, {"what": "as given", "path": entry["recipe"].get("path")}
-    text = records.one(f"{domain}/domain_text", packed["inputs"].get(f"{domain}/domain_text"))
-    return path, {
-        "what": "D_down",
-        "documents": text["facts"].get("down_documents") if text else None,
-        "sequences": packed["facts"].get("down_sequences"),
-        "tokens": packed["facts"].get("down_tokens"),
-        "domain_tokens": packed["fingerprint"],
-        "started_from": entry["inputs"].get("prior_model"),
-    }
-
-
-MINE = "WHERE shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
-
-LOSSES = f"""
-    SELECT color.domain, color.position, loss_prior, loss_conditional, color,
-        p.precision, c.precision, p.model, c.model
-    FROM (FROM color {MINE}) AS color
-    JOIN models AS pm ON pm.role = 'prior' AND pm.current
-    JOIN models AS cm ON cm.role = 'conditional' AND cm.domain = color.domain AND cm.current
-    JOIN losses AS p ON p.model = pm.model AND p.shard = $shard AND p.position = color.position
-    JOIN losses AS c ON c.model = cm.model AND c.shard = $shard AND c.position = color.position
-    ORDER BY color.domain, color.position
-"""
-
-# Candidates before each of some sequences, in the order of selection: (color, shard, position).
-# The sequences' colors cut the candidates into steps, so one pass counts for all of them.
-RANKS = f"""
-    WITH mine AS (SELECT position, color FROM color {MINE} AND domain = $domain),
+# Losses are in nats per token. `rank` counts from 1 among the candidates, in the order of
+# selection: (color, shard, position). What is no candidate has the rank that it would have.
+# One pass counts the candidates up to each of the sequences' colors.
+COLORS = f"""
+    WITH mine AS (FROM color WHERE {MINE}),
     candidates AS NOT MATERIALIZED (
-        SELECT shard, position, color
-        FROM (FROM color WHERE domain = $domain AND NOT starts_with(shard, '_'))
+        SELECT domain, shard, position, color FROM (FROM color WHERE NOT starts_with(shard, '_'))
         ANTI JOIN excluded USING (shard, position)
     ),
-    steps AS (SELECT DISTINCT color FROM mine),
-    between AS (
-        SELECT steps.color, count(*) AS n
-        FROM candidates ASOF JOIN steps ON candidates.color < steps.color GROUP BY steps.color
+    counts AS (
+        SELECT domain, unnest(map_entries(histogram(color, colors)), recursive := true)
+        FROM candidates JOIN (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY ALL)
+            USING (domain)
+        GROUP BY domain
     ),
     lower AS (
-        SELECT color, coalesce(sum(n) OVER (ORDER BY color), 0)::BIGINT AS n
-        FROM steps LEFT JOIN between USING (color)
+        SELECT domain, key AS color, sum(value) OVER (PARTITION BY domain ORDER BY key) AS n
+        FROM counts
     ),
-    ties AS (
-        SELECT mine.position, count(*) AS n FROM mine JOIN candidates AS c
-        ON c.color = mine.color
-            AND (c.shard < $shard OR (c.shard = $shard AND c.position < mine.position))
-        GROUP BY mine.position
+    ranks AS (
+        SELECT mine.domain, mine.position, any_value(n)::BIGINT + 1 - count(c.color) AS rank
+        FROM mine JOIN lower USING (domain, color) LEFT JOIN candidates AS c
+            ON c.domain = mine.domain AND c.color = mine.color
+            AND (c.shard, c.position) >= (mine.shard, mine.position)
+        GROUP BY ALL
     )
-    SELECT position, lower.n + coalesce(ties.n, 0) + 1
-    FROM mine JOIN lower USING (color) LEFT JOIN ties USING (position)
+    SELECT mine.position, mine.domain, loss_prior, loss_conditional, color,
+        p.precision AS precision_prior, c.precision AS precision_conditional,
+        p.model AS prior, c.model AS conditional,
+        rank, $candidates AS candidates, 100 * rank / greatest(1, $candidates) AS percentile
+    FROM mine JOIN ranks USING (domain, position)
+    JOIN models AS pm ON pm.role = 'prior' AND pm.current
+    JOIN models AS cm ON cm.role = 'conditional' AND cm.domain = mine.domain AND cm.current
+    JOIN losses AS p ON p.model = pm.model AND p.shard = $shard AND p.position = mine.position
+    JOIN losses AS c ON c.model = cm.model AND c.shard = $shard AND c.position = mine.position
+    ORDER BY mine.domain
+"""
+# `alike`: scored by the models whose losses are in the tables.
+VERSIONS = """
+    SELECT v.domain || '/' || arm AS name, v.domain, arm, v.selection, created, v.current, cutoff,
+        n AS selected, p.model IS NOT NULL AND c.model IS NOT NULL AS alike
+    FROM selected.selection_versions AS v
+    JOIN (SELECT selection, count(*) AS n FROM selected.selections GROUP BY ALL) USING (selection)
+    LEFT JOIN models AS p ON p.model = v.prior AND p.role = 'prior' AND p.current
+    LEFT JOIN models AS c ON c.model = v.conditional AND c.role = 'conditional'
+        AND c.domain = v.domain AND c.current
+    ORDER BY v.domain, arm, v.current DESC, created DESC
 """
 
 
-def _scores(records: Records, mine: Mapping[str, Any]) -> dict[int, list[Score]]:
-    found: dict[int, list[Score]] = {position: [] for position in mine["positions"]}
-    candidates = count_candidates(records.connection)
-    ranks: dict[str, dict[int, int]] = {}
-    for row in fetch(records.connection, LOSSES, mine):
-        domain, position, *losses_and_models = row
-        if domain not in ranks:
-            wanted = {**mine, "domain": domain}
-            ranks[domain] = dict(fetch(records.connection, RANKS, wanted))
-        rank = ranks[domain][position]
-        place = rank, candidates, 100 * rank / max(1, candidates)
-        found[position].append(Score(*(domain, *losses_and_models, *place)))
-    return found
+@dataclass(frozen=True)
+class Records:
+    """All that is on record about a home: ledger, artifacts and score tables."""
+
+    artifacts: ArtifactStore
+    lineage: Lineage
+    connection: "duckdb.DuckDBPyConnection"
+
+    def current(self, asset: str, partition: str | None = None) -> Entry | None:
+        """The current ledger entry of an asset's partition."""
+        return self.artifacts.entries().get((asset, partition))
+
+    def one(self, name: str, fingerprint: str | None) -> Entry | None:
+        """The last ledger entry of this name and content."""
+        found = self.lineage.find(name, fingerprint) if fingerprint else []
+        return found[-1] if found else None
+
+    def input(self, entry: Entry | None, name: str) -> Entry | None:
+        """The entry of an input of an artifact."""
+        return self.one(name, entry["inputs"].get(name)) if entry else None
+
+    def folder(self, entry: Entry) -> Path:
+        """The folder of an artifact, which may be gone."""
+        return self.artifacts.at.root / str(entry["path"])
+
+    def rows(self, query: str, **parameters: Any) -> list[Facts]:
+        """Rows of a query on the score tables, by name of column."""
+        return fetch_frame(self.connection, query, parameters).to_dicts()
+
+    def read(
+        self, entry: Entry | None, table: str, columns: str, where: str = "true", **parameters: Any
+    ) -> pl.DataFrame:
+        """Rows of a Parquet table of an artifact; none where the table is gone."""
+        path = self.folder(entry) / table if entry else None
+        if path is None or not path.exists():
+            return pl.DataFrame()
+        query = f"SELECT {columns} FROM read_parquet($table) WHERE {where}"
+        return fetch_frame(self.connection, query, {"table": str(path), **parameters})
 
 
 @dataclass(frozen=True)
-class Version:
-    """A selection that is in the tables, and its entry in the ledger."""
+class Selection:
+    """A selection `<domain>/<arm>`, and its entry in the ledger where that has one."""
 
-    selection: str
-    domain: str
-    arm: str
-    cutoff: float | None
-    created: str
-    current: bool
-    scored_alike: bool  # by the models whose losses are in the tables
-    selected: int
+    records: Records
+    name: str
     entry: Entry | None
 
-    @property
-    def name(self) -> str:
-        return f"{self.domain}/{self.arm}"
-
-    @property
-    def terms(self) -> dict[str, Any]:
-        """The recipe of the selection."""
+    @cached_property
+    def recipe(self) -> Facts:
         return dict(self.entry["recipe"]) if self.entry else {}
 
-    @property
+    @cached_property
     def method(self) -> str:
-        return method_of(self.arm, self.terms)
+        """The method in its recipe or, where that has none, in the name of the arm."""
+        arm = self.name.rpartition("/")[2]
+        return str(self.recipe.get("method", arm.partition("_tau")[0].removesuffix("_leaks")))
 
+    @cached_property
+    def tables(self) -> Entry | None:
+        """The score tables that it was made by."""
+        made_from = {**self.entry.get("sources", {}), **self.entry["inputs"]} if self.entry else {}
+        return self.records.one("score_tables", made_from.get("score_tables"))
 
-def method_of(arm: str, terms: Mapping[str, Any]) -> str:
-    """An arm's method, by the recipe of its selection or, where that has none, by its name."""
-    return str(terms.get("method", arm.partition("_tau")[0].removesuffix("_leaks")))
-
-
-def selection_versions(records: Records) -> list[Version]:
-    """All selections in the tables, by domain and arm, the current one of each first."""
-    rows = fetch(
-        records.connection,
-        """
-        SELECT v.selection, v.domain, arm, cutoff, created, v.current, p.model IS NOT NULL
-            AND c.model IS NOT NULL, n
-        FROM selected.selection_versions AS v
-        JOIN (SELECT selection, count(*) AS n FROM selected.selections GROUP BY selection)
-            USING (selection)
-        LEFT JOIN models AS p ON p.model = v.prior AND p.role = 'prior' AND p.current
-        LEFT JOIN models AS c ON c.model = v.conditional AND c.role = 'conditional'
-            AND c.domain = v.domain AND c.current
-        ORDER BY v.domain, arm, v.current DESC, created DESC
-        """,
-    )
-    return [Version(*(*row, records.one(f"{row[1]}/{row[2]}/selection", row[0]))) for row in rows]
-
-
-def packed_for(records: Records, selection: Entry | None) -> dict[str, str]:
-    """Fingerprints of the packed tokens that a selection was made over, by shard of the corpus."""
-    if selection is None:
+    @cached_property
+    def packed(self) -> dict[str, str]:
+        """Fingerprints of the packed tokens that it was made over, by shard of the corpus."""
+        for entry in filter(None, (self.entry, self.tables)):
+            named = {k[:-1].split("[", 1)[1]: v for k, v in entry["inputs"].items() if PACKED in k}
+            if named:
+                return {shard: made for shard, made in named.items() if not shard.startswith("_")}
         return {}
-    made_from = selection["inputs"]
-    tables = {**selection.get("sources", {}), **made_from}.get("score_tables")
-    if not any(name.startswith("corpus_tokens[") for name in made_from):
-        entry = records.one("score_tables", tables)
-        made_from = entry["inputs"] if entry else {}
-    named = {
-        name.removeprefix("corpus_tokens[").removesuffix("]"): fingerprint
-        for name, fingerprint in made_from.items()
-        if name.startswith("corpus_tokens[")
-    }
-    return {shard: made for shard, made in named.items() if not shard.startswith("_")}
 
 
-def _selections(
-    records: Records, mine: Mapping[str, Any], reasons: Mapping[int, str]
-) -> dict[int, list[Stand]]:
-    shard, positions = mine["shard"], mine["positions"]
-    rows = fetch(
-        records.connection,
-        f"SELECT selection, position, rank, score FROM selected.selections {MINE}",
-        mine,
-    )
-    chosen = {(selection, position): (rank, score) for selection, position, rank, score in rows}
-    tables = records.artifacts.entries().get(("score_tables", None))
-    now = tables["inputs"].get(f"corpus_tokens[{shard}]") if tables else None
-    found: dict[int, list[Stand]] = {position: [] for position in positions}
-    for version in selection_versions(records):
-        apart = _apart(records, version, shard, now)
-        scores = {} if apart else _by_method(records, version, mine)
-        places = {
-            p: chosen[version.selection, p] for p in positions if (version.selection, p) in chosen
-        }
-        datasets = datasets_of(
-            records, version.name, version.selection, shard, [] if apart else sorted(places)
-        )
-        for position in positions:
-            rank, score = None, scores.get(position)
-            if apart:
-                decision, why = apart
-            elif position in places:
-                decision, why = "selected", None
-                rank, score = places[position]
-            elif position in reasons:
-                decision, why, score = "excluded", EXCLUDED[reasons[position]], None
-            else:
-                decision, why = "refused", _why_refused(version, score)
-            margin = None
-            # The pools of random batches have a cutoff each.
-            if score is not None and version.cutoff is not None and not version.terms.get("batch"):
-                margin = score - version.cutoff
-            found[position].append(
-                Stand(
-                    version.domain,
-                    version.arm,
-                    version.selection,
-                    version.created,
-                    version.current,
-                    decision,
-                    why,
-                    score,
-                    version.cutoff,
-                    margin,
-                    rank,
-                    version.selected,
-                    datasets.get(position, []),
-                )
-            )
+def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int, Facts]:
+    """Why sequences of a shard are excluded, their scores and selections, by position."""
+    mine = {"shard": shard, "positions": list(positions)}
+    query = f"SELECT position, reason FROM excluded WHERE {MINE}"
+    reasons = dict(fetch(records.connection, query, mine))
+    found = {p: Facts(excluded=reasons.get(p), scores=[], selections=[]) for p in positions}
+    candidates = count_candidates(records.connection)
+    for score in records.rows(COLORS, **mine, candidates=candidates):
+        found[score.pop("position")]["scores"].append(score)
+    for version in records.rows(VERSIONS):
+        for position, decision in _decisions(records, version, mine, reasons).items():
+            found[position]["selections"].append(decision)
     return found
 
 
-def _apart(
-    records: Records, version: Version, shard: str, now: str | None
-) -> tuple[str, str] | None:
-    """Why a selection was not among a shard as it is `now` (its fingerprint), if it was not."""
+def _decisions(
+    records: Records, version: Facts, mine: Mapping[str, Any], reasons: Mapping[int, str]
+) -> dict[int, Facts]:
+    """What a selection, a row of VERSIONS, did with sequences, by position.
+
+    `margin` is score minus cutoff: negative or zero where the sequence was selected.
+    """
+    alike, cutoff, name = version.pop("alike"), version["cutoff"], version.pop("name")
+    made = Selection(records, name, records.one(f"{name}/selection", version["selection"]))
+    apart = _apart(made, mine["shard"])
+    places, scores = {}, {}
+    if not apart:
+        query = f"SELECT position, rank, score FROM selected.selections WHERE {CHOSEN}"
+        rows = records.rows(query, **mine, selection=version["selection"])
+        places = {row.pop("position"): row for row in rows}
+        scores = _scores(made, alike, mine)
+    datasets = _datasets(records, name, version["selection"], {**mine, "positions": list(places)})
+    found = {}
+    for position in mine["positions"]:
+        decision, why, place = "refused", None, {"rank": None, "score": scores.get(position)}
+        if apart:
+            decision, why = apart
+        elif position in places:
+            decision, place = "selected", places[position]
+        elif position in reasons:
+            decision, why, place["score"] = "excluded", EXCLUDED[reasons[position]], None
+        else:
+            why = _why_refused(made, alike, cutoff, place["score"])
+        # The pools of random batches have a cutoff each.
+        by_cutoff = None not in {place["score"], cutoff} and not made.recipe.get("batch")
+        margin = place["score"] - cutoff if by_cutoff else None
+        decided = {"decision": decision, "why": why, **place, "margin": margin}
+        found[position] = {**version, **decided, "datasets": datasets.get(position, [])}
+    return found
+
+
+def _apart(made: Selection, shard: str) -> tuple[str, str] | None:
+    """Decision and reason where a selection was not made over a shard as it is packed now."""
     if shard.startswith("_probe_"):
         return "never", "the probe of a domain is scored and never selected"
-    if version.method == "dsir":
+    if made.method == "dsir":
         return "not asked", "dsir draws documents and packs sequences of its own"
-    then = packed_for(records, version.entry).get(shard)
-    if version.entry is None or then == now:
+    tables = made.records.current("score_tables")
+    now = tables["inputs"].get(f"{PACKED}{shard}]") if tables else None
+    then = made.packed.get(shard)
+    if made.entry is None or then == now:
         return None
     if then is None:
         return "not there", "its shard was not in the corpus then"
     return "not there", "its shard was packed otherwise then"
 
 
-def _why_refused(version: Version, score: float | None) -> str | None:
-    """What beside the cutoff there is to say of a candidate that a selection does not hold."""
+def _why_refused(
+    made: Selection, alike: bool, cutoff: float | None, score: float | None
+) -> str | None:
+    """The reason other than the cutoff for which a selection does not hold a candidate."""
     why = None
-    if version.method not in SCORES:
+    if made.method not in SCORES:
         why = "the proxy did not choose it while it learned"
-    elif version.terms.get("batch"):
+    elif made.recipe.get("batch"):
         why = "not among the best of its random batch"
-    elif version.method in SCORED and not version.scored_alike:
+    elif made.method in SCORED and not alike:
         why = "by the scores of models that are no longer in the tables"
     elif score is None:
         why = "has no label, so no loss"
-    elif version.cutoff is not None and score <= version.cutoff:
+    elif cutoff is not None and score <= cutoff:
         why = "its score or the candidates have changed since"
     return why
 
 
-def _by_method(records: Records, version: Version, mine: Mapping[str, Any]) -> dict[int, float]:
-    """Scores of sequences by a version's method, where the tables still have what they were by."""
-    wanted = dict(mine)
-    if version.method in DRAWN and version.entry:
-        wanted["seed"] = version.entry["seed"]
-    elif version.method in SCORED and version.scored_alike:
-        wanted["domain"] = version.domain
+def _scores(made: Selection, alike: bool, mine: Mapping[str, Any]) -> dict[int, float]:
+    """Scores of sequences by a selection's method, where the tables still have what they need."""
+    if made.method in DRAWN and made.entry:
+        wanted = {**mine, "seed": made.entry["seed"]}
+    elif made.method in SCORED and alike:
+        wanted = {**mine, "domain": made.name.rpartition("/")[0]}
     else:
         return {}
-    query = f"WITH {SHARDS}, {SCORES[version.method]} SELECT position, score FROM scores {MINE}"
-    return dict(fetch(records.connection, query, wanted))
+    query = f"WITH {SHARDS}, {SCORES[made.method]} SELECT position, score FROM scores WHERE {MINE}"
+    return dict(fetch(made.records.connection, query, wanted))
+
+
+def _datasets(
+    records: Records, name: str, selection: str, mine: Mapping[str, Any]
+) -> dict[int, list[Facts]]:
+    """Facts of the datasets made of a selection, by position of a sequence that it chose.
+
+    `stands` is false where the folder is gone, and with it what is known of the sequence. `row` is
+    null where the sequence was left out.
+    """
+    found: dict[int, list[Facts]] = {position: [] for position in mine["positions"]}
+    for made in records.lineage.versions(f"{name}/filtered_dataset") if found else ():
+        if made["inputs"].get(f"{name}/selection") != selection:
+            continue
+        folder = records.folder(made)
+        facts = {k: made[k] for k in ("fingerprint", "recorded")} | {"path": str(folder)}
+        nothing: Facts = {"stands": False, "row": None, "left_out": None, "trained": []}
+        if not stands(folder):
+            for datasets in found.values():
+                datasets.append({**facts, **nothing})
+            continue
+        table = "tokens/sequences.parquet"
+        rows = dict(records.read(made, table, 'position, "row"', MINE, **mine).rows())
+        leaks = _leaks(records, name, made, mine["shard"])
+        trained = _trained(records, name, made, rows.values())
+        for position, datasets in found.items():
+            row = rows.get(position)
+            known = (
+                {"row": row, "trained": trained[row]}
+                if row is not None
+                else {"left_out": leaks.get(position, "quotes held-out text")}
+            )
+            datasets.append({**facts, **nothing, "stands": True, **known})
+    return found
+
+
+def leakage_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame | None:
+    """The sequences of a dataset's selection that quote held-out text, as found at the time.
+
+    None where that table is gone. Empty where the arm keeps such sequences.
+    """
+    entry = records.input(dataset, f"{name}/leakage")
+    if entry is None or not stands(records.folder(entry)):
+        return None
+    columns = "shard, unnest(positions) AS position, protected, n_words, quote"
+    leaks = records.read(entry, "leakage.parquet", columns)
+    return leaks.clear() if dataset["recipe"].get("leaks") == "keep" else leaks
+
+
+def _leaks(records: Records, name: str, dataset: Entry, shard: str) -> dict[int, str]:
+    """What each leaking sequence of a shard quotes, in words, by position."""
+    leaks = leakage_of(records, name, dataset)
+    return {
+        row["position"]: f"quotes held-out text of {row['protected']}, {row['n_words']} words: "
+        f"{' '.join(row['quote'].split())[:QUOTE]}"
+        for row in (leaks.filter(shard=shard).to_dicts() if leaks is not None else ())
+    }
+
+
+def _trained(
+    records: Records, name: str, dataset: Entry, rows: Collection[int]
+) -> dict[int, list[Facts]]:
+    """Facts of the target models of a dataset, for each of some rows.
+
+    `place` is the row's in the order of training, from 1. `reached` says, by the tokens of each
+    end point, whether training had come to it.
+    """
+    found: dict[int, list[Facts]] = {row: [] for row in rows}
+    tokens = content(records.folder(dataset), "tokens").fingerprint if rows else None
+    models = records.lineage.of(f"{name}/target_model") if rows else []
+    for model in sorted(models, key=lambda m: (int(m["seed"]), str(m["recorded"]))):
+        if model["inputs"].get(f"{name}/filtered_dataset/tokens") != tokens:
+            continue
+        order = training_order(model["seed"], dataset["facts"]["sequences"])
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        # A checkpoint is named by its tokens. Its end point counts sequences.
+        checkpoints = sorted(map(int, model["facts"]["checkpoints"]))
+        ends = list(zip(checkpoints, sorted(model["recipe"]["endpoints"]), strict=True))
+        facts = {"path": str(records.folder(model)), "of": len(places)}
+        facts |= {k: model[k] for k in ("seed", "fingerprint")}
+        for row in rows:
+            reached = {n: bool(places[row] < end) for n, end in ends}
+            found[row].append({**facts, "place": int(places[row]) + 1, "reached": reached})
+    return found
+
+
+def checkpoints(records: Records) -> list[Facts]:
+    """The models that gave the losses in the tables, the prior first, and their training data."""
+    query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
+    models = records.rows(f"{query} ORDER BY role DESC, domain")
+    for model in models:
+        domain, name = model["domain"], f"{model['role']}_model"
+        entry = records.one(f"{domain}/{name}" if domain else name, model["fingerprint"])
+        model["trained_on"] = _trained_on(records, domain, entry)
+        if entry:
+            model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
+    return models
+
+
+def _trained_on(records: Records, domain: str | None, model: Entry | None) -> Facts:
+    """What a model was trained on, followed back through the ledger."""
+    if model is None:
+        return {"what": "not in the ledger"}
+    plan = records.input(model, "sample_plan")
+    packed = records.input(model, f"{domain}/domain_tokens")
+    if plan:
+        counts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
+        counts["tokens"] = model["facts"].get("tokens")
+        return {"what": "D_prior", **counts, "sample_plan": plan["fingerprint"]}
+    if packed is None:
+        return {"what": "as given", "path": model["recipe"].get("path")}
+    text = records.input(packed, f"{domain}/domain_text")
+    facts = {**packed["facts"], "down_documents": text and text["facts"].get("down_documents")}
+    return {
+        "what": "D_down",
+        **{name: facts.get(f"down_{name}") for name in ("documents", "sequences", "tokens")},
+        "domain_tokens": packed["fingerprint"],
+        "started_from": model["inputs"].get("prior_model"),
+    }

@@ -1,26 +1,26 @@
 """A filtered dataset against its last version: what entered, what left, and why.
 
-The versions are those that the ledger has. Where the folder of one is gone, its selection is read
-from the score tables, and what was left out of it for leaking is not known.
+The versions are those in the ledger. Where the folder of one is gone, its selection is read from
+the score tables, and the sequences left out of it for leaking are not known.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import polars as pl
 
-from assets.datasets import Records, leakage_of
-from assets.standing import method_of, packed_for
+from assets.standing import Facts, Records, Selection, leakage_of
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.score_tables import EXCLUDED
-from colorfilter.tables import fetch, fetch_frame
+from colorfilter.tables import fetch_frame
 from resources.ledger import Entry
 
 EXAMPLES = 5
 PLACE = ["shard", "position"]
-OWN = pl.col("shard").str.starts_with("_")  # sequences that a selection packs for itself
+SCORES = "shard, position, score"
 # Assets that follow from other inputs of a dataset, and differ whenever those do.
 FOLLOWING = (
     *("raw_corpus", "prior_scores", "conditional_scores", "domain_only_scores"),
@@ -29,360 +29,225 @@ FOLLOWING = (
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
-
-@dataclass(frozen=True)
-class DatasetVersion:
-    """A version of a dataset: what it is made of. `cutoff` is the score at the selection's end."""
-
-    name: str
-    fingerprint: str
-    path: str
-    recorded: str
-    stands: bool
-    sequences: int
-    tokens: int
-    left_out: int
-    selection: str
-    selected: int | None
-    candidates: int | None
-    cutoff: float | None
-    shards: int
-    models: dict[str, str]
-    recipe: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Change:
-    """So many sequences that entered or left for one reason."""
-
-    why: str
-    sequences: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sequence that entered or left."""
-
-    shard: str
-    position: int
-    score: float
-    source_file: str | None
-    why: str
+MOVES = ("entering", "leaving", "examples_entering", "examples_leaving")
+# Sequences of a version (`members`) that another one (`others`) does not hold, with the reason.
+# Sequences of a shard that was packed anew are others at the same places, and so are those that a
+# selection packs for itself. What the other selection chose was left out of its dataset for a leak.
+MOVED = """
+    WITH same AS (
+        FROM others
+        WHERE shard NOT IN (SELECT unnest($anew::VARCHAR[])) AND NOT starts_with(shard, '_')
+    )
+    SELECT moved.*, CASE
+        WHEN shard IN (SELECT unnest($apart::VARCHAR[])) THEN $data
+        WHEN shard IN (SELECT unnest($anew::VARCHAR[])) THEN 'its shard was packed anew'
+        WHEN starts_with(shard, '_') THEN 'documents were drawn and packed anew'
+        WHEN chosen.shard IS NOT NULL AND reason IS NULL THEN $leak
+        ELSE coalesce(reason, $causes) END AS why
+    FROM (FROM members ANTI JOIN same USING (shard, position)) AS moved
+    LEFT JOIN chosen USING (shard, position)
+    LEFT JOIN (FROM excluded WHERE $excludes) USING (shard, position)
+"""
+WORDS = {
+    "entering": {"data": "new data", "leak": "no longer found to leak"},
+    "leaving": {"data": "retired data", "leak": "found to quote held-out text"},
+}
+FILE = """
+    SELECT arg_min(source_file, "offset") AS source_file
+    FROM spans JOIN documents USING (shard, doc_id) WHERE shard = $shard AND position = $position
+"""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An input or a value of the recipe that the two versions do not share."""
+class Version:
+    """A version of a filtered dataset, by its entry in the ledger."""
 
-    name: str
-    was: Any
-    now: Any
-
-
-@dataclass(frozen=True)
-class DatasetExplanation:
-    """The current version of a dataset and, where there is one, how it differs from the last.
-
-    `last` is of the same arm or, for an arm's first, the latest by its method at another tau.
-    """
-
-    versions: list[str]
-    now: DatasetVersion
-    last: DatasetVersion | None
-    inputs: list[Difference]
-    recipe: list[Difference]
-    both: int
-    entering: list[Change]
-    leaving: list[Change]
-    examples_entering: list[Example]
-    examples_leaving: list[Example]
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A dataset's entry with those that it was made from."""
-
+    records: Records
     name: str
     entry: Entry
-    selection: Entry | None
+
+    @cached_property
+    def selection(self) -> Selection:
+        made = self.records.lineage.as_of(self.entry, f"{self.name}/selection")
+        return Selection(self.records, self.name, made)
 
     @property
-    def choice(self) -> dict[str, Any]:
+    def recipe(self) -> Facts:
         """The recipe that decided it."""
-        chosen = dict(self.selection["recipe"]) if self.selection else {}
-        if self.selection and self.selection.get("seed") is not None:
-            chosen["seed"] = self.selection["seed"]
-        return {**chosen, **self.entry["recipe"]}
+        seed = self.selection.entry.get("seed") if self.selection.entry else None
+        drawn = {} if seed is None else {"seed": seed}
+        return {**self.selection.recipe, **drawn, **self.entry["recipe"]}
 
-    @property
-    def method(self) -> str:
-        return method_of(self.name.rpartition("/")[2], self.choice)
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """What decided it, by name: shards, models, refined scores, the domain's text.
 
-
-def explain_dataset(records: Records, name: str) -> DatasetExplanation:
-    """A dataset `<domain>/<arm>` against its last version. Raises InputError where none is made."""
-    there = records.lineage.versions(f"{name}/filtered_dataset")
-    current = records.artifacts.entries().get((f"{name}/filtered_dataset", None))
-    if current is None:
-        known = sorted(
-            asset.removesuffix("/filtered_dataset")
-            for asset, _ in records.artifacts.entries()
-            if asset.endswith("/filtered_dataset")
-        )
-        raise InputError(
-            f"{name}: no filtered dataset of that name is in the ledger; give one of "
-            f"{', '.join(known) or 'those that `colorfilter run` will make'}"
-        )
-    now = _made(records, name, current)
-    last = _last(records, now, there)
-    versions = [str(entry["recorded"]) for entry in there]
-    if last is None:
-        nothing: list[Any] = []
-        return DatasetExplanation(
-            versions, _version(records, now), None, [], [], 0, *([nothing] * 4)
-        )
-    inputs = _differences(_made_from(records, last), _made_from(records, now))
-    recipe = _differences(last.choice, now.choice)
-    before, after = _members(records, last), _members(records, now)
-    entering, leaving, both = _in_and_out(records, last, now, before, after)
-    causes = _causes(inputs, recipe, now)
-    entering = _why(entering, "entering", records, last, now, causes)
-    leaving = _why(leaving, "leaving", records, last, now, causes)
-    return DatasetExplanation(
-        versions,
-        _version(records, now),
-        _version(records, last),
-        inputs,
-        recipe,
-        both,
-        _counts(entering),
-        _counts(leaving),
-        _examples(records, entering),
-        _examples(records, leaving),
-    )
-
-
-def _made(records: Records, name: str, entry: Entry) -> _Made:
-    return _Made(name, entry, records.lineage.as_of(entry, f"{name}/selection"))
-
-
-def _last(records: Records, now: _Made, there: list[Entry]) -> _Made | None:
-    """The version before, or of an arm that has none the latest by its method in the domain."""
-    older = [e for e in there if e["fingerprint"] != now.entry["fingerprint"]]
-    if older:
-        return _made(records, now.name, older[-1])
-    domain = now.name.rpartition("/")[0]
-    assets = {
-        asset
-        for asset, _ in records.artifacts.entries()
-        if asset.startswith(f"{domain}/") and asset.endswith("/filtered_dataset")
-    }
-    others = [
-        _made(records, asset.removesuffix("/filtered_dataset"), entry)
-        for asset in sorted(assets - {f"{now.name}/filtered_dataset"})
-        for entry in records.lineage.versions(asset)
-        if str(entry["recorded"]) <= str(now.entry["recorded"])
-    ]
-    alike = [other for other in others if other.method == now.method and "tau" in now.choice]
-    return max(alike, key=lambda o: str(o.entry["recorded"]), default=None) if alike else None
-
-
-def _version(records: Records, made: _Made) -> DatasetVersion:
-    facts = made.entry["facts"]
-    chosen = made.selection["facts"] if made.selection else {}
-    folder = records.folder(made.entry)
-    models = {k: v for k, v in _made_from(records, made).items() if k.endswith("_model")}
-    return DatasetVersion(
-        made.name,
-        made.entry["fingerprint"],
-        str(folder),
-        str(made.entry["recorded"]),
-        stands(folder),
-        facts["sequences"],
-        facts["tokens"],
-        facts.get("left_out", 0),
-        str(made.entry["inputs"].get(f"{made.name}/selection")),
-        chosen.get("selected"),
-        chosen.get("candidates"),
-        chosen.get("cutoff"),
-        len(packed_for(records, made.selection)),
-        models,
-        made.choice,
-    )
-
-
-def _made_from(records: Records, made: _Made) -> dict[str, str]:
-    """What decided a dataset, by name: shards, models, refined scores, the domain's text.
-
-    Not what follows from those, such as losses, which differ whenever a model does.
-    """
-    entries = [made.selection, records.lineage.as_of(made.entry, f"{made.name}/leakage")]
-    named: dict[str, str] = {}
-    for entry in entries:
-        if entry:
+        Without what follows from those, such as losses, which differ whenever a model does.
+        """
+        named: dict[str, str] = {}
+        leakage = self.records.lineage.as_of(self.entry, f"{self.name}/leakage")
+        for entry in filter(None, (self.selection.tables, self.selection.entry, leakage)):
             named |= {**entry.get("sources", {}), **entry["inputs"]}
-    tables = records.one("score_tables", named.get("score_tables"))
-    named = {**(tables["inputs"] if tables else {}), **named}
-    domain = made.name.rpartition("/")[0]
-    return {name: made_of for name, made_of in named.items() if _decides(name, domain)}
+        domain = self.name.rpartition("/")[0]
+        return {name: made for name, made in named.items() if _decides(name, domain)}
+
+    def facts(self) -> Facts:
+        """What it is made of. `cutoff` is the score at the end of the selection."""
+        folder, facts = self.records.folder(self.entry), self.entry["facts"]
+        chosen = self.selection.entry["facts"] if self.selection.entry else {}
+        return {
+            "name": self.name,
+            "fingerprint": self.entry["fingerprint"],
+            "path": str(folder),
+            "recorded": self.entry["recorded"],
+            "stands": stands(folder),
+            "sequences": facts["sequences"],
+            "tokens": facts["tokens"],
+            "left_out": facts.get("left_out", 0),
+            "selection": str(self.entry["inputs"].get(f"{self.name}/selection")),
+            **{name: chosen.get(name) for name in ("selected", "candidates", "cutoff")},
+            "shards": len(self.selection.packed),
+            "models": {k: v for k, v in self.inputs.items() if k.endswith("_model")},
+            "recipe": self.recipe,
+        }
+
+    @cached_property
+    def chosen(self) -> pl.DataFrame:
+        """Places and scores of all that its selection chose, leaks too."""
+        made = self.selection.entry
+        if made and stands(self.records.folder(made)):
+            return self.records.read(made, "selection.parquet", SCORES)
+        query = f"SELECT {SCORES} FROM selected.selections WHERE selection = $made"
+        fingerprint = self.entry["inputs"].get(f"{self.name}/selection")
+        return fetch_frame(self.records.connection, query, {"made": fingerprint})
+
+    @cached_property
+    def members(self) -> pl.DataFrame:
+        """Places and scores of what it holds or, where its folder is gone, was to hold."""
+        if stands(self.records.folder(self.entry)):
+            return self.records.read(self.entry, "tokens/sequences.parquet", SCORES)
+        leaks = leakage_of(self.records, self.name, self.entry)
+        if leaks is None:
+            return self.chosen
+        return self.chosen.join(leaks, on=PLACE, how="anti")
 
 
 def _decides(name: str, domain: str) -> bool:
-    """Whether what goes by this name is no result of other inputs of a dataset of a domain."""
+    """Whether an input of a domain's dataset does not follow from others."""
     asset = name.partition("[")[0]
     of, _, last = asset.rpartition("/")
     return of in {"", domain} and "[_" not in name and last not in FOLLOWING
 
 
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+def explain_dataset(records: Records, name: str) -> Facts:
+    """Facts of a dataset `<domain>/<arm>`, and how it differs from its last version.
+
+    `last` is of the same arm or, for an arm's first, the latest by its method at another tau.
+    Raises InputError where no dataset has that name.
+    """
+    current = records.current(f"{name}/filtered_dataset")
+    if current is None:
+        known = ", ".join(_names(records)) or "those that `colorfilter run` will make"
+        raise InputError(
+            f"{name}: no filtered dataset of that name is in the ledger; give one of {known}"
+        )
+    now = Version(records, name, current)
+    last = _last(now)
+    found: Facts = {
+        "versions": [e["recorded"] for e in records.lineage.versions(f"{name}/filtered_dataset")],
+        "now": now.facts(),
+        "last": last.facts() if last else None,
+        "inputs": _differences(last.inputs, now.inputs) if last else [],
+        "recipe": _differences(last.recipe, now.recipe) if last else [],
+        "both": 0,
+        **{name: [] for name in MOVES},
+    }
+    if last:
+        causes = _causes(found["inputs"], found["recipe"], now.selection.method)
+        for way, version, other in (("entering", now, last), ("leaving", last, now)):
+            moved = _moved(version, other, way, causes)
+            counts = moved.group_by("why").agg(sequences=pl.len())
+            found[way] = counts.sort("sequences", "why", descending=[True, False]).to_dicts()
+            best = moved.sort("score", *PLACE).head(EXAMPLES).to_dicts()
+            found[f"examples_{way}"] = [e | _file(records, e) for e in best]
+            found["both"] = len(version.members) - len(moved)
+    return found
+
+
+def _names(records: Records) -> list[str]:
+    """All datasets in the ledger, as `<domain>/<arm>`."""
+    last = "/filtered_dataset"
+    assets = (asset for asset, _ in records.artifacts.entries())
+    return sorted(asset.removesuffix(last) for asset in assets if asset.endswith(last))
+
+
+def _last(now: Version) -> Version | None:
+    """The version before or, for an arm's first, the latest by its method in the domain."""
+    versions = now.records.lineage.versions
+    older = [
+        e
+        for e in versions(f"{now.name}/filtered_dataset")
+        if e["fingerprint"] != now.entry["fingerprint"]
+    ]
+    if older:
+        return Version(now.records, now.name, older[-1])
+    if "tau" not in now.recipe:
+        return None
+    domain = now.name.rpartition("/")[0]
+    others = [
+        Version(now.records, name, entry)
+        for name in _names(now.records)
+        if name.startswith(f"{domain}/") and name != now.name
+        for entry in versions(f"{name}/filtered_dataset")
+        if entry["recorded"] <= now.entry["recorded"]
+    ]
+    alike = (other for other in others if other.selection.method == now.selection.method)
+    return max(alike, key=lambda o: str(o.entry["recorded"]), default=None)
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Facts]:
     return [
-        Difference(name, was.get(name), now.get(name))
+        {"name": name, "was": was.get(name), "now": now.get(name)}
         for name in sorted({*was, *now})
         if was.get(name) != now.get(name)
     ]
 
 
-def _causes(inputs: list[Difference], recipe: list[Difference], now: _Made) -> list[str]:
+def _causes(inputs: list[Facts], recipe: list[Facts], method: str) -> str:
     """What can have changed the decision about a sequence that both versions were made over."""
     words = []
-    for difference in inputs:
-        part = difference.name.rpartition("/")[2]
+    for part in (difference["name"].rpartition("/")[2] for difference in inputs):
         if part.endswith("_model"):
             words.append(f"another {part.removesuffix('_model').replace('_', ' ')}")
         elif part == "refined_scores":
             words.append("refined scores")
-    for difference in recipe:
-        decides = difference.name in {"method", "tau", "batch", "seed", "needed"}
-        if decides and not (difference.name == "needed" and now.method in BY_SHARE):
-            words.append(f"{difference.name} {difference.was} -> {difference.now}")
-    if any("[" in d.name for d in inputs):
+    decisive = {"method", "tau", "batch", "seed"} | (set() if method in BY_SHARE else {"needed"})
+    words += [f"{d['name']} {d['was']} -> {d['now']}" for d in recipe if d["name"] in decisive]
+    if any("[" in difference["name"] for difference in inputs):
         words.append("other candidates beside it")
-    return words
+    return ", ".join(words) or "no cause on record"
 
 
-def _members(records: Records, made: _Made) -> pl.DataFrame:
-    """What a dataset holds, or where its folder is gone what was selected: places and scores."""
-    folder = records.folder(made.entry)
-    if stands(folder):
-        table = pl.read_parquet(folder / "tokens" / "sequences.parquet")
-        return table.select(*PLACE, "score")
-    chosen = _selected(records, made)
-    leaks = leakage_of(records, made.name, made.entry)
-    if leaks is None or chosen.is_empty():
-        return chosen
-    return chosen.join(_leaking(leaks), on=PLACE, how="anti")
+def _moved(version: Version, other: Version, way: str, causes: str) -> pl.DataFrame:
+    """The sequences of a version that another one does not hold: place, score and why."""
+    records, packed, there = version.records, version.selection.packed, other.selection.packed
+    frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
+    for name, frame in frames.items():
+        records.connection.register(name, frame.to_arrow())
+    # The table `excluded` is of the score tables: it explains what left if they are the same.
+    tables, made_by = records.current("score_tables"), other.selection.tables
+    same_tables = bool(tables and made_by and tables["fingerprint"] == made_by["fingerprint"])
+    wanted = {
+        **WORDS[way],
+        "causes": causes,
+        "excludes": way == "leaving" and same_tables,
+        "apart": [shard for shard in packed if shard not in there],
+        "anew": [shard for shard in packed if packed[shard] != there.get(shard, packed[shard])],
+    }
+    moved = fetch_frame(records.connection, MOVED, wanted)
+    return moved.with_columns(pl.col("why").replace(EXCLUDED))
 
 
-def _leaking(leaks: pl.DataFrame) -> pl.DataFrame:
-    return leaks.select("shard", position="positions").explode("position").unique()
-
-
-def _selected(records: Records, made: _Made) -> pl.DataFrame:
-    """All that a dataset's selection chose, leaks and all, from the tables or its own folder."""
-    if made.selection and stands(records.folder(made.selection)):
-        table = pl.read_parquet(records.folder(made.selection) / "selection.parquet")
-        return table.select(*PLACE, "score")
-    return fetch_frame(
-        records.connection,
-        "SELECT shard, position, score FROM selected.selections WHERE selection = $selection",
-        {"selection": made.entry["inputs"].get(f"{made.name}/selection")},
-    )
-
-
-def _in_and_out(
-    records: Records, last: _Made, now: _Made, before: pl.DataFrame, after: pl.DataFrame
-) -> tuple[pl.DataFrame, pl.DataFrame, int]:
-    """Sequences that entered, that left, and the number of those that stayed.
-
-    A place in a shard that has been packed anew since is another sequence, and so is one among
-    those that a selection packs for itself.
-    """
-    was, is_ = packed_for(records, last.selection), packed_for(records, now.selection)
-    anew = [shard for shard, made in was.items() if is_.get(shard, made) != made]
-    other = pl.col("shard").is_in(anew) | OWN
-    same = before.filter(~other)
-    entering = after.join(same, on=PLACE, how="anti")
-    leaving = before.join(after.filter(~other), on=PLACE, how="anti")
-    return entering, leaving, len(after) - len(entering)
-
-
-def _why(
-    moved: pl.DataFrame,
-    way: str,
-    records: Records,
-    last: _Made,
-    now: _Made,
-    causes: list[str],
-) -> pl.DataFrame:
-    """`moved` with the reason, column `why`, that each sequence enters or leaves for."""
-    was, is_ = packed_for(records, last.selection), packed_for(records, now.selection)
-    here, there = (is_, was) if way == "entering" else (was, is_)
-    other = last if way == "entering" else now
-    gone = [s for s in here if s not in there]
-    anew = [s for s in here if s in there and here[s] != there[s]]
-    data = "new data" if way == "entering" else "retired data"
-    leak = "no longer found to leak" if way == "entering" else "found to quote held-out text"
-    # Selected in both, and left out of one: the leaks differ.
-    kept_apart = _selected(records, other).select(PLACE).with_columns(leaked=pl.lit(True))
-    excluded = _excluded(records, now)
-    excluded = excluded if way == "leaving" else excluded.clear()
-    because = ", ".join(causes) or "no cause on record"
-    return (
-        moved.join(kept_apart, on=PLACE, how="left", maintain_order="left")
-        .join(excluded, on=PLACE, how="left", maintain_order="left")
-        .with_columns(
-            why=pl.when(pl.col("shard").is_in(gone))
-            .then(pl.lit(data))
-            .when(pl.col("shard").is_in(anew))
-            .then(pl.lit("its shard was packed anew"))
-            .when(OWN)
-            .then(pl.lit("documents were drawn and packed anew"))
-            .when(pl.col("leaked") & pl.col("excluded").is_null())
-            .then(pl.lit(leak))
-            .otherwise(pl.coalesce("excluded", pl.lit(because)))
-        )
-        .drop("leaked", "excluded")
-    )
-
-
-def _excluded(records: Records, now: _Made) -> pl.DataFrame:
-    """What can no longer be selected and why, as far as the tables are those that `now` is of."""
-    places = fetch_frame(records.connection, "SELECT shard, position, reason FROM excluded", {})
-    places = places.select(*PLACE, excluded=pl.col("reason").replace_strict(EXCLUDED))
-    tables = records.artifacts.entries().get(("score_tables", None))
-    made_of = _tables_of(now.selection)
-    return places if tables and tables["fingerprint"] == made_of else places.clear()
-
-
-def _tables_of(selection: Entry | None) -> str | None:
-    """The fingerprint of the score tables that a selection was made by."""
-    if selection is None:
-        return None
-    return {**selection.get("sources", {}), **selection["inputs"]}.get("score_tables")
-
-
-def _counts(moved: pl.DataFrame) -> list[Change]:
-    counts = moved.group_by("why").len().sort("len", "why", descending=[True, False])
-    return [Change(*row) for row in counts.iter_rows()]
-
-
-def _examples(records: Records, moved: pl.DataFrame) -> list[Example]:
-    """The few of lowest score, each with the file that it begins in."""
-    best = moved.sort("score", *PLACE).head(EXAMPLES)
-    return [
-        Example(row["shard"], row["position"], row["score"], _file(records, row), row["why"])
-        for row in best.to_dicts()
-    ]
-
-
-def _file(records: Records, place: Mapping[str, Any]) -> str | None:
-    """The file that a sequence begins in, where its shard is in the tables."""
-    rows = fetch(
-        records.connection,
-        """
-        SELECT source_file FROM spans JOIN documents USING (shard, doc_id)
-        WHERE shard = ? AND position = ? ORDER BY "offset" LIMIT 1
-        """,
-        [place["shard"], place["position"]],
-    )
-    return rows[0][0] if rows else None
+def _file(records: Records, example: Facts) -> Facts:
+    """The file that a sequence begins in, null where its shard is not in the tables."""
+    return records.rows(FILE, shard=example["shard"], position=example["position"])[0]

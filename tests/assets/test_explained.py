@@ -9,10 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from assets.datasets import Records
-from assets.explained import DocumentFacts, Explanation, SequenceFacts, explain
-from assets.standing import Stand
-from assets.versions import DatasetExplanation
+from assets.explained import explain
+from assets.standing import Records
 from colorfilter.errors import InputError
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
@@ -24,34 +22,49 @@ from tests.conftest import Project, copy_of
 ARM = "reference/color_tau4"
 
 
-def explained(project: Project, what: str) -> Any:
+class Told(dict):
+    """An object of the JSON, its values by attribute too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+def told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Told({name: told(part) for name, part in value.items()})
+    return [told(part) for part in value] if isinstance(value, list) else value
+
+
+def explained(project: Project, what: str) -> Told:
     home = str(project.home.root)
     artifacts = ArtifactStore(home=home)
     with ScoreStore(home=home).read() as connection:
-        return explain(Records(artifacts, Lineage(artifacts), connection), what)
+        found = explain(Records(artifacts, Lineage(artifacts), connection), what)
+    json.dumps(found)  # it is what `--json` prints
+    return told(found)
 
 
-def document(project: Project, what: str) -> DocumentFacts:
+def document(project: Project, what: str) -> Told:
     found = explained(project, what)
-    assert isinstance(found, Explanation)
+    assert found.sequence is None
     assert found.document is not None
     return found.document
 
 
-def sequence(project: Project, shard: str, position: int) -> SequenceFacts:
+def sequence(project: Project, shard: str, position: int) -> Told:
     found = explained(project, f"{shard}:{position}")
-    assert isinstance(found, Explanation)
+    assert found.document is None
     assert found.sequence is not None
     return found.sequence
 
 
-def dataset(project: Project, name: str = ARM) -> DatasetExplanation:
+def dataset(project: Project, name: str = ARM) -> Told:
     found = explained(project, name)
-    assert isinstance(found, DatasetExplanation)
+    assert found.now.name == name
     return found
 
 
-def stand(facts: SequenceFacts, arm: str = "color_tau4") -> Stand:
+def stand(facts: Told, arm: str = "color_tau4") -> Told:
     (found,) = [s for s in facts.standing.selections if s.arm == arm and s.current]
     return found
 
