@@ -112,18 +112,20 @@ def _texts(records: Records, raw: Entry | None, doc_ids: Collection[str]) -> dic
 
 def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
     """The document that a condition holds for. Raises InputError for none or several."""
-    query = f"FROM documents WHERE {where} ORDER BY source_file, shard, doc_id LIMIT 20"
+    query = f"FROM documents WHERE {where} ORDER BY source_file, shard, doc_id LIMIT 3"
     found = records.rows(query, **wanted)
+    in_tables, outside = bool(found), _outside(records, wanted.get("file"))
+    while not found and (place := next(outside, None)):
+        entry, table, became = place
+        found = records.read(entry, table, "*", f"{where} LIMIT 3", **wanted).to_dicts()
     if len(found) > 1:
-        places = ", ".join(f"{d['doc_id']} at {d['source_file']}:{d['source_line']}" for d in found)
-        raise InputError(f"{what}: several documents ({places}); give more of it")
-    if found:
+        places = (f"{d.get('doc_id')} at {d['source_file']}:{d['source_line']}" for d in found)
+        raise InputError(f"{what}: several documents ({', '.join(places)}...); give more of it")
+    if in_tables:
         return _in_tables(records, found[0])
-    for entry, table, became in _outside(records, wanted.get("file")):
-        for row in records.read(entry, table, "*", f"{where} LIMIT 1", **wanted).to_dicts():
-            return _facts(
-                records, entry, {"became": became, **row, **_rejected(records, entry, row)}
-            )
+    if found:
+        document = {"became": became, **found[0], **_rejected(records, entry, found[0])}
+        return _facts(records, entry, document)
     if "file" in wanted:
         raise InputError(f"{what}: neither a shard nor a raw file has that; {FORMS}")
     raise InputError(
@@ -142,15 +144,13 @@ def _facts(records: Records, entry: Entry | None, document: Facts) -> Facts:
 
 def _in_tables(records: Records, document: Facts) -> Facts:
     """A document of the score tables, with its sequences and its copies in other shards."""
-    shard, mine = document["shard"], {k: document[k] for k in ("shard", "doc_id")}
-    query = (
-        "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id ORDER BY 1"
-    )
-    positions = [row["position"] for row in records.rows(query, **mine)]
+    shard, doc_id = document["shard"], document["doc_id"]
+    query = "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id"
+    positions = [row["position"] for row in records.rows(query, shard=shard, doc_id=doc_id)]
     document["sequences"] = sequences(records, shard, positions)
-    document["copies"] = records.rows(COPIES, **{k: document[k] for k in ("sha256", "doc_id")})
+    document["copies"] = records.rows(COPIES, sha256=document["sha256"], doc_id=doc_id)
     raw = records.current("raw_corpus", shard)
-    document["text"] = _texts(records, raw, [document["doc_id"]]).get(document["doc_id"])
+    document["text"] = _texts(records, raw, [doc_id]).get(doc_id)
     return _facts(records, raw, {**document, "became": _became(records, document)})
 
 
@@ -163,7 +163,12 @@ def _became(records: Records, document: Facts) -> str:
             return f"forgotten: taken out of all that held it; {models} learned from it"
     if shard.startswith("_"):
         return SPLITS["probe"]
-    in_sample = _in_sample(records, shard, sha256)
+    # D_prior is the sample that the shard was packed without, or that the prior learned from. It is
+    # compared by text: a copy in another shard is left out as well.
+    trained = (records.current("corpus_tokens", shard), records.current("prior_model"))
+    plans = [records.input(made, "sample_plan") for made in trained]
+    here = {"columns": "1", "where": "sha256 = $text", "text": sha256}
+    in_sample = any(len(records.read(plan, DOCUMENTS, **here)) for plan in plans)
     if not document["sequences"]:
         if in_sample:
             return "D_prior, which the prior learned from: left out of the sequences, never scored"
@@ -177,18 +182,6 @@ def _became(records: Records, document: Facts) -> str:
     if {s["standing"]["excluded"] for s in document["sequences"]} == {"padded"}:
         words.append(f"{EXCLUDED['padded']}, never selected")
     return "; ".join(words)
-
-
-def _in_sample(records: Records, shard: str, sha256: str) -> bool:
-    """Whether a text is in the D_prior that its shard was packed without or the prior learned from.
-
-    By its text: a copy in another shard is left out as well.
-    """
-    for made in (records.current("corpus_tokens", shard), records.current("prior_model")):
-        plan = records.input(made, "sample_plan")
-        if len(records.read(plan, DOCUMENTS, "1", "sha256 = $text", text=sha256)):
-            return True
-    return False
 
 
 def _outside(records: Records, file: str | None) -> Iterator[tuple[Entry | None, str, str | None]]:

@@ -26,12 +26,12 @@ from resources.lineage import Lineage
 if TYPE_CHECKING:
     import duckdb
 
+PLACE = ["shard", "position"]
 QUOTE = 200  # characters of a text that are shown
 DRAWN = ("random", "full")  # methods whose score is a lot
 Facts = dict[str, Any]  # an object of the JSON that `colorfilter explain --json` prints
 PACKED = "corpus_tokens["  # of the names of packed tokens, by shard
 MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
-CHOSEN = f"selection = $selection AND {MINE}"
 
 # Losses are in nats per token. `rank` counts from 1 among the candidates, in the order of
 # selection: (color, shard, position). What is no candidate has the rank that it would have.
@@ -42,19 +42,19 @@ COLORS = f"""
         SELECT domain, shard, position, color FROM (FROM color WHERE NOT starts_with(shard, '_'))
         ANTI JOIN excluded USING (shard, position)
     ),
+    steps AS (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY domain),
     counts AS (
         SELECT domain, unnest(map_entries(histogram(color, colors)), recursive := true)
-        FROM candidates JOIN (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY ALL)
-            USING (domain)
-        GROUP BY domain
+        FROM candidates JOIN steps USING (domain) GROUP BY domain
     ),
     lower AS (
         SELECT domain, key AS color, sum(value) OVER (PARTITION BY domain ORDER BY key) AS n
         FROM counts
     ),
     ranks AS (
-        SELECT mine.domain, mine.position, any_value(n)::BIGINT + 1 - count(c.color) AS rank
-        FROM mine JOIN lower USING (domain, color) LEFT JOIN candidates AS c
+        SELECT mine.domain, mine.position,
+            coalesce(any_value(n), 0)::BIGINT + 1 - count(c.color) AS rank
+        FROM mine LEFT JOIN lower USING (domain, color) LEFT JOIN candidates AS c
             ON c.domain = mine.domain AND c.color = mine.color
             AND (c.shard, c.position) >= (mine.shard, mine.position)
         GROUP BY ALL
@@ -184,8 +184,8 @@ def _decisions(
     apart = _apart(made, mine["shard"])
     places, scores = {}, {}
     if not apart:
-        query = f"SELECT position, rank, score FROM selected.selections WHERE {CHOSEN}"
-        rows = records.rows(query, **mine, selection=version["selection"])
+        query = "SELECT position, rank, score FROM selected.selections WHERE selection = $made"
+        rows = records.rows(f"{query} AND {MINE}", **mine, made=version["selection"])
         places = {row.pop("position"): row for row in rows}
         scores = _scores(made, alike, mine)
     datasets = _datasets(records, name, version["selection"], {**mine, "positions": list(places)})
@@ -266,60 +266,48 @@ def _datasets(
     for made in records.lineage.versions(f"{name}/filtered_dataset") if found else ():
         if made["inputs"].get(f"{name}/selection") != selection:
             continue
-        folder = records.folder(made)
+        folder, table = records.folder(made), "tokens/sequences.parquet"
         facts = {k: made[k] for k in ("fingerprint", "recorded")} | {"path": str(folder)}
-        nothing: Facts = {"stands": False, "row": None, "left_out": None, "trained": []}
-        if not stands(folder):
-            for datasets in found.values():
-                datasets.append({**facts, **nothing})
-            continue
-        table = "tokens/sequences.parquet"
-        rows = dict(records.read(made, table, 'position, "row"', MINE, **mine).rows())
-        leaks = _leaks(records, name, made, mine["shard"])
+        exists = stands(folder)
+        rows, quotes = {}, {}
+        if exists:
+            rows = dict(records.read(made, table, 'position, "row"', MINE, **mine).rows())
+            leaks = leakage_of(records, name, made)
+            if leaks is not None:
+                quotes = dict(leaks.filter(shard=mine["shard"]).drop("shard").rows())
         trained = _trained(records, name, made, rows.values())
         for position, datasets in found.items():
-            row = rows.get(position)
-            known = (
-                {"row": row, "trained": trained[row]}
-                if row is not None
-                else {"left_out": leaks.get(position, "quotes held-out text")}
-            )
-            datasets.append({**facts, **nothing, "stands": True, **known})
+            row, left_out = rows.get(position), quotes.get(position, "quotes held-out text")
+            out = {"row": row, "left_out": left_out if exists and row is None else None}
+            datasets.append({**facts, "stands": exists, **out, "trained": trained.get(row, [])})
     return found
 
 
 def leakage_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame | None:
-    """The sequences of a dataset's selection that quote held-out text, as found at the time.
+    """Sequences of a dataset's selection that quote held-out text, and what, as found at the time.
 
-    None where that table is gone. Empty where the arm keeps such sequences.
+    None where that is gone. Empty where the arm keeps such sequences.
     """
     entry = records.input(dataset, f"{name}/leakage")
     if entry is None or not stands(records.folder(entry)):
         return None
     columns = "shard, unnest(positions) AS position, protected, n_words, quote"
     leaks = records.read(entry, "leakage.parquet", columns)
-    return leaks.clear() if dataset["recipe"].get("leaks") == "keep" else leaks
-
-
-def _leaks(records: Records, name: str, dataset: Entry, shard: str) -> dict[int, str]:
-    """What each leaking sequence of a shard quotes, in words, by position."""
-    leaks = leakage_of(records, name, dataset)
-    return {
-        row["position"]: f"quotes held-out text of {row['protected']}, {row['n_words']} words: "
-        f"{' '.join(row['quote'].split())[:QUOTE]}"
-        for row in (leaks.filter(shard=shard).to_dicts() if leaks is not None else ())
-    }
+    quote = pl.col("quote").str.replace_all(r"\s+", " ").str.strip_chars().str.head(QUOTE)
+    words = "quotes held-out text of {}, {} words: {}"
+    found = leaks.select(*PLACE, words=pl.format(words, "protected", "n_words", quote))
+    return found.clear() if dataset["recipe"].get("leaks") == "keep" else found
 
 
 def _trained(
     records: Records, name: str, dataset: Entry, rows: Collection[int]
-) -> dict[int, list[Facts]]:
+) -> dict[int | None, list[Facts]]:
     """Facts of the target models of a dataset, for each of some rows.
 
     `place` is the row's in the order of training, from 1. `reached` says, by the tokens of each
     end point, whether training had come to it.
     """
-    found: dict[int, list[Facts]] = {row: [] for row in rows}
+    found: dict[int | None, list[Facts]] = {row: [] for row in rows}
     tokens = content(records.folder(dataset), "tokens").fingerprint if rows else None
     models = records.lineage.of(f"{name}/target_model") if rows else []
     for model in sorted(models, key=lambda m: (int(m["seed"]), str(m["recorded"]))):
@@ -340,35 +328,32 @@ def _trained(
 
 
 def checkpoints(records: Records) -> list[Facts]:
-    """The models that gave the losses in the tables, the prior first, and their training data."""
+    """The models that gave the losses in the tables, the prior first.
+
+    `trained_on` is followed back through the ledger.
+    """
     query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
     models = records.rows(f"{query} ORDER BY role DESC, domain")
     for model in models:
         domain, name = model["domain"], f"{model['role']}_model"
         entry = records.one(f"{domain}/{name}" if domain else name, model["fingerprint"])
-        model["trained_on"] = _trained_on(records, domain, entry)
-        if entry:
-            model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
+        if entry is None:
+            model["trained_on"] = {"what": "not in the ledger"}
+            continue
+        model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
+        plan = records.input(entry, "sample_plan")
+        packed = records.input(entry, f"{domain}/domain_tokens")
+        if plan:
+            facts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
+            facts |= {"tokens": entry["facts"].get("tokens"), "sample_plan": plan["fingerprint"]}
+            model["trained_on"] = {"what": "D_prior", **facts}
+        elif packed:
+            text = records.input(packed, f"{domain}/domain_text")
+            counts = {"documents": text and text["facts"].get("down_documents")}
+            counts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
+            made_of = {"domain_tokens": packed["fingerprint"]}
+            made_of["started_from"] = entry["inputs"].get("prior_model")
+            model["trained_on"] = {"what": "D_down", **counts, **made_of}
+        else:
+            model["trained_on"] = {"what": "as given", "path": entry["recipe"].get("path")}
     return models
-
-
-def _trained_on(records: Records, domain: str | None, model: Entry | None) -> Facts:
-    """What a model was trained on, followed back through the ledger."""
-    if model is None:
-        return {"what": "not in the ledger"}
-    plan = records.input(model, "sample_plan")
-    packed = records.input(model, f"{domain}/domain_tokens")
-    if plan:
-        counts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
-        counts["tokens"] = model["facts"].get("tokens")
-        return {"what": "D_prior", **counts, "sample_plan": plan["fingerprint"]}
-    if packed is None:
-        return {"what": "as given", "path": model["recipe"].get("path")}
-    text = records.input(packed, f"{domain}/domain_text")
-    facts = {**packed["facts"], "down_documents": text and text["facts"].get("down_documents")}
-    return {
-        "what": "D_down",
-        **{name: facts.get(f"down_{name}") for name in ("documents", "sequences", "tokens")},
-        "domain_tokens": packed["fingerprint"],
-        "started_from": model["inputs"].get("prior_model"),
-    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from assets.standing import Facts, Records, Selection, leakage_of
+from assets.standing import PLACE, Facts, Records, Selection, leakage_of
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.score_tables import EXCLUDED
@@ -19,7 +19,6 @@ from colorfilter.tables import fetch_frame
 from resources.ledger import Entry
 
 EXAMPLES = 5
-PLACE = ["shard", "position"]
 SCORES = "shard, position, score"
 # Assets that follow from other inputs of a dataset, and differ whenever those do.
 FOLLOWING = (
@@ -29,7 +28,6 @@ FOLLOWING = (
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
-MOVES = ("entering", "leaving", "examples_entering", "examples_leaving")
 # Sequences of a version (`members`) that another one (`others`) does not hold, with the reason.
 # Sequences of a shard that was packed anew are others at the same places, and so are those that a
 # selection packs for itself. What the other selection chose was left out of its dataset for a leak.
@@ -39,19 +37,17 @@ MOVED = """
         WHERE shard NOT IN (SELECT unnest($anew::VARCHAR[])) AND NOT starts_with(shard, '_')
     )
     SELECT moved.*, CASE
-        WHEN shard IN (SELECT unnest($apart::VARCHAR[])) THEN $data
+        WHEN shard IN (SELECT unnest($apart::VARCHAR[]))
+            THEN if($leaving, 'retired data', 'new data')
         WHEN shard IN (SELECT unnest($anew::VARCHAR[])) THEN 'its shard was packed anew'
         WHEN starts_with(shard, '_') THEN 'documents were drawn and packed anew'
-        WHEN chosen.shard IS NOT NULL AND reason IS NULL THEN $leak
+        WHEN chosen.shard IS NOT NULL AND reason IS NULL
+            THEN if($leaving, 'found to quote held-out text', 'no longer found to leak')
         ELSE coalesce(reason, $causes) END AS why
     FROM (FROM members ANTI JOIN same USING (shard, position)) AS moved
     LEFT JOIN chosen USING (shard, position)
-    LEFT JOIN (FROM excluded WHERE $excludes) USING (shard, position)
+    LEFT JOIN (FROM excluded WHERE $leaving AND $same_tables) USING (shard, position)
 """
-WORDS = {
-    "entering": {"data": "new data", "leak": "no longer found to leak"},
-    "leaving": {"data": "retired data", "leak": "found to quote held-out text"},
-}
 FILE = """
     SELECT arg_min(source_file, "offset") AS source_file
     FROM spans JOIN documents USING (shard, doc_id) WHERE shard = $shard AND position = $position
@@ -88,8 +84,13 @@ class Version:
         leakage = self.records.lineage.as_of(self.entry, f"{self.name}/leakage")
         for entry in filter(None, (self.selection.tables, self.selection.entry, leakage)):
             named |= {**entry.get("sources", {}), **entry["inputs"]}
-        domain = self.name.rpartition("/")[0]
-        return {name: made for name, made in named.items() if _decides(name, domain)}
+        found = {}
+        for name, fingerprint in named.items():
+            domain, _, asset = name.partition("[")[0].rpartition("/")
+            ours = domain in {"", self.name.rpartition("/")[0]} and "[_" not in name
+            if ours and asset not in FOLLOWING:
+                found[name] = fingerprint
+        return found
 
     def facts(self) -> Facts:
         """What it is made of. `cutoff` is the score at the end of the selection."""
@@ -132,13 +133,6 @@ class Version:
         return self.chosen.join(leaks, on=PLACE, how="anti")
 
 
-def _decides(name: str, domain: str) -> bool:
-    """Whether an input of a domain's dataset does not follow from others."""
-    asset = name.partition("[")[0]
-    of, _, last = asset.rpartition("/")
-    return of in {"", domain} and "[_" not in name and last not in FOLLOWING
-
-
 def explain_dataset(records: Records, name: str) -> Facts:
     """Facts of a dataset `<domain>/<arm>`, and how it differs from its last version.
 
@@ -153,24 +147,25 @@ def explain_dataset(records: Records, name: str) -> Facts:
         )
     now = Version(records, name, current)
     last = _last(now)
-    found: Facts = {
-        "versions": [e["recorded"] for e in records.lineage.versions(f"{name}/filtered_dataset")],
-        "now": now.facts(),
-        "last": last.facts() if last else None,
-        "inputs": _differences(last.inputs, now.inputs) if last else [],
-        "recipe": _differences(last.recipe, now.recipe) if last else [],
-        "both": 0,
-        **{name: [] for name in MOVES},
-    }
-    if last:
-        causes = _causes(found["inputs"], found["recipe"], now.selection.method)
-        for way, version, other in (("entering", now, last), ("leaving", last, now)):
-            moved = _moved(version, other, way, causes)
-            counts = moved.group_by("why").agg(sequences=pl.len())
-            found[way] = counts.sort("sequences", "why", descending=[True, False]).to_dicts()
-            best = moved.sort("score", *PLACE).head(EXAMPLES).to_dicts()
-            found[f"examples_{way}"] = [e | _file(records, e) for e in best]
-            found["both"] = len(version.members) - len(moved)
+    versions = [made["recorded"] for made in records.lineage.versions(f"{name}/filtered_dataset")]
+    lists = ("inputs", "recipe", "entering", "leaving", "examples_entering", "examples_leaving")
+    found = {"versions": versions, "now": now.facts(), "last": None, **{n: [] for n in lists}}
+    return {**found, "both": 0, **(_changes(last, now) if last else {})}
+
+
+def _changes(last: Version, now: Version) -> Facts:
+    """How a dataset differs from its last version."""
+    inputs, recipe = _differences(last.inputs, now.inputs), _differences(last.recipe, now.recipe)
+    found: Facts = {"last": last.facts(), "inputs": inputs, "recipe": recipe}
+    causes = _causes(inputs, recipe, now.selection.method)
+    for way, version, other in (("entering", now, last), ("leaving", last, now)):
+        moved = _moved(version, other, way == "leaving", causes)
+        counts = moved.group_by("why").agg(sequences=pl.len())
+        found[way] = counts.sort("sequences", "why", descending=[True, False]).to_dicts()
+        best = moved.sort("score", *PLACE).head(EXAMPLES).to_dicts()
+        files = [now.records.rows(FILE, **{n: e[n] for n in PLACE})[0] for e in best]
+        found[f"examples_{way}"] = [e | file for e, file in zip(best, files, strict=True)]
+        found["both"] = len(version.members) - len(moved)
     return found
 
 
@@ -183,12 +178,8 @@ def _names(records: Records) -> list[str]:
 
 def _last(now: Version) -> Version | None:
     """The version before or, for an arm's first, the latest by its method in the domain."""
-    versions = now.records.lineage.versions
-    older = [
-        e
-        for e in versions(f"{now.name}/filtered_dataset")
-        if e["fingerprint"] != now.entry["fingerprint"]
-    ]
+    versions, name = now.records.lineage.versions, f"{now.name}/filtered_dataset"
+    older = [e for e in versions(name) if e["fingerprint"] != now.entry["fingerprint"]]
     if older:
         return Version(now.records, now.name, older[-1])
     if "tau" not in now.recipe:
@@ -228,7 +219,7 @@ def _causes(inputs: list[Facts], recipe: list[Facts], method: str) -> str:
     return ", ".join(words) or "no cause on record"
 
 
-def _moved(version: Version, other: Version, way: str, causes: str) -> pl.DataFrame:
+def _moved(version: Version, other: Version, leaving: bool, causes: str) -> pl.DataFrame:
     """The sequences of a version that another one does not hold: place, score and why."""
     records, packed, there = version.records, version.selection.packed, other.selection.packed
     frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
@@ -236,18 +227,12 @@ def _moved(version: Version, other: Version, way: str, causes: str) -> pl.DataFr
         records.connection.register(name, frame.to_arrow())
     # The table `excluded` is of the score tables: it explains what left if they are the same.
     tables, made_by = records.current("score_tables"), other.selection.tables
-    same_tables = bool(tables and made_by and tables["fingerprint"] == made_by["fingerprint"])
     wanted = {
-        **WORDS[way],
         "causes": causes,
-        "excludes": way == "leaving" and same_tables,
+        "leaving": leaving,
+        "same_tables": bool(tables and made_by and tables["fingerprint"] == made_by["fingerprint"]),
         "apart": [shard for shard in packed if shard not in there],
         "anew": [shard for shard in packed if packed[shard] != there.get(shard, packed[shard])],
     }
     moved = fetch_frame(records.connection, MOVED, wanted)
     return moved.with_columns(pl.col("why").replace(EXCLUDED))
-
-
-def _file(records: Records, example: Facts) -> Facts:
-    """The file that a sequence begins in, null where its shard is not in the tables."""
-    return records.rows(FILE, shard=example["shard"], position=example["position"])[0]

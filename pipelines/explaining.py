@@ -1,16 +1,12 @@
 """What `colorfilter explain` says: the facts of assets.explained, as text or as one JSON object."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from assets.explained import explain
 from assets.scores import all_refined, overlays
@@ -45,11 +41,11 @@ def show(console: Console, found: Facts) -> None:
         autoescape=select_autoescape(),  # not a .txt
     )
     environment.filters |= {
-        "f": _float,
+        "f": lambda value, sign="": "-" if value is None else f"{value:{sign}.4f}",
         "n": "{:,}".format,
-        "quoted": _quoted,
+        "quoted": lambda t: "its text is gone" if t is None else json.dumps(t, ensure_ascii=False),
         "short": lambda fingerprint: fingerprint and fingerprint[:8],
-        "table": lambda text: _table(text, console.width),
+        "table": _table,
         "trained": _trained,
         "version": _version,
     }
@@ -58,25 +54,13 @@ def show(console: Console, found: Facts) -> None:
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def _float(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.4f}"
-
-
-def _quoted(text: str | None) -> str:
-    return "its text is gone" if text is None else json.dumps(text, ensure_ascii=False)
-
-
-def _table(text: str, width: int) -> str:
-    """Lines of cells between bars, the first of them the head, as a table."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    head, *rows = (line.split("|") for line in text.splitlines())
-    for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    written = io.StringIO()
-    Console(file=written, width=width).print(table)
-    return written.getvalue()
+def _table(text: str) -> str:
+    """Lines of cells between bars, the first of them the head, in columns."""
+    rows = [line.split("|") for line in text.splitlines()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["─" * width for width in widths])
+    aligned = ("   ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n" + "\n".join(f" {line.rstrip()}" for line in aligned) + "\n\n"
 
 
 def _trained(datasets: Sequence[Facts]) -> list[tuple[tuple[int, int], int]]:
@@ -88,7 +72,7 @@ def _trained(datasets: Sequence[Facts]) -> list[tuple[tuple[int, int], int]]:
     return list(counts.items())
 
 
-def _version(selection: Facts) -> str:
-    """A selection's domain and arm and, for an older version, when it was made."""
-    older = "" if selection["current"] else f" of {selection['created']}"
-    return f"{selection['domain']}/{selection['arm']}{older}"
+def _version(made: Facts) -> str:
+    """The name of a selection and, of an older version, when it was made."""
+    older = "" if made["current"] else f" of {made['created']}"
+    return f"{made['domain']}/{made['arm']}{older}"

@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
 
 from assets.explained import explain
-from assets.standing import Records
+from assets.standing import COLORS, Records
 from colorfilter.errors import InputError
+from colorfilter.tables import fetch_frame
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.lineage import Lineage
@@ -158,6 +160,49 @@ def test_a_selected_sequence_is_followed_from_its_file_to_the_models_trained_on_
             source["source_line"],
         )
         assert span.file_sha256 in set(files.filter(pl.col("uri") == span.source_file)["sha256"])
+
+
+@pytest.mark.parametrize("candidates", [True, False])
+def test_ranks_are_places_in_the_order_of_selection(candidates: bool) -> None:
+    """Of several sequences at once, in two domains, with ties and without any candidate."""
+    random = np.random.default_rng(0)
+    places = [(shard, position) for shard in ("_probe", "a", "b") for position in range(20)]
+    rows = [(d, *p, float(random.choice([-0.5, 0, 0.25]))) for d in ("one", "two") for p in places]
+    excluded = {p for p in places if not candidates or random.random() < 0.2}
+    with duckdb.connect() as connection:
+        connection.execute(
+            """
+            CREATE TABLE color(domain VARCHAR, shard VARCHAR, position BIGINT, color DOUBLE,
+                loss_prior FLOAT, loss_conditional FLOAT);
+            CREATE TABLE excluded(shard VARCHAR, position BIGINT);
+            CREATE TABLE models AS FROM (VALUES ('p', 'prior', NULL, true),
+                ('c', 'conditional', 'one', true), ('d', 'conditional', 'two', true))
+                AS models(model, role, domain, current);
+            """
+        )
+        connection.executemany("INSERT INTO color VALUES (?, ?, ?, ?, 0, 0)", rows)
+        connection.executemany("INSERT INTO excluded VALUES (?, ?)", list(excluded))
+        connection.execute(
+            "CREATE TABLE losses AS SELECT DISTINCT model, shard, position, '' AS precision "
+            "FROM color, models"
+        )
+        for shard in ("_probe", "a", "b"):
+            wanted = {"shard": shard, "positions": [0, 3, 19, 20], "candidates": 1}
+            found = fetch_frame(connection, COLORS, wanted).select("domain", "position", "rank")
+            assert sorted(found.rows()) == [
+                (
+                    domain,
+                    position,
+                    1
+                    + sum(
+                        (other, *place) < (color, shard, position)
+                        for d, *place, other in rows
+                        if d == domain and place[0] != "_probe" and tuple(place) not in excluded
+                    ),
+                )
+                for domain, of, position, color in rows
+                if of == shard and position in wanted["positions"]
+            ]
 
 
 def test_of_random_every_end_point_is_told_by_itself(finished: Project) -> None:
