@@ -166,36 +166,42 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
     candidates = count_candidates(records.connection)
     for score in records.rows(COLORS, **mine, candidates=candidates):
         found[score.pop("position")]["scores"].append(score)
+    chosen: dict[str, dict[int, Facts]] = {}
+    query = f"SELECT selection, position, rank, score FROM selected.selections WHERE {MINE}"
+    for row in records.rows(query, **mine):
+        chosen.setdefault(row.pop("selection"), {})[row.pop("position")] = row
     for version in records.rows(VERSIONS):
-        for position, decision in _decisions(records, version, mine, reasons).items():
+        places = chosen.get(version["selection"], {})
+        for position, decision in _decisions(records, version, mine, reasons, places).items():
             found[position]["selections"].append(decision)
     return found
 
 
 def _decisions(
-    records: Records, version: Facts, mine: Mapping[str, Any], reasons: Mapping[int, str]
+    records: Records,
+    version: Facts,
+    mine: Mapping[str, Any],
+    reasons: Mapping[int, str],
+    places: Mapping[int, Facts],
 ) -> dict[int, Facts]:
     """What a selection, a row of VERSIONS, did with sequences, by position.
 
+    `reasons` say why sequences are excluded; `places` are ranks and scores in the selection.
     `margin` is score minus cutoff: negative or zero where the sequence was selected.
     """
     alike, cutoff, name = version.pop("alike"), version["cutoff"], version.pop("name")
     made = Selection(records, name, records.one(f"{name}/selection", version["selection"]))
     apart = _apart(made, mine["shard"])
-    places, scores = {}, {}
-    if not apart:
-        query = "SELECT position, rank, score FROM selected.selections WHERE selection = $made"
-        rows = records.rows(f"{query} AND {MINE}", **mine, made=version["selection"])
-        places = {row.pop("position"): row for row in rows}
-        scores = _scores(made, alike, mine)
-    datasets = _datasets(records, name, version["selection"], {**mine, "positions": list(places)})
+    scores = {} if apart else _scores(made, alike, mine)
+    selected = {**mine, "positions": [] if apart else list(places)}
+    datasets = _datasets(records, name, version["selection"], selected)
     found = {}
     for position in mine["positions"]:
         decision, why, place = "refused", None, {"rank": None, "score": scores.get(position)}
         if apart:
             decision, why = apart
         elif position in places:
-            decision, place = "selected", places[position]
+            decision, place = "selected", dict(places[position])
         elif position in reasons:
             decision, why, place["score"] = "excluded", EXCLUDED[reasons[position]], None
         else:
