@@ -10,7 +10,7 @@ from assets.declaration import Declaration, Read, Shards, asset
 from pipelines.graph import build_definitions
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.home import Home
-from resources.ledger import FORGOTTEN
+from resources.tombstones import FORGOTTEN
 from tests.conftest import Project
 from tests.reads import assert_declared, recorded
 

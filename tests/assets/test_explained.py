@@ -1,6 +1,7 @@
 """What is said of a document, a sequence and a dataset, against the Parquet record."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,19 @@ def test_the_lot_of_a_sequence_that_random_passed_over_lies_above_its_cutoff(
         assert found.decision == "refused"
         assert found.margin is not None
         assert found.margin > 0
+
+
+def test_a_line_of_a_domain_names_its_documents(finished: Project) -> None:
+    """Several here, for the domain's text is one file, cut into documents at its first line."""
+    text = current(finished, "reference/domain_text") / "held_out" / "documents.parquet"
+    rows = pl.read_parquet(text)
+    place = f"{rows['source_file'][0]}:{rows['source_line'][0]}"
+    with pytest.raises(InputError, match="several documents") as refused:
+        explained(finished, place)
+    told_ids = set(re.findall(r"[0-9a-f]{20}", str(refused.value)))
+    domain = pl.scan_parquet(text.parents[1] / "*" / "documents.parquet").collect()
+    assert told_ids
+    assert told_ids <= set(domain["doc_id"])
 
 
 def test_the_models_are_followed_to_what_they_were_trained_on(finished: Project) -> None:
