@@ -178,7 +178,7 @@ def _became(records: Records, document: Facts) -> str:
         words.append("also in D_prior, which the prior learned from")
     first = min([copy["shard"] for copy in document["copies"]], default=shard)
     if first < shard:
-        words.append(f"a copy of what stands in {first}: never selected here")
+        words.append(f"a copy of a document of {first}: never selected here")
     if {s["standing"]["excluded"] for s in document["sequences"]} == {"padded"}:
         words.append(f"{EXCLUDED['padded']}, never selected")
     return "; ".join(words)

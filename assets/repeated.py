@@ -1,7 +1,7 @@
 """Selecting and scoring again what was selected and scored before: for an audit."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,10 +131,10 @@ def rescore(
     """
     assets = {losses.model: losses.asset for losses in loss_assets(recipe)}
     models = {model: artifacts.current(model) for model in assets}
-    places, recorded = [], []
     with store.read() as connection:
         changed = changed_since_scored(connection)
     rng = np.random.default_rng(seed)
+    places, recorded = [], []
     for shard in shard_names(artifacts, recipe):
         try:
             packed = artifacts.current("corpus_tokens", shard)
@@ -154,40 +154,40 @@ def rescore(
             rows = pl.scan_parquet(losses.path / "losses-*.parquet")
             recorded.append(rows.filter(pl.col("position").is_in(drawn.tolist())).collect())
     begun = time.monotonic()
+    drawn_places, by, precision = pl.concat(places), list(models.values()), recipe.scoring.precision
     try:
-        again = score_places(
-            artifacts,
-            gpu,
-            recipe,
-            list(models.values()),
-            pl.concat(places),
-            folder,
-            recipe.scoring.precision,
-            progress,
-        )
+        again = score_places(artifacts, gpu, recipe, by, drawn_places, folder, precision, progress)
     finally:
         release()
     seconds = time.monotonic() - begun
+    both = _compared(again, pl.concat(recorded))
+    names = {made.fingerprint: assets[model] for model, made in models.items()}
+    largest = both["difference"].max()
+    return Rescored(len(both), float(largest or 0.0), seconds), _beyond_tolerance(both, names)  # type: ignore[arg-type]
+
+
+def _compared(again: pl.DataFrame, recorded: pl.DataFrame) -> pl.DataFrame:
+    """Losses computed again beside those on record, with their difference and what it may be."""
     exact, kept = (pl.col(c).cast(pl.Float64) for c in ("loss", "loss_recorded"))
     allowed = pl.col("precision_recorded").replace_strict(TOLERANCE, default=0.0)
-    both = again.join(
-        pl.concat(recorded).select("model", "shard", "position", "loss", "precision"),
+    return again.join(
+        recorded.select("model", "shard", "position", "loss", "precision"),
         on=["model", "shard", "position"],
         how="full",
         coalesce=True,
         suffix="_recorded",
     ).with_columns(difference=(exact - kept).abs(), tolerance=2 * allowed)
+
+
+def _beyond_tolerance(both: pl.DataFrame, names: Mapping[str, str]) -> list[Finding]:
+    """A finding for each loss that is off or that one side lacks; `names` are assets by model."""
     within = (pl.col("difference") <= pl.col("tolerance")).fill_null(False)
-    off = both.filter(~within)
-    names = {made.fingerprint: assets[model] for model, made in models.items()}
-    findings = [
+    return [
         Finding(
             f"{names[row['model']]}[{row['shard']}]",
             f"position {row['position']}",
             f"a loss of {row['loss']}, to {row['tolerance']:.0e}",
             str(row["loss_recorded"]),
         )
-        for row in off.sort("model", "shard", "position").iter_rows(named=True)
+        for row in both.filter(~within).sort("model", "shard", "position").iter_rows(named=True)
     ]
-    largest = both["difference"].max()
-    return Rescored(len(both), float(largest or 0.0), seconds), findings  # type: ignore[arg-type]

@@ -429,8 +429,8 @@ def test_what_arrives_is_told_with_copies_leaks_and_rejects(
     one = document(movable, "zz.jsonl:1")
     (other,) = one.copies
     pair = sorted([one, document(movable, other["doc_id"])], key=lambda d: str(d.shard))
-    assert "a copy of what stands in" not in pair[0].became
-    assert f"a copy of what stands in {pair[0].shard}" in pair[1].became
+    assert "a copy of a document of" not in pair[0].became
+    assert f"a copy of a document of {pair[0].shard}" in pair[1].became
     assert {stand(s).decision for s in pair[1].sequences} == {"excluded"}
 
     leaking = [s for s in quoting.sequences if stand(s).decision == "selected"]

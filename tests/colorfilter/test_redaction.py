@@ -157,7 +157,7 @@ TEXT = (
 
 
 @pytest.mark.parametrize(
-    ("page", "told"),
+    ("page", "shown"),
     [
         (f"before {TEXT} behind", True),
         (html.escape(TEXT), True),
@@ -170,11 +170,11 @@ TEXT = (
         ("", False),
     ],
 )
-def test_a_page_tells_of_a_text_however_it_is_written(page: str, told: bool) -> None:
-    assert Forgotten("", set(), set(), TEXT).is_shown_in(page) is told
+def test_a_page_shows_a_text_however_it_is_written(page: str, shown: bool) -> None:
+    assert Forgotten("", set(), set(), TEXT).is_shown_in(page) is shown
 
 
-def test_any_thirty_letters_in_a_row_tell_of_a_text() -> None:
+def test_any_thirty_letters_in_a_row_show_a_text() -> None:
     """A report's table shows about as many of a sequence."""
     text = "".join(random.Random(0).choices(string.ascii_letters, k=200))
     gone = Forgotten("", set(), set(), text)
@@ -182,7 +182,7 @@ def test_any_thirty_letters_in_a_row_tell_of_a_text() -> None:
         assert gone.is_shown_in(f"| 12 | {text[start : start + 30]} | 0.5 |")
 
 
-def test_a_short_text_is_told_as_a_whole_and_an_unknown_one_never() -> None:
+def test_a_short_text_is_shown_as_a_whole_and_an_unknown_one_never() -> None:
     short = Forgotten("", set(), set(), "Hi there")
     assert short.is_shown_in("excerpt | Hi there! | 7")
     assert short.is_shown_in("<td>1</td><td><b>Hi there</b></td>")
