@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +66,17 @@ class Audit:
     def passed(self) -> bool:
         return all(finding.warning for finding in self.findings)
 
+    def look(self, name: str, findings: Iterable[Finding]) -> None:
+        """Add what a check finds. What it cannot read is a finding too."""
+        there = len(self.findings)
+        try:
+            for finding in findings:
+                self.findings.append(finding)
+        except UNREADABLE as error:
+            wanted = "what can be read"
+            self.findings.append(Finding(name, "on the way", wanted, one_line(error)))
+        self.checked[name] = all(finding.warning for finding in self.findings[there:])
+
     def as_json(self) -> str:
         """Everything as one JSON object."""
         facts = {
@@ -95,7 +106,6 @@ def audit(
         if not re.fullmatch("[0-9a-f]{8,64}", head):
             raise InputError(f"--head: '{head}' is no head of a ledger; give at least 8 hex digits")
     artifacts = ArtifactStore(home=str(home.root))
-    store = ScoreStore(home=str(home.root))
     record = Record(artifacts)
     current = record.lineage.current(shard_names(artifacts, recipe))
     subject = _subject(artifacts, current, what)
@@ -107,43 +117,47 @@ def audit(
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
-    def look(name: str, findings: Iterable[Finding]) -> None:
-        there = len(found.findings)
-        try:
-            for finding in findings:
-                found.findings.append(finding)
-        except UNREADABLE as error:
-            wanted = "what can be read"
-            found.findings.append(Finding(name, "on the way", wanted, one_line(error)))
-        found.checked[name] = all(finding.warning for finding in found.findings[there:])
-
     show("ledger", 0)
-    look("chain of the ledger", record.chain(head))
-    look("what was taken up again", record.reuse())
-    look("links from each artefact to its inputs", record.links(entries))
-    look("folders without an entry", record.orphans())
+    found.look("chain of the ledger", record.chain(head))
+    found.look("what was taken up again", record.reuse())
+    found.look("links from each artefact to its inputs", record.links(entries))
+    found.look("folders without an entry", record.orphans())
     files = show("files", sizes(home.root, entries))
-    look("sha256 of every file", record.files(entries, files))
+    found.look("sha256 of every file", record.files(entries, files))
     raw = show("raw files", 0)
     now = {entry["path"] for entry in current}
-    look("sha256 of the raw files", raw_files(home.root, entries, now, raw))
+    found.look("sha256 of the raw files", raw_files(home.root, entries, now, raw))
     show("counts", 0)
-    look("counts and contents", counts(home.root, record.lineage, entries))
-    look("what was forgotten", remaining(artifacts))
+    found.look("counts and contents", counts(home.root, record.lineage, entries))
+    found.look("what was forgotten", remaining(artifacts))
     show("Dagster's history", 0)
-    look("Dagster's history", history(home, artifacts))
-    if not any(entry["asset"] == "score_tables" for entry in entries):
-        return found
+    found.look("Dagster's history", history(home, artifacts))
+    if any(entry["asset"] == "score_tables" for entry in entries):
+        _audit_scores(found, recipe, home, show, entries, again, sample)
+    return found
+
+
+def _audit_scores(
+    found: Audit,
+    recipe: Recipe,
+    home: Home,
+    show: Show,
+    entries: Sequence[Entry],
+    again: bool,
+    sample: int | None,
+) -> None:
+    """Check the published tables; select and score again where that is asked for."""
+    artifacts, store = ArtifactStore(home=str(home.root)), ScoreStore(home=str(home.root))
     show("score tables", 0)
     before = len(found.findings)
-    look("score tables of all that is current", tables_are_current(artifacts, recipe))
+    found.look("score tables of all that is current", tables_are_current(artifacts, recipe))
     if len(found.findings) == before:
         with workplace(home) as folder:
-            look("score tables against the record", tables(artifacts, store, recipe, folder))
-    look("evaluations against the reports", results(artifacts, recipe))
+            found.look("score tables against the record", tables(artifacts, store, recipe, folder))
+    found.look("evaluations against the reports", results(artifacts, recipe))
     if again:
         show("selections", 0)
-        look("selections made again", reselect(artifacts, store, recipe, entries))
+        found.look("selections made again", reselect(artifacts, store, recipe, entries))
     if sample:
         tokens = show("losses", 0)
         seed = found.seed = secrets.randbelow(2**32)
@@ -156,8 +170,7 @@ def audit(
             yield from off
 
         with workplace(home) as folder:
-            look("losses computed again", scored_again(folder))
-    return found
+            found.look("losses computed again", scored_again(folder))
 
 
 def _subject(artifacts: ArtifactStore, current: list[Entry], what: str | None) -> list[Entry]:
