@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dagster as dg
 import polars as pl
 
-from assets.figures import outlines, table
+from assets.figures import picture, table
 from colorfilter.drift import drift, histogram
+from colorfilter.figures import binned_scores
 from colorfilter.operation import Limits
 from colorfilter.recipe import SCORED, Arm, Domain, Recipe
 from colorfilter.tables import fetch, fetch_row
@@ -177,7 +178,8 @@ def _compare(
         shown["mean score in them"] = drifted.mean_new
         shown["mean score of the others"] = drifted.mean_others
         counts, low, high = histogram(connection, arm.method, domain.name, new)
-        shown["scores of new shards"] = outlines(list(counts[0]), list(counts[1]), low, high)
+        sides = dict(zip(("other shards", "new shards"), counts.tolist(), strict=True))
+        shown["scores of new shards"] = picture(binned_scores(sides, low, high))
     return found, shown
 
 

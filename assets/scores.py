@@ -20,9 +20,10 @@ from assets.common import (
     total,
 )
 from assets.declaration import Declaration, Read, Shards, asset
-from assets.figures import histogram
+from assets.figures import picture
 from colorfilter import drift, provenance
 from colorfilter.errors import InputError
+from colorfilter.figures import binned_scores
 from colorfilter.recipe import Domain, Recipe, Scoring
 from colorfilter.stages import ArtifactName, ShardKind, Stage
 from colorfilter.tables import fetch_row
@@ -318,7 +319,8 @@ def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
     """A histogram of color over the corpus."""
     with score_store.read() as connection:
         counts, low, high = drift.histogram(connection, "color", domain)
-    return {f"color of the corpus for {domain}": histogram(list(counts[0]), low, high)}
+    shown = binned_scores({"corpus": counts[0].tolist()}, low, high)
+    return {f"color of the corpus for {domain}": picture(shown)}
 
 
 def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:

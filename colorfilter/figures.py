@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BINS = 80
 OUTSIDE = 0.002  # share of the scores at either end that the histogram's outermost bins take in
+STEPS_DRAWN = 400  # of a training run
 DASHES = ("-", "--", ":")
 MARKERS = {"=": "o", ">": ">", "<": "<"}
 
@@ -77,6 +78,40 @@ def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
         _legend(axes)
 
     return _picture("curves", "Held-out loss over training tokens, by arm", (8, 4), draw)
+
+
+def training_curve(curve: pl.DataFrame) -> Picture:
+    """Training and held-out loss of one run over its tokens; `curve` are the run's points.
+
+    Of a long run, means of neighbouring steps are drawn.
+    """
+    group = pl.int_range(pl.len()) // max(1, len(curve) // STEPS_DRAWN)
+    means = curve.group_by(group.alias("group"), maintain_order=True).mean()
+
+    def draw(axes: "Axes") -> None:
+        axes.plot(means["tokens"], means["loss"], label="training")
+        held_out = curve.drop_nulls("held_out_loss")
+        if len(held_out):
+            axes.plot(held_out["tokens"], held_out["held_out_loss"], "o-", label="held-out")
+        axes.set(xlabel="training tokens", ylabel="loss, nats per token", xscale="log")
+        _plain_ticks(axes)
+        _legend(axes)
+
+    return _picture("curve", "Training and held-out loss over training tokens", (8, 3.2), draw)
+
+
+def binned_scores(counts: Mapping[str, Sequence[int]], low: float, high: float) -> Picture:
+    """Histograms by name over equal bins from low to high, each scaled to its own size."""
+
+    def draw(axes: "Axes") -> None:
+        for name, own in counts.items():
+            edges = np.linspace(low, max(high, low + 1e-6), len(own) + 1)
+            shares = np.asarray(own) / max(1, sum(own))
+            axes.stairs(shares, edges, fill=True, alpha=0.55, label=name)
+        axes.set(xlabel="score, nats per token (lower is better)", ylabel="share of sequences")
+        _legend(axes)
+
+    return _picture("scores", "How scores are distributed", (8, 3.2), draw)
 
 
 def score_histogram(colors: Mapping[str, Sequence[float]], cutoffs: Mapping[str, float]) -> Picture:

@@ -76,7 +76,7 @@ def test_a_refresh_is_compared_with_the_last_selection(
     assert shown["sequences in them"] > 0
     (source,) = found.metadata["shares of tokens"].records
     assert source.data == {"source": "code", "now": 1.0, "last": 1.0}
-    assert "new blue" in shown["scores of new shards"]
+    assert "data:image/svg+xml;base64," in shown["scores of new shards"]
 
 
 BEYOND = [

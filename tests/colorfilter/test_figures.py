@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from colorfilter.evaluation import Summary, TokensToMatch, summarize
 from colorfilter.figures import (
     Picture,
+    binned_scores,
     learning_curves,
     match_plot,
     score_histogram,
     tau_sweep,
+    training_curve,
 )
 
 EXACT = [TokensToMatch(1.4, "="), TokensToMatch(1.8, "="), TokensToMatch(1.5, "=")]
@@ -46,7 +48,15 @@ def sweep() -> Picture:
     return tau_sweep({"color": {4.0: Summary(5, 0.1, 3)}}, Summary(5.5, 0.2, 3), "Held-out loss")
 
 
-DRAWN = [curves, colors, matches, sweep]
+def curve() -> Picture:
+    return training_curve(a_curve(0).with_columns(loss=pl.Series([7.0, 6.0, 5.5, 5.0])))
+
+
+def bins() -> Picture:
+    return binned_scores({"other shards": [3, 1, 0], "new shards": [0, 0, 0]}, -1.0, -1.0)
+
+
+DRAWN = [curves, curve, colors, bins, matches, sweep]
 
 
 @pytest.fixture
@@ -162,3 +172,17 @@ def test_all_scores_are_in_the_histogram_and_each_cutoff_is_named(
 
 def test_more_arms_than_colours_are_drawn() -> None:
     assert learning_curves({f"arm {i}": [a_curve(i)] for i in range(32)}).light
+
+
+def test_binned_scores_are_shares_of_their_own_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[float], list[float]]] = []
+
+    draw = Axes.stairs
+
+    def stairs(self: Axes, values: Any, edges: Any, **arguments: Any) -> Any:
+        seen.append((list(values), list(edges)))
+        return draw(self, values, edges, **arguments)
+
+    monkeypatch.setattr(Axes, "stairs", stairs)
+    binned_scores({"other shards": [3, 1], "new shards": [0, 5]}, -1.0, 1.0)
+    assert seen[:2] == [([0.75, 0.25], [-1.0, 0.0, 1.0]), ([0.0, 1.0], [-1.0, 0.0, 1.0])]
