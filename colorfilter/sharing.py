@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
+from upath import UPath
 
 from colorfilter.errors import UnreachableError, one_line
 from colorfilter.storage import (
@@ -140,19 +140,12 @@ class Shared(Alone):
         remove(self.staged(folder))
         if self.storage is None:
             return
-        root = self._place(folder, "")
-        if isinstance(root, Path):
-            copies: list[Place] = [root, *root.parent.glob(f"{root.name}@*")]
-        else:
-            filesystem, path = fsspec.core.url_to_fs(root)
-            filesystem.invalidate_cache()
-            found = filesystem.glob(f"{path}@*")
-            copies = [root, *(filesystem.unstrip_protocol(copy) for copy in found)]
-        for copy in copies:
+        root = UPath(self._place(folder, ""))
+        root.fs.invalidate_cache()
+        for copy in [root, *root.parent.glob(f"{root.name}@*")]:
             remove(copy)
 
     def _place(self, folder: Path, suffix: str) -> Place:
         """Where a folder of the home lies in the storage."""
         assert self.storage is not None
-        place = f"{self.storage.rstrip('/')}/{folder.relative_to(self.home)}{suffix}"
-        return place if "://" in place else Path(place)
+        return UPath(self.storage) / f"{folder.relative_to(self.home)}{suffix}"

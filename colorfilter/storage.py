@@ -1,6 +1,6 @@
 """Folders that every machine of a cluster reads and writes.
 
-A place is a folder: a Path where all machines see one file system, else the URI of one that fsspec
+A place is a folder: a Path where all machines see one file system, else a UPath of one that fsspec
 knows (`s3://`, `gs://`, ...). Credentials come from each machine's own environment, as the
 filesystem's library reads them, and from nowhere else. Files in a place are whole or not there: an
 object store shows none before its last byte, and on a file system they are renamed.
@@ -15,28 +15,21 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
+from upath import UPath
 
 from colorfilter.files import lock, write_atomically
 from colorfilter.scratch import held, own_folder, scratch
 
-Place = Path | str
+Place = Path | UPath
 
 CACHE_SECONDS = 24 * 3600.0  # that a folder is kept on a machine after it was last asked for
 HEADER_BYTES = 4_096  # more than the header of a .npy file takes
 
 
-def _at(place: str, name: str = "") -> tuple[Any, str]:
-    """The filesystem of a URI, and the path there of a file in it or of itself."""
-    filesystem, root = fsspec.core.url_to_fs(place)
-    return filesystem, f"{root}/{name}" if name else root
-
-
 def here(place: Place) -> Path:
-    """The folder on this machine; of a URI a copy, fetched once and kept for a day of no use."""
+    """The folder on this machine; a copy of one elsewhere, kept until a day after its last use."""
     if isinstance(place, Path):
         return place
     cache = own_folder()
@@ -48,11 +41,11 @@ def here(place: Place) -> Path:
     return folder
 
 
-def _name(place: str) -> str:
-    return hashlib.sha256(place.encode()).hexdigest()[:32]
+def _name(place: UPath) -> str:
+    return hashlib.sha256(str(place).encode()).hexdigest()[:32]
 
 
-def _fetch_once(place: str, folder: Path) -> None:
+def _fetch_once(place: UPath, folder: Path) -> None:
     """Fetch a folder that several processes want: one does, and the others wait for it."""
     with lock(folder.with_suffix(".lock")):
         if not folder.exists():
@@ -81,11 +74,8 @@ def fetch_file(place: Place, name: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if isinstance(place, Path):
-            shutil.copyfile(place / name, temporary)
-        else:
-            filesystem, source = _at(place, name)
-            filesystem.get_file(source, str(temporary))
+        source = UPath(place / name)
+        source.fs.get_file(source.path, str(temporary))
         write_atomically(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,8 +86,8 @@ def put_file(path: Path, place: Place, name: str) -> None:
     if isinstance(place, Path):
         fetch_file(path.parent, path.name, place / name)
     else:
-        filesystem, target = _at(place, name)
-        filesystem.put_file(str(path), target)
+        target = place / name
+        target.fs.put_file(str(path), target.path)
 
 
 @contextlib.contextmanager
@@ -123,56 +113,38 @@ def commit(temporary: Path, place: Place, name: str) -> None:
 
 def names(place: Place) -> list[str]:
     """The files of a place, relative to it, in order; none where it is not there."""
-    if isinstance(place, Path):
-        found = [p.relative_to(place) for p in place.rglob("*") if p.is_file()]
-        return sorted(str(p) for p in found if not p.name.endswith(".tmp"))
-    filesystem, root = _at(place)
-    filesystem.invalidate_cache()  # other machines write there
+    folder = UPath(place)
+    folder.fs.invalidate_cache()  # other machines write there
     try:
-        found = filesystem.find(root)
+        found = folder.fs.find(folder.path)
     except FileNotFoundError:
         return []
-    inside = (path[len(root) :].lstrip("/") for path in found)
-    return sorted(name for name in inside if ".." not in name.split("/"))
-
-
-def remove_file(place: Place, name: str) -> None:
-    """Remove a file of a place."""
-    if isinstance(place, Path):
-        (place / name).unlink(missing_ok=True)
-    else:
-        filesystem, path = _at(place, name)
-        filesystem.rm_file(path)
+    inside = (path[len(folder.path) :].lstrip("/") for path in found)
+    return sorted(
+        name for name in inside if ".." not in name.split("/") and not name.endswith(".tmp")
+    )
 
 
 def remove(place: Place) -> None:
     """Remove a place and all in it."""
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
-        return
-    filesystem, root = _at(place)
-    filesystem.invalidate_cache()
-    if filesystem.exists(root):
-        filesystem.rm(root, recursive=True)
+    else:
+        place.fs.invalidate_cache()
+        if place.exists():
+            place.fs.rm(place.path, recursive=True)
 
 
-def read_rows(place: str, name: str, start: int, stop: int | None = None) -> np.ndarray:
-    """Rows [start, stop) of a .npy file of a URI; no other bytes of it are read, but its header."""
-    filesystem, path = _at(place, name)
-    header = io.BytesIO(filesystem.cat_file(path, start=0, end=HEADER_BYTES))
+def read_rows(file: UPath, start: int, stop: int | None = None) -> np.ndarray:
+    """Rows [start, stop) of a remote .npy file, of which only they and the header are read."""
+    header = io.BytesIO(file.fs.cat_file(file.path, start=0, end=HEADER_BYTES))
     np.lib.format.read_magic(header)
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     first, last, _ = slice(start, stop).indices(shape[0])
     size = dtype.itemsize * int(np.prod(shape[1:]))
     begin, end = (header.tell() + row * size for row in (first, max(first, last)))
-    content = filesystem.cat_file(path, start=begin, end=end) if end > begin else b""
+    content = file.fs.cat_file(file.path, start=begin, end=end) if end > begin else b""
     return np.frombuffer(content, dtype).reshape(-1, *shape[1:])
-
-
-def open_file(place: str, name: str) -> Any:
-    """A file of a URI, to be read by range."""
-    filesystem, path = _at(place, name)
-    return filesystem.open(path, "rb")
 
 
 @contextlib.contextmanager
@@ -206,7 +178,7 @@ class Kept:
         for name in sorted(changed, key=lambda name: signs[name][1]):
             put_file(self._folder / name, self._place, name)
         for name in self._known.keys() - signs.keys():
-            remove_file(self._place, name)
+            (self._place / name).unlink(missing_ok=True)
         self._known = signs
 
     def _signs(self) -> dict[str, tuple[int, int]]:
@@ -219,7 +191,4 @@ def write_file(content: bytes, place: Place, name: str) -> None:
     """Write a small file of a place."""
     if isinstance(place, Path):
         place.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(content)
-    else:
-        filesystem, path = _at(place, name)
-        filesystem.pipe_file(path, content)
+    (place / name).write_bytes(content)

@@ -30,7 +30,7 @@ import tokenizers
 from colorfilter.errors import InputError, one_line
 from colorfilter.parquet import TableWriter
 from colorfilter.progress import Progress, silent
-from colorfilter.storage import Place, open_file, read_rows
+from colorfilter.storage import Place, read_rows
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 250_000
@@ -306,17 +306,14 @@ def open_tokens(folder: Path) -> np.ndarray:
 
 
 def read_tokens(place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """The packed sequences [start, stop) of a place: [n, T]. Of a URI only their bytes are read."""
+    """The packed sequences [start, stop) of a place: [n, T]. No other bytes of it are read."""
     if isinstance(place, Path):
         return open_tokens(place)[start:stop]
-    return read_rows(place, TOKENS, start, stop)
+    return read_rows(place / TOKENS, start, stop)
 
 
 def real_tokens(place: Place) -> np.ndarray:
     """How many real tokens each packed sequence has, int64 [n_sequences]."""
-    if isinstance(place, Path):
-        column = pl.read_parquet(place / SEQUENCES_FILE, columns=["n_tokens"])["n_tokens"]
-    else:
-        with open_file(place, SEQUENCES_FILE) as stream:
-            column = pl.Series(pq.read_table(stream, columns=["n_tokens"])["n_tokens"])
-    return column.cast(pl.Int64).to_numpy(writable=True)
+    with (place / SEQUENCES_FILE).open("rb") as stream:
+        column = pq.read_table(stream, columns=["n_tokens"])["n_tokens"]
+    return pl.Series(column).cast(pl.Int64).to_numpy(writable=True)

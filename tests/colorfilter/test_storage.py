@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import polars as pl
 import pytest
+from upath import UPath
 
 from colorfilter import sharing, storage
 from colorfilter.errors import InputError
@@ -42,11 +43,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(place: Place, name: str) -> bytes:
-    if isinstance(place, Path):
-        return (place / name).read_bytes()
-    with storage.open_file(place, name) as stream:
-        content: bytes = stream.read()
-    return content
+    return (place / name).read_bytes()
 
 
 def test_a_folder_is_shared_once_and_anew_when_it_has_changed(home: Path, root: str) -> None:
@@ -65,8 +62,8 @@ def test_a_folder_is_shared_once_and_anew_when_it_has_changed(home: Path, root: 
 def test_a_folder_that_was_shared_in_part_is_shared_again(home: Path, root: str) -> None:
     shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
     place = shared.share(folder)
-    storage.remove_file(place, ".whole")
-    storage.remove_file(place, "config.json")
+    (place / ".whole").unlink()
+    (place / "config.json").unlink()
     assert shared.share(folder) == place
     assert names(place) == [".whole", "config.json", "down/tokens.npy"]
 
@@ -272,7 +269,7 @@ def test_a_name_that_leads_out_of_its_place_is_passed_over(tmp_path: Path) -> No
     filesystem.store.clear()
     filesystem.pipe_file("/bucket/x/inside", b"1")
     filesystem.store["/bucket/x/../../outside"] = filesystem.store["/bucket/x/inside"]
-    assert names("memory://bucket/x") == ["inside"]
+    assert names(UPath("memory://bucket/x")) == ["inside"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -297,12 +294,12 @@ def test_rows_of_a_uri_are_those_of_the_file(
         return content
 
     monkeypatch.setattr(type(filesystem), "cat_file", counting)
-    found = read_tokens("memory://bucket/x", start, stop)
+    found = read_tokens(UPath("memory://bucket/x"), start, stop)
     assert found.dtype == dtype
     assert np.array_equal(found, read_tokens(tmp_path, start, stop))
     assert np.array_equal(found, rows[start:stop])
     assert read_bytes <= storage.HEADER_BYTES + found.nbytes
-    assert np.array_equal(real_tokens("memory://bucket/x"), np.arange(10))
+    assert np.array_equal(real_tokens(UPath("memory://bucket/x")), np.arange(10))
 
 
 def test_a_storage_that_cannot_be_written_is_refused_in_a_line(tmp_path: Path) -> None:
