@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from resources.artifacts import ArtifactStore
-from tests.conftest import MODULES, Project, copy_of, recipe_facts, write_corpus
+from tests.conftest import Project, copy_of
 from tests.pipelines.scoring_runs import (
-    MANY,
-    by_hand,
     chunks,
     every_shard,
     forget_scores,
@@ -40,13 +38,9 @@ def nodes() -> Iterator[Any]:
 
 @pytest.fixture
 def project(nodes: Any, finished: Project, tmp_path: Any) -> Project:
-    """The finished project with more text, scored on this machine; from now on on the cluster."""
-    write_corpus(tmp_path / "corpus", sorted({*MODULES, *MANY}))
+    """The finished project, scored on this machine; from now on on the cluster."""
     made = copy_of(finished, tmp_path)
-    made.facts = recipe_facts(tmp_path / "corpus")
-    made.write()
-    by_hand(made, "refresh")
-    made.facts["compute"] = {"backend": "ray", "address": nodes.address}
+    made.facts = {**made.facts, "compute": {"backend": "ray", "address": nodes.address}}
     made.write()
     return made
 

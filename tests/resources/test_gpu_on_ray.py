@@ -281,7 +281,7 @@ def assert_same(ours: list[Checkpoint], theirs: list[Checkpoint], out: Path, dev
         assert (one.path / "tokenizer.json").exists()
 
 
-@pytest.fixture(params=[(None, 1), ("s3", 1), ("s3", 2)])
+@pytest.fixture(params=[(None, 1), ("s3", 2)])
 def trainer(request: pytest.FixtureRequest, root: Path, nodes: Any) -> tuple[Gpu, Path]:
     """By way of the home or of a storage, on a device or two; and a folder to train in."""
     storage, devices = request.param
