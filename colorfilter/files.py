@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from colorfilter.progress import Progress, silent
 
 BLOCK = 1 << 23  # bytes that are copied at a time
+TAIL = 4_096  # bytes in which the last line of a file is looked for first
 
 
 def file_sha256(path: Path) -> str:
@@ -55,17 +57,34 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(temporary, path)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line, flushed to disk, one writer at a time, behind what a crash has left."""
+def append_line(path: Path, line: Callable[[bytes], str]) -> None:
+    """Append a line, flushed to disk, one writer at a time.
+
+    `line(last)` returns the line; `last` is that of `last_line`. A line cut off by a crash is
+    removed.
+    """
     with path.open("ab+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        if stream.seek(0, os.SEEK_END):
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
-        stream.write(line.encode("utf-8") + b"\n")
+        end, last = last_line(stream)
+        stream.truncate(end)
+        stream.write(line(last).encode("utf-8") + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def last_line(stream: IO[bytes]) -> tuple[int, bytes]:
+    """Where the last whole line of a file ends, and that line; 0 and nothing if there is none."""
+    size = stream.seek(0, os.SEEK_END)
+    length = TAIL
+    while True:
+        start = max(0, size - length)
+        stream.seek(start)
+        tail = stream.read(size - start)
+        end = tail.rfind(b"\n") + 1
+        begin = tail.rfind(b"\n", 0, max(0, end - 1)) + 1
+        if begin or not start:
+            return start + end, tail[begin:end]
+        length *= 8
 
 
 def lock(path: Path, *, shared: bool = False) -> IO[bytes]:

@@ -322,7 +322,8 @@ class Gpu(dg.ConfigurableResource):
             "versions": provenance.environment(),
             **facts,
         }
-        append_line(home.kernel_runs, json.dumps(line, ensure_ascii=False, default=str))
+        text = json.dumps(line, ensure_ascii=False, default=str)
+        append_line(home.kernel_runs, lambda _last: text)
 
 
 class _Calls(Sequence[Any]):

@@ -9,15 +9,15 @@ artifact made after.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from colorfilter.files import append_line, last_line
 
 Entry = dict[str, Any]
 # By asset and partition.
@@ -58,7 +58,7 @@ class Ledger:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     return
-                sha256 = hashlib.sha256(line).hexdigest()
+                sha256 = _sha256(line)
                 yield Link(number, sha256, before, _parsed(line))
                 before = sha256
 
@@ -82,22 +82,15 @@ class Ledger:
         if not self.path.exists():
             return NOTHING
         with self.path.open("rb") as stream:
-            return _hash_of_last(stream, _whole(stream))
+            return _sha256(last_line(stream)[1])
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry, flushed to disk, one writer at a time.
+        """Add an entry, flushed to disk, one writer at a time."""
 
-        What a crash has left of an entry that was never whole goes.
-        """
-        with self.path.open("ab+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            whole = _whole(stream)
-            stream.truncate(whole)
-            chained = {"previous": _hash_of_last(stream, whole), **entry}
-            stream.seek(0, os.SEEK_END)
-            stream.write(json.dumps(chained, ensure_ascii=False, default=str).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        def chained(last: bytes) -> str:
+            return json.dumps({"previous": _sha256(last), **entry}, ensure_ascii=False, default=str)
+
+        append_line(self.path, chained)
 
     def _read(self) -> "_Reading":
         """What the ledger says by now."""
@@ -132,33 +125,8 @@ def ledger_at(path: Path) -> Ledger:
     return Ledger(path)
 
 
-def _whole(stream: IO[bytes]) -> int:
-    """Where the last whole line of a file ends."""
-    stop = stream.seek(0, os.SEEK_END)
-    while stop:
-        start = max(0, stop - 4096)
-        stream.seek(start)
-        newline = stream.read(stop - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        stop = start
-    return 0
-
-
-def _hash_of_last(stream: IO[bytes], whole: int) -> str:
-    """The hash of the last line of the first `whole` bytes, which end in one."""
-    if not whole:
-        return NOTHING
-    start, size = whole, 4096
-    while start:
-        start = max(0, whole - size)
-        stream.seek(start)
-        tail = stream.read(whole - start)
-        newline = tail.rfind(b"\n", 0, -1)
-        if newline >= 0:
-            return hashlib.sha256(tail[newline + 1 :]).hexdigest()
-        size *= 8
-    return hashlib.sha256(tail).hexdigest()
+def _sha256(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest() if line else NOTHING
 
 
 def _parsed(line: bytes) -> Entry | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from colorfilter.files import (
+    TAIL,
+    append_line,
     file_sha256,
     is_locked,
     lock,
@@ -71,3 +73,20 @@ def test_a_lock_is_seen_while_it_is_held(tmp_path: Path) -> None:
     with lock(tmp_path / "a"):
         assert is_locked(tmp_path / "a")
     assert not is_locked(tmp_path / "a")
+
+
+@pytest.mark.parametrize("size", [0, 1, TAIL - 1, TAIL, TAIL + 1, 50_000])
+@pytest.mark.parametrize("left", [b"", b"x", b"x" * 10_000])
+def test_the_last_whole_line_is_found_and_what_a_crash_left_is_replaced(
+    size: int, left: bytes, tmp_path: Path
+) -> None:
+    path, last = tmp_path / "lines", b"l" * size + b"\n"
+    path.write_bytes(b"first\n" + last + left)
+    append_line(path, lambda line: f"next after {len(line)}")
+    assert path.read_bytes() == b"first\n" + last + b"next after %d\n" % len(last)
+
+
+def test_a_file_without_a_whole_line_has_no_last_one(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(b"cut")
+    append_line(tmp_path / "lines", repr)
+    assert (tmp_path / "lines").read_bytes() == b"b''\n"
