@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import dagster as dg
@@ -108,18 +109,20 @@ def total(artifacts: Sequence[Artifact], fact: str) -> int:
     return sum(a.facts[fact] for a in artifacts)
 
 
+# Called with step, done, total, unit and units per second.
+Listener = Callable[[str, int, int, str, float], None]
+# What the command line draws progress by, for steps that it runs itself.
+LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
 class Progress:
-    """Counts work done; says rate and time left in the run's log and to who listens.
+    """Counts work done. Writes rate and time left to the run's log, and calls `LISTENER`."""
 
-    `listener` is set by the command line to draw a bar: called with (step, done, total, unit,
-    units per second).
-    """
-
-    listener: Callable[[str, int, int, str, float], None] | None = None
     log_seconds = 10.0
 
     def __init__(self, context: AnyContext, size: int, unit: str) -> None:
         self._context = context
+        self._listener = LISTENER.get()
         self._name = context.op.name.replace("__", "/")
         self._size, self._unit = size, unit
         self._done = self._stood = 0
@@ -128,8 +131,8 @@ class Progress:
 
     def __call__(self, amount: int) -> None:
         self._done += amount
-        if Progress.listener:
-            Progress.listener(self._name, self._done, self._size, self._unit, self.rate)
+        if self._listener:
+            self._listener(self._name, self._done, self._size, self._unit, self.rate)
         now = time.monotonic()
         if now - self._logged >= self.log_seconds:
             self._logged = now

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from assets import common
+from assets.common import LISTENER
 from colorfilter.recipe import Recipe
 from colorfilter.report import (
     LOSSES,
@@ -89,12 +89,12 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
             words = f"check {check.check_name} of {of}: {check.description}"
             console.print(mark, words, highlight=False, soft_wrap=True)
 
-    common.Progress.listener = work
+    before = LISTENER.set(work)
     try:
         with bar:
             yield event
     finally:
-        common.Progress.listener = None
+        LISTENER.reset(before)
 
 
 def _is_blocked(happened: dg.DagsterEvent) -> bool:

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from assets.common import Progress
+from assets.common import LISTENER, Progress
 
 
 def test_what_an_earlier_run_did_is_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines, shown = 100.0, [], []
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(Progress, "listener", lambda *told: shown.append(told))
+    listening = LISTENER.set(lambda *told: shown.append(told))
     context: Any = SimpleNamespace(
         op=SimpleNamespace(name="books__prior"), log=SimpleNamespace(info=lines.append)
     )
     progress = Progress(context, 1_000, "tokens")
+    LISTENER.reset(listening)
     progress.stands(600)
     now += 20
     progress(100)
