@@ -9,10 +9,12 @@ from assets import refined
 from assets.scores import REFINED
 from colorfilter import device
 from colorfilter.tables import fetch
+from pipelines.graph import build_definitions
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 from tests.assets.results import selection
 from tests.conftest import Project, copy_of, made_since
+from tests.reads import assert_declared, recorded
 
 ARMS = [
     {"method": "color", "tau": 4},
@@ -25,20 +27,31 @@ def current(project: Project, asset: str) -> Artifact:
     return ArtifactStore(home=str(project.home.root)).current(asset)
 
 
+@pytest.fixture(scope="module")
+def coarse(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The finished project, scored in 16 bits and refined."""
+    project = copy_of(finished, tmp_path_factory.mktemp("coarse"))
+    project.facts = {**finished.facts, "arms": ARMS, "scoring": {"precision": "bf16"}}
+    project.write()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert project.run(monkeypatch) is None
+    return project
+
+
+def test_what_is_read_where_scores_are_refined_is_declared(coarse: Project) -> None:
+    reads = recorded(coarse.reads)
+    assert ("reference/refined_scores",) in reads
+    assert_declared(build_definitions(coarse.recipe, str(coarse.home.root)), reads)
+
+
 @pytest.mark.skipif(not device.multiplies("bf16"), reason="no products in bf16 here")
 def test_scores_in_bf16_select_as_those_in_float32(
-    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Project, coarse: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "exact").mkdir()
-    exact = copy_of(finished, tmp_path / "exact")
+    exact, project = copy_of(finished, tmp_path), coarse
     exact.facts = {**finished.facts, "arms": ARMS}
     exact.write()
     assert exact.run(monkeypatch) is None
-    (tmp_path / "coarse").mkdir()
-    project = copy_of(exact, tmp_path / "coarse")
-    project.facts = {**exact.facts, "scoring": {"precision": "bf16"}}
-    project.write()
-    assert project.run(monkeypatch) is None
 
     facts = current(project, "reference/refined_scores").facts
     assert 0 < facts["score_error"] < 0.01 * facts["score_spread"]
