@@ -14,14 +14,7 @@ from colorfilter.documents import content_of
 from colorfilter.errors import one_line
 from colorfilter.files import file_sha256, lock
 from colorfilter.progress import Progress, silent
-from colorfilter.provenance import (
-    MANIFEST,
-    Content,
-    artifact_key,
-    canonical_json,
-    content,
-    read_manifest,
-)
+from colorfilter.provenance import MANIFEST, artifact_key, canonical_json, content, read_manifest
 from colorfilter.shards import InputFile
 from colorfilter.stages import ArtifactName, Stage
 from resources.artifacts import ArtifactStore
@@ -29,23 +22,13 @@ from resources.home import Home
 from resources.ledger import NOTHING, Entry, is_removed
 from resources.lineage import Lineage, name_of
 from resources.pruning import at_work, folders
+from resources.score_store import ScoreStore
 
-THREADS = 4
-WORKPLACE = "auditing"  # the folder for what an audit makes
 READ = {Stage.RAW_CORPUS, Stage.DOMAIN_TEXT}  # what reads raw files
-# What an entry of the ledger and the manifest that it is for both have.
-IDENTITY = (
-    "asset",
-    "partition",
-    "key",
-    "recipe",
-    "code",
-    "seed",
-    "precision",
-    "experiment",
-    "run",
-    "facts",
-)
+WORKPLACE = "auditing"  # the folder for what an audit makes
+WORK = ("inputs", "recipe", "code", "seed", "precision")  # what a key is made of, beside the name
+# What a manifest and its entry in the ledger state alike.
+STATED = ("asset", "partition", "key", *WORK[1:], "experiment", "run", "facts")
 
 
 @dataclass(frozen=True)
@@ -66,182 +49,161 @@ class Record:
     """The ledger of a home, read once to be checked and compared with."""
 
     def __init__(self, artifacts: ArtifactStore) -> None:
-        self._artifacts = artifacts
-        self._root = artifacts.at.root
-        self.lineage = Lineage(artifacts)
+        self.artifacts, self.home = artifacts, artifacts.at
+        self.store, self.lineage = ScoreStore(home=artifacts.home), Lineage(artifacts)
         self._links = list(artifacts.ledger.links())
+        self.head = self._links[-1].sha256 if self._links else NOTHING
         self._lines = {NOTHING: 0} | {link.sha256: link.number for link in self._links}
+        # By path, the numbers of its lines and their entries, oldest first.
+        self._by_path: dict[str, list[tuple[int, Entry]]] = {}
+        # By name and fingerprint, the number of the first line.
         self._first: dict[tuple[str, str], int] = {}
-        # By path: the line in which it was entered last, and that in which it was made last.
-        self._entered: dict[str, int] = {}
-        self._made: dict[str, tuple[int, Entry]] = {}
-        # Paths that must not be there: what they held was replaced or removed for good.
+        # Paths that must not exist: what they held was replaced or removed for good.
         self._gone: set[str] = set()
-        # By path and fingerprint: the hashes of the manifests that it has had.
-        self._manifests: dict[tuple[str, str], set[str]] = {}
-        for number, entry in self._entries():
-            held = entry["path"], entry["fingerprint"]
-            self._gone.discard(entry["path"])
-            if is_removed(entry):
-                self._gone.add(entry["path"])
-                continue
-            if entry.get("replaces"):
-                self._gone.add(entry["replaces"])
-            self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
-            self._entered[entry["path"]] = number
-            if entry.get("manifest"):
-                self._manifests.setdefault(held, set()).add(entry["manifest"])
-            if not entry["reused"] or entry["path"] not in self._made:
-                self._made[entry["path"]] = number, entry
-
-    def _entries(self) -> Iterator[tuple[int, Entry]]:
-        return ((link.number, link.entry) for link in self._links if link.entry is not None)
-
-    @property
-    def head(self) -> str:
-        """The hash of the last entry."""
-        return self._links[-1].sha256 if self._links else NOTHING
+        for number, _, _, entry in self._links:
+            if entry is not None:
+                self._by_path.setdefault(entry["path"], []).append((number, entry))
+                self._first.setdefault((name_of(entry), entry["fingerprint"]), number)
+                self._gone.discard(entry["path"])
+                gone = entry["path"] if is_removed(entry) else entry.get("replaces")
+                if gone:
+                    self._gone.add(gone)
 
     def chain(self, head: str | None = None) -> Iterator[Finding]:
-        """Whether each entry holds the hash of the line before, and `head` is the hash of one."""
-        unchained, chained = 0, False
+        """Find entries that lack the hash of the line before, and whether `head` is no entry's."""
         for number, _, before, entry in self._links:
             if entry is None:
-                yield Finding("ledger", f"line {number}", "an entry", "none", warning=not chained)
-                continue
-            where = f"line {number} ({name_of(entry)})"
-            wanted = "the sha256 of the line before"
-            if "previous" not in entry and chained:
-                yield Finding("ledger", where, wanted, "none")
-            elif "previous" not in entry:
-                unchained += 1
-            else:
-                chained = True
-                if entry["previous"] != before:
-                    yield Finding(
-                        "ledger", where, f"{wanted}, {before[:16]}", str(entry["previous"])[:16]
-                    )
-        if unchained:
-            words = f"{unchained} from before entries were chained"
-            yield Finding("ledger", "its first lines", "chained entries", words, warning=True)
+                yield Finding("ledger", f"line {number}", "an entry", "none")
+            elif (previous := entry.get("previous")) != before:
+                where = f"line {number} ({name_of(entry)})"
+                wanted = f"the sha256 of the line before, {before[:16]}"
+                yield Finding("ledger", where, wanted, str(previous or "none")[:16])
         if head is not None and not any(link.sha256.startswith(head) for link in self._links):
             yield Finding("ledger", "the head", f"an entry with the sha256 {head[:16]}", "none")
 
     def links(self, entries: Iterable[Entry]) -> Iterator[Finding]:
-        """Whether each was made from what was entered before, and has the key of that work."""
+        """Find entries made from what was not entered before, or with the key of other work."""
         for entry in entries:
-            name, number = name_of(entry), self._entered[entry["path"]]
+            name, (number, _) = name_of(entry), self._by_path[entry["path"]][-1]
             for source, fingerprint in self.lineage.made_from(entry):
-                found = [
-                    self._first[name_of(e), e["fingerprint"]]
-                    for e in self.lineage.find(source, fingerprint)
-                ]
-                if not any(before < number for before in found):
+                found = self.lineage.find(source, fingerprint)
+                first = min((self._first[name_of(e), e["fingerprint"]] for e in found), default=0)
+                if not 0 < first < number:
                     wanted = f"an earlier entry of {source} {fingerprint[:16]}, which it is made of"
-                    late = f"one entered later, in line {min(found)}" if found else "none"
+                    late = f"one entered later, in line {first}" if first else "none"
                     yield Finding(name, "its entry", wanted, late)
-            work = [entry[p] for p in ("inputs", "recipe", "code", "seed", "precision")]
-            key = artifact_key(entry["asset"], entry["partition"], *work)
-            path = self._artifacts.folder(entry["asset"], entry["partition"], key)
-            if (entry["key"], self._root / entry["path"]) != (key, path):
+            key = artifact_key(entry["asset"], entry["partition"], *(entry[w] for w in WORK))
+            path = self.artifacts.folder(entry["asset"], entry["partition"], key)
+            if (entry["key"], self.home.root / entry["path"]) != (key, path):
                 wanted = f"the key of its inputs, recipe, code and seed, {key[:16]}"
                 yield Finding(name, "its entry", wanted, f"{entry['key'][:16]}, {entry['path']}")
 
     def reuse(self) -> Iterator[Finding]:
-        """Whether what was taken up again had the content that was made."""
-        last: dict[str, str] = {}
-        for number, entry in self._entries():
-            made = last.get(entry["path"])
-            if not entry["reused"] or made is None:
-                last[entry["path"]] = entry["fingerprint"]
-            elif entry["fingerprint"] != made:
-                where = f"line {number} of the ledger"
-                found = f"{entry['fingerprint'][:16]} taken up again"
-                yield Finding(name_of(entry), where, f"the {made[:16]} that was made", found)
+        """Find artefacts that were taken up again with other content than was made."""
+        for lines in self._by_path.values():
+            _, made = lines[0]
+            for number, entry in lines:
+                if not entry["reused"]:
+                    made = entry
+                elif entry["fingerprint"] != made["fingerprint"]:
+                    wanted = f"the {made['fingerprint'][:16]} that was made"
+                    found = f"{entry['fingerprint'][:16]} taken up again"
+                    yield Finding(name_of(entry), f"line {number} of the ledger", wanted, found)
 
     def files(self, entries: Collection[Entry], progress: Progress = silent) -> Iterator[Finding]:
-        """Whether every file has the content that was recorded, and none is missing or too many.
-
-        `progress` is called with the bytes that have been hashed.
-        """
+        """Find files that are missing, too many or changed; tell `progress` the bytes hashed."""
         there = [entry for entry in entries if entry["path"] not in self._gone]
-        with ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(4) as threads:
             for found in threads.map(lambda e: list(self._folder(e, progress)), there):
                 yield from found
 
     def _folder(self, entry: Entry, progress: Progress) -> Iterator[Finding]:
-        name, folder = name_of(entry), self._root / entry["path"]
+        name, folder = name_of(entry), self.home.root / entry["path"]
         where = f"{entry['path']}/{MANIFEST}"
         try:
             manifest = read_manifest(folder)
-            listed = {file["path"]: file for file in manifest["files"]}
-            held = content(folder)
+            before, held = manifest["ledger"], content(folder)
+            stated = {part: manifest[part] for part in STATED}
+            stated |= {"bytes": held.bytes, "rows": held.rows}
+            for part in ("inputs", "sources"):
+                stated[part] = {name_of(source): source["fingerprint"] for source in manifest[part]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = "no file" if isinstance(error, FileNotFoundError) else f"no manifest ({error})"
             yield Finding(name, where, "the manifest", found)
             return
-        number, made = self._made[entry["path"]]
-        if held.fingerprint != made["fingerprint"]:
-            wanted = f"files of the fingerprint {made['fingerprint'][:16]}"
+        lines = self._by_path[entry["path"]]
+        number, made = next((line for line in lines[::-1] if not line[1]["reused"]), lines[0])
+        fingerprint = made["fingerprint"]
+        if held.fingerprint != fingerprint:
+            wanted = f"files of the fingerprint {fingerprint[:16]}"
             yield Finding(name, where, wanted, held.fingerprint[:16])
-        manifests = self._manifests.get((made["path"], made["fingerprint"]))
-        if manifests and held.manifest not in manifests:
+        manifests = {e["manifest"] for _, e in lines if e["fingerprint"] == fingerprint}
+        if held.manifest not in manifests:
             wanted = f"the sha256 {' or '.join(sorted(m[:16] for m in manifests))}"
             yield Finding(name, where, wanted, held.manifest[:16])
-        for part, expected in self._identity(manifest, held).items():
-            if canonical_json(expected) != canonical_json(made.get(part)):
-                values = _brief(canonical_json(expected)), _brief(canonical_json(made.get(part)))
-                yield Finding(name, f"{part} in its entry", *values)
-        head = manifest.get("ledger")
-        if head is not None and self._lines.get(head, number) >= number:
-            wanted = f"the entry before it, {head[:16]}, in the ledger before line {number}"
-            line = self._lines.get(head)
-            yield Finding(name, where, wanted, f"it in line {line}" if line else "none")
-        yield from self._contents(name, entry["path"], listed, progress)
+        for part, value in stated.items():
+            expected, found = canonical_json(value), canonical_json(made.get(part))
+            if expected != found:
+                yield Finding(name, f"{part} in its entry", _brief(expected), _brief(found))
+        line = self._lines.get(before)
+        if line is None or line >= number:
+            wanted = f"the entry before it, {before[:16]}, in the ledger before line {number}"
+            yield Finding(name, where, wanted, "none" if line is None else f"it in line {line}")
+        yield from self._contents(entry, manifest["files"], progress)
 
-    def _identity(self, manifest: Mapping[str, Any], held: Content) -> dict[str, Any]:
-        """What the entry has to say by the manifest, as far as that says it itself."""
-        if "key" not in manifest:  # from before manifests said what they are of
-            return {"facts": manifest["facts"]}
-        return {
-            **{part: manifest[part] for part in IDENTITY},
-            "inputs": _names(manifest["inputs"]),
-            "sources": _names(manifest["sources"]),
-            "bytes": held.bytes,
-            "rows": held.rows,
-        }
-
-    def _contents(
-        self, name: str, path: str, listed: dict[str, dict[str, Any]], progress: Progress
-    ) -> Iterator[Finding]:
-        folder = self._root / path
+    def _contents(self, entry: Entry, files: list[Any], progress: Progress) -> Iterator[Finding]:
+        """Compare the files of an artefact with those that its manifest lists."""
+        name, path, folder = name_of(entry), entry["path"], self.home.root / entry["path"]
+        listed = {file["path"]: file for file in files}
         there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
         for extra in sorted(there - listed.keys() - {MANIFEST}):
             yield Finding(name, f"{path}/{extra}", "no file that the manifest lacks", "one")
         for file, made in listed.items():
-            where = f"{path}/{file}"
             if file not in there:
-                yield Finding(name, where, f"a file of {made['bytes']:,} bytes", "none")
+                yield Finding(name, f"{path}/{file}", f"a file of {made['bytes']:,} bytes", "none")
                 continue
-            size = (folder / file).stat().st_size
-            sha256 = file_sha256(folder / file)
+            size, sha256 = (folder / file).stat().st_size, file_sha256(folder / file)
             progress(size)
             if sha256 != made["sha256"]:
-                wanted = f"{made['bytes']:,} bytes with the sha256 {made['sha256'][:16]}"
-                yield Finding(name, where, wanted, f"{size:,} with {sha256[:16]}")
+                wanted, found = _content(made), _content({"bytes": size, "sha256": sha256})
+                yield Finding(name, f"{path}/{file}", wanted, found)
+
+    def raw_files(
+        self, entries: Iterable[Entry], current: Collection[str], progress: Progress = silent
+    ) -> Iterator[Finding]:
+        """Find raw files that are no longer what was read; tell `progress` the bytes read.
+
+        It is a warning where the path of what was read is not `current`: its shard was retired.
+        """
+        for entry in entries:
+            name, retired = name_of(entry), entry["path"] not in current
+            table = self.home.root / entry["path"] / "files.parquet"
+            if not table.exists():
+                if ArtifactName.parse(name).stage in READ and not entry["inputs"]:
+                    yield Finding(name, entry["path"], "raw files' sha256", "none", warning=True)
+                continue
+            for was in pl.read_parquet(table).iter_rows(named=True):
+                file = InputFile(was["source"], was["path"], was["uri"], was["bytes"], "")
+                try:
+                    now = content_of(file)
+                except OSError as error:
+                    yield Finding(name, file.uri, _content(was), one_line(error), warning=True)
+                    continue
+                progress(now["bytes"])
+                if now["sha256"] != was["sha256"]:
+                    yield Finding(name, file.uri, _content(was), _content(now), warning=retired)
 
     def orphans(self) -> Iterator[Finding]:
-        """Folders that the ledger does not have, not even by now, or says are gone for good."""
-        there = list(folders(self._artifacts.at.artifacts))
-        known = {entry["path"] for entry in self._artifacts.ledger}
+        """Find folders that the ledger lacks, even by now, or says are gone for good."""
+        there = list(folders(self.home.artifacts))
+        known = {entry["path"] for entry in self.artifacts.ledger}
         for folder in there:
-            path = str(folder.relative_to(self._root))
+            path = str(folder.relative_to(self.home.root))
+            asset = str(folder.parent.relative_to(self.home.artifacts))
             unknown = path not in known and (folder / MANIFEST).exists()
-            if unknown and not at_work(self._artifacts, folder):
-                asset = str(folder.parent.relative_to(self._artifacts.at.artifacts))
+            if unknown and not at_work(self.artifacts, folder):
                 yield Finding(asset, path, "an entry in the ledger", "none")
             if path in self._gone:
-                asset = str(folder.parent.relative_to(self._artifacts.at.artifacts))
                 yield Finding(asset, path, "no folder: it was replaced or removed for good", "one")
 
 
@@ -258,48 +220,8 @@ def workplace(home: Home) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sizes(root: Path, entries: Iterable[Entry]) -> int:
-    """Bytes of what the entries name, as far as it is there."""
-    found = (root / entry["path"] for entry in entries)
-    return sum(f.stat().st_size for d in found for f in d.rglob("*") if f.is_file())
-
-
-def raw_files(
-    root: Path, entries: Iterable[Entry], current: Collection[str], progress: Progress = silent
-) -> Iterator[Finding]:
-    """Whether raw files still are what was read; `progress` is called with bytes read.
-
-    A file that has changed since is a warning where what was read of it is not `current` (by path)
-    any more: its shard has been retired.
-    """
-    unknown = []
-    for entry in entries:
-        record = root / entry["path"] / "files.parquet"
-        if not record.exists():
-            if ArtifactName.parse(entry["asset"]).stage in READ and not entry["inputs"]:
-                unknown.append(name_of(entry))
-            continue
-        for was in pl.read_parquet(record).iter_rows(named=True):
-            file = InputFile(was["source"], was["path"], was["uri"], was["bytes"], "")
-            wanted = f"{was['bytes']:,} bytes with the sha256 {was['sha256'][:16]}"
-            try:
-                now = content_of(file)
-            except OSError as error:
-                yield Finding(name_of(entry), was["uri"], wanted, one_line(error), warning=True)
-                continue
-            progress(now["bytes"])
-            if now["sha256"] != was["sha256"]:
-                found = f"{now['bytes']:,} with {now['sha256'][:16]}"
-                retired = entry["path"] not in current
-                yield Finding(name_of(entry), was["uri"], wanted, found, warning=retired)
-    if unknown:
-        words = f"none of {len(unknown)}, the first {unknown[0]}"
-        yield Finding("raw files", "of shards and domains", "their sha256", words, warning=True)
-
-
-def _names(inputs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Fingerprints by name, of inputs as a manifest has them."""
-    return {name_of(i): i["fingerprint"] for i in inputs}
+def _content(file: Mapping[str, Any]) -> str:
+    return f"{file['bytes']:,} bytes with the sha256 {file['sha256'][:16]}"
 
 
 def _brief(text: str) -> str:
