@@ -202,7 +202,7 @@ FAULTS = [
     Fault(
         "entries of the ledger unchained",
         "resources/ledger.py",
-        '{"previous": _hash_of_last(stream, whole), **entry}',
+        '{"previous": _sha256(last), **entry}',
         '{"previous": NOTHING, **entry}',
         "tests/resources/test_ledger.py",
     ),
