@@ -8,10 +8,11 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from assets.standing import MINE, QUOTE, Facts, Records, checkpoints, standing
+from assets.standing import MINE, QUOTE, UNKNOWN, Facts, Records, checkpoints, standing
 from assets.versions import explain_dataset
 from colorfilter.errors import InputError
 from colorfilter.score_tables import EXCLUDED
+from colorfilter.stages import IN_CORPUS, ArtifactName, ShardKind, Stage
 from resources.ledger import Entry
 from resources.tombstones import tombstones
 
@@ -30,9 +31,9 @@ DOCUMENT = (
     *("became", "doc_id", "shard", "source_file", "source_line", "source", "file_sha256"),
     *("sha256", "n_chars", "n_tokens", "extra", "text", "copies", "sequences"),
 )
-COPIES = """
+COPIES = f"""
     SELECT doc_id, shard, source_file, source_line FROM documents
-    WHERE sha256 = $sha256 AND doc_id <> $doc_id AND NOT starts_with(shard, '_') ORDER BY shard
+    WHERE sha256 = $sha256 AND doc_id <> $doc_id AND {IN_CORPUS} ORDER BY shard
 """
 SPANS = f"""
     SELECT position, doc_id, source_file, source_line, source, sha256, "offset", s.n_tokens,
@@ -79,7 +80,7 @@ def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[Fa
     found = records.rows(f"{query} WHERE {MINE} ORDER BY position", **mine)
     facts = standing(records, shard, [row["position"] for row in found])
     spans = records.rows(SPANS, **mine)
-    raw = records.current("raw_corpus", shard)
+    raw = records.current(Stage.RAW_CORPUS, shard)
     files = _file_hashes(records, raw)
     texts = _texts(records, raw, {span["doc_id"] for span in spans})
     by_position: dict[int, list[Facts]] = {row["position"]: [] for row in found}
@@ -93,17 +94,17 @@ def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[Fa
     return found
 
 
-def _file_hashes(records: Records, entry: Entry | None) -> dict[str, str]:
+def _file_hashes(records: Records, entry: Entry) -> dict[str, str]:
     """sha256 of the files that an artifact was read from, by address, where it is on record.
 
     A probe's documents were read with the rest of the text of the domain, which is its input.
     """
-    inputs = [records.input(entry, name) for name in (entry["inputs"] if entry else ())]
+    inputs = [records.input(entry, name) for name in entry["inputs"]]
     tables = [records.read(made, "files.parquet", "uri, sha256") for made in (entry, *inputs)]
     return {uri: sha256 for table in tables for uri, sha256 in table.rows()}
 
 
-def _texts(records: Records, raw: Entry | None, doc_ids: Collection[str]) -> dict[str, str]:
+def _texts(records: Records, raw: Entry, doc_ids: Collection[str]) -> dict[str, str]:
     """Texts of documents of a shard; none where its files are gone."""
     where = "list_contains($doc_ids::VARCHAR[], doc_id)"
     texts = records.read(raw, DOCUMENTS, "doc_id, text", where, doc_ids=list(doc_ids))
@@ -111,47 +112,84 @@ def _texts(records: Records, raw: Entry | None, doc_ids: Collection[str]) -> dic
 
 
 def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
-    """The document that a condition holds for. Raises InputError for none or several."""
-    query = f"FROM documents WHERE {where} ORDER BY source_file, shard, doc_id LIMIT 3"
-    found = records.rows(query, **wanted)
-    in_tables, outside = bool(found), _outside(records, wanted.get("file"))
-    while not found and (place := next(outside, None)):
-        entry, table, became = place
-        found = records.read(entry, table, "*", f"{where} LIMIT 3", **wanted).to_dicts()
-    if len(found) > 1:
-        places = (f"{d.get('doc_id')} at {d['source_file']}:{d['source_line']}" for d in found)
-        raise InputError(f"{what}: several documents ({', '.join(places)}...); give more of it")
-    if in_tables:
-        return _in_tables(records, found[0])
-    if found:
-        document = {"became": became, **found[0], **_rejected(records, entry, found[0])}
-        return _facts(records, entry, document)
-    if "file" in wanted:
+    """The document that a condition holds for, by the names of DOCUMENT, null where not known.
+
+    Raises InputError for none or several.
+    """
+    places = _places(records, where, wanted)
+    found, entry, became = next((place for place in places if place[0]), ([], UNKNOWN, ""))
+    if not found and "file" in wanted:
         raise InputError(f"{what}: neither a shard nor a raw file has that; {FORMS}")
-    raise InputError(
-        f"doc_id {what}: no document of the corpus or of a domain has it; look it up in "
-        f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE for what was rejected"
-    )
-
-
-def _facts(records: Records, entry: Entry | None, document: Facts) -> Facts:
-    """A document by the names of DOCUMENT, null where not known. `entry` read its file."""
+    if not found:
+        raise InputError(
+            f"doc_id {what}: no document of the corpus or of a domain has it; look it up in "
+            f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE for what was rejected"
+        )
+    if len(found) > 1:
+        named = (f"{d.get('doc_id')} at {d['source_file']}:{d['source_line']}" for d in found)
+        raise InputError(f"{what}: several documents ({', '.join(named)}...); give more of it")
+    document = {"copies": [], "sequences": [], "became": became, **found[0]}
+    if entry is UNKNOWN:
+        entry = records.current(Stage.RAW_CORPUS, document["shard"])
+        document |= _in_tables(records, entry, document)
+    elif "reason" in document:
+        document |= _rejected(records, entry, document)
     text = document.get("text", document.get("excerpt"))
-    found = {"copies": [], "sequences": [], **document, "text": text and text[:QUOTE]}
-    found["file_sha256"] = _file_hashes(records, entry).get(document["source_file"])
-    return {name: found.get(name) for name in DOCUMENT}
+    document["text"] = text and text[:QUOTE]
+    document["file_sha256"] = _file_hashes(records, entry).get(document["source_file"])
+    return {name: document.get(name) for name in DOCUMENT}
 
 
-def _in_tables(records: Records, document: Facts) -> Facts:
-    """A document of the score tables, with its sequences and its copies in other shards."""
+def _places(
+    records: Records, where: str, wanted: Facts
+) -> Iterator[tuple[list[Facts], Entry, str]]:
+    """Up to 3 documents that a condition holds for, by place, of what artifact, what they became.
+
+    First the score tables, as of UNKNOWN. With a file, then what its shards rejected. Then what
+    the tables do not hold, the newest first.
+    """
+
+    def read(entry: Entry, table: str) -> list[Facts]:
+        return records.read(entry, table, "*", f"{where} LIMIT 3", **wanted).to_dicts()
+
+    query = f"FROM documents WHERE {where} ORDER BY source_file, shard, doc_id LIMIT 3"
+    yield records.rows(query, **wanted), UNKNOWN, ""
+    for shard in records.artifacts.at.shards() if "file" in wanted else ():
+        if any(f"/{f.uri}".endswith(f"/{wanted['file']}") for f in shard.files):
+            raw = records.current(Stage.RAW_CORPUS, shard.name)
+            yield read(raw, "rejects.parquet"), raw, "rejected"
+    for entry in records.lineage.newest_first():
+        of = ArtifactName.parse(entry["asset"])
+        if of.stage is Stage.DOMAIN_TEXT:
+            for split, became in SPLITS.items():
+                yield read(entry, f"{split}/{DOCUMENTS}"), entry, f"{became} ({of.domain})"
+        elif of.stage is Stage.RAW_CORPUS:
+            gone = f"of the shard {entry['partition']}, which is no longer in the corpus"
+            yield read(entry, DOCUMENTS), entry, gone
+
+
+def _rejected(records: Records, raw: Entry, row: Facts) -> Facts:
+    """The shard of a rejected line, and why it was; of a duplicate, what begins like it."""
+    became = f"rejected: {row['reason']}"
+    if row["reason"] == "duplicate":
+        became = "a duplicate of a document of its own shard, which stands for both"
+        alike, wanted = "starts_with(text, $excerpt) LIMIT 3", {"excerpt": row["excerpt"]}
+        kept = records.read(raw, DOCUMENTS, "doc_id", alike, **wanted)
+        became += f" ({', '.join(kept['doc_id'])})" if len(kept) else ""
+    return {"became": became, "shard": raw["partition"]}
+
+
+def _in_tables(records: Records, raw: Entry, document: Facts) -> Facts:
+    """Sequences, copies and text of a document of the score tables, and what became of it."""
     shard, doc_id = document["shard"], document["doc_id"]
     query = "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id"
     positions = [row["position"] for row in records.rows(query, shard=shard, doc_id=doc_id)]
-    document["sequences"] = sequences(records, shard, positions)
-    document["copies"] = records.rows(COPIES, sha256=document["sha256"], doc_id=doc_id)
-    raw = records.current("raw_corpus", shard)
-    document["text"] = _texts(records, raw, [doc_id]).get(doc_id)
-    return _facts(records, raw, {**document, "became": _became(records, document)})
+    found = {
+        "sequences": sequences(records, shard, positions),
+        "copies": records.rows(COPIES, sha256=document["sha256"], doc_id=doc_id),
+        "text": _texts(records, raw, [doc_id]).get(doc_id),
+    }
+    return {**found, "became": _became(records, {**document, **found})}
 
 
 def _became(records: Records, document: Facts) -> str:
@@ -161,12 +199,12 @@ def _became(records: Records, document: Facts) -> str:
         if made.facts["sha256"] == sha256:
             models = ", ".join(name for name, _ in made.facts["learned"]) or "no model"
             return f"forgotten: taken out of all that held it; {models} learned from it"
-    if shard.startswith("_"):
+    if ShardKind.of(shard) is ShardKind.PROBE:
         return SPLITS["probe"]
     # D_prior is the sample that the shard was packed without, or that the prior learned from. It is
     # compared by text: a copy in another shard is left out as well.
-    trained = (records.current("corpus_tokens", shard), records.current("prior_model"))
-    plans = [records.input(made, "sample_plan") for made in trained]
+    trained = records.current(Stage.CORPUS_TOKENS, shard), records.current(Stage.PRIOR_MODEL)
+    plans = [records.input(made, Stage.SAMPLE_PLAN) for made in trained]
     here = {"columns": "1", "where": "sha256 = $text", "text": sha256}
     in_sample = any(len(records.read(plan, DOCUMENTS, **here)) for plan in plans)
     if not document["sequences"]:
@@ -182,35 +220,3 @@ def _became(records: Records, document: Facts) -> str:
     if {s["standing"]["excluded"] for s in document["sequences"]} == {"padded"}:
         words.append(f"{EXCLUDED['padded']}, never selected")
     return "; ".join(words)
-
-
-def _outside(records: Records, file: str | None) -> Iterator[tuple[Entry | None, str, str | None]]:
-    """Tables of documents that the score tables do not hold, newest first, and what became of them.
-
-    With a file, first what its shards rejected; `_rejected` says why.
-    """
-    for shard in records.artifacts.at.shards() if file else ():
-        if any(f"/{f.uri}".endswith(f"/{file}") for f in shard.files):
-            raw = records.current("raw_corpus", shard.name)
-            yield raw, "rejects.parquet", None
-    for entry in records.lineage.newest_first():
-        domain, _, last = str(entry["asset"]).rpartition("/")
-        if last == "domain_text":
-            for split, became in SPLITS.items():
-                yield entry, f"{split}/{DOCUMENTS}", f"{became} ({domain})"
-        elif last == "raw_corpus":
-            shard_name = entry["partition"]
-            yield entry, DOCUMENTS, f"of the shard {shard_name}, which is no longer in the corpus"
-
-
-def _rejected(records: Records, raw: Entry | None, row: Facts) -> Facts:
-    """The shard of a rejected line, and why it was; of a duplicate, what begins like it."""
-    if "reason" not in row:
-        return {}
-    became = f"rejected: {row['reason']}"
-    if row["reason"] == "duplicate":
-        became = "a duplicate of a document of its own shard, which stands for both"
-        alike, wanted = "starts_with(text, $excerpt) LIMIT 3", {"excerpt": row["excerpt"]}
-        kept = records.read(raw, DOCUMENTS, "doc_id", alike, **wanted).rows()
-        became += f" ({', '.join(doc_id for (doc_id,) in kept)})" if kept else ""
-    return {"became": became, "shard": raw and raw["partition"]}

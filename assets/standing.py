@@ -6,7 +6,6 @@ sequences of a document are looked up at once, at the cost of one.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ from colorfilter.provenance import content, stands
 from colorfilter.recipe import SCORED
 from colorfilter.score_tables import EXCLUDED
 from colorfilter.selection import SCORES, SHARDS, count_candidates
+from colorfilter.stages import IN_CORPUS, ShardKind, Stage
 from colorfilter.tables import fetch, fetch_frame
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ROWS, ArtifactStore
 from resources.ledger import Entry
 from resources.lineage import Lineage
 
@@ -30,7 +30,8 @@ PLACE = ["shard", "position"]
 QUOTE = 200  # characters of a text that are shown
 DRAWN = ("random", "full")  # methods whose score is a lot
 Facts = dict[str, Any]  # an object of the JSON that `colorfilter explain --json` prints
-PACKED = "corpus_tokens["  # of the names of packed tokens, by shard
+# Stands for an artifact that is not in the ledger: it has no inputs, no facts and no files.
+UNKNOWN: Entry = {"path": "gone", "inputs": {}, "sources": {}, "recipe": {}, "facts": {}}
 MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
 
 # Losses are in nats per token. `rank` counts from 1 among the candidates, in the order of
@@ -39,7 +40,7 @@ MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
 COLORS = f"""
     WITH mine AS (FROM color WHERE {MINE}),
     candidates AS NOT MATERIALIZED (
-        SELECT domain, shard, position, color FROM (FROM color WHERE NOT starts_with(shard, '_'))
+        SELECT domain, shard, position, color FROM (FROM color WHERE {IN_CORPUS})
         ANTI JOIN excluded USING (shard, position)
     ),
     steps AS (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY domain),
@@ -72,8 +73,8 @@ COLORS = f"""
 """
 # `alike`: scored by the models whose losses are in the tables.
 VERSIONS = """
-    SELECT v.domain || '/' || arm AS name, v.domain, arm, v.selection, created, v.current, cutoff,
-        n AS selected, p.model IS NOT NULL AND c.model IS NOT NULL AS alike
+    SELECT v.domain, arm, v.selection, created, v.current, cutoff, n AS selected,
+        p.model IS NOT NULL AND c.model IS NOT NULL AS alike
     FROM selected.selection_versions AS v
     JOIN (SELECT selection, count(*) AS n FROM selected.selections GROUP BY ALL) USING (selection)
     LEFT JOIN models AS p ON p.model = v.prior AND p.role = 'prior' AND p.current
@@ -91,18 +92,18 @@ class Records:
     lineage: Lineage
     connection: "duckdb.DuckDBPyConnection"
 
-    def current(self, asset: str, partition: str | None = None) -> Entry | None:
-        """The current ledger entry of an asset's partition."""
-        return self.artifacts.entries().get((asset, partition))
+    def current(self, asset: str, partition: str | None = None) -> Entry:
+        """The current ledger entry of an asset's partition, or UNKNOWN."""
+        return self.artifacts.entries().get((asset, partition), UNKNOWN)
 
-    def one(self, name: str, fingerprint: str | None) -> Entry | None:
-        """The last ledger entry of this name and content."""
-        found = self.lineage.find(name, fingerprint) if fingerprint else []
-        return found[-1] if found else None
+    def one(self, name: str, fingerprint: str) -> Entry:
+        """The last ledger entry of this name and content, or UNKNOWN."""
+        return (self.lineage.find(name, fingerprint) or [UNKNOWN])[-1]
 
-    def input(self, entry: Entry | None, name: str) -> Entry | None:
-        """The entry of an input of an artifact."""
-        return self.one(name, entry["inputs"].get(name)) if entry else None
+    def input(self, entry: Entry, name: str) -> Entry:
+        """The entry of what an artifact was made from by this name, or UNKNOWN."""
+        made_from = dict(self.lineage.made_from(entry))
+        return self.one(name, made_from[name]) if name in made_from else UNKNOWN
 
     def folder(self, entry: Entry) -> Path:
         """The folder of an artifact, which may be gone."""
@@ -113,56 +114,30 @@ class Records:
         return fetch_frame(self.connection, query, parameters).to_dicts()
 
     def read(
-        self, entry: Entry | None, table: str, columns: str, where: str = "true", **parameters: Any
+        self, entry: Entry, table: str, columns: str, where: str = "true", **parameters: Any
     ) -> pl.DataFrame:
         """Rows of a Parquet table of an artifact; none where the table is gone."""
-        path = self.folder(entry) / table if entry else None
-        if path is None or not path.exists():
+        path = self.folder(entry) / table
+        if not path.exists():
             return pl.DataFrame()
         query = f"SELECT {columns} FROM read_parquet($table) WHERE {where}"
         return fetch_frame(self.connection, query, {"table": str(path), **parameters})
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A selection `<domain>/<arm>`, and its entry in the ledger where that has one."""
-
-    records: Records
-    name: str
-    entry: Entry | None
-
-    @cached_property
-    def recipe(self) -> Facts:
-        return dict(self.entry["recipe"]) if self.entry else {}
-
-    @cached_property
-    def method(self) -> str:
-        """The method in its recipe or, where that has none, in the name of the arm."""
-        arm = self.name.rpartition("/")[2]
-        return str(self.recipe.get("method", arm.partition("_tau")[0].removesuffix("_leaks")))
-
-    @cached_property
-    def tables(self) -> Entry | None:
-        """The score tables that it was made by."""
-        made_from = {**self.entry.get("sources", {}), **self.entry["inputs"]} if self.entry else {}
-        return self.records.one("score_tables", made_from.get("score_tables"))
-
-    @cached_property
-    def packed(self) -> dict[str, str]:
-        """Fingerprints of the packed tokens that it was made over, by shard of the corpus."""
-        for entry in filter(None, (self.entry, self.tables)):
-            named = {k[:-1].split("[", 1)[1]: v for k, v in entry["inputs"].items() if PACKED in k}
-            if named:
-                return {shard: made for shard, made in named.items() if not shard.startswith("_")}
-        return {}
+def method_of(selection: Entry) -> str:
+    """The method of a selection. Only the recipe of dsir does not name it."""
+    return str(selection["recipe"].get("method", "dsir"))
 
 
 def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int, Facts]:
-    """Why sequences of a shard are excluded, their scores and selections, by position."""
+    """Why sequences of a shard are excluded, their scores and selections, by position.
+
+    `margin` is score minus cutoff: negative or zero where the sequence was selected.
+    """
     mine = {"shard": shard, "positions": list(positions)}
-    query = f"SELECT position, reason FROM excluded WHERE {MINE}"
-    reasons = dict(fetch(records.connection, query, mine))
-    found = {p: Facts(excluded=reasons.get(p), scores=[], selections=[]) for p in positions}
+    found = {p: Facts(excluded=None, scores=[], selections=[]) for p in positions}
+    for row in records.rows(f"SELECT position, reason FROM excluded WHERE {MINE}", **mine):
+        found[row["position"]]["excluded"] = row["reason"]
     candidates = count_candidates(records.connection)
     for score in records.rows(COLORS, **mine, candidates=candidates):
         found[score.pop("position")]["scores"].append(score)
@@ -171,116 +146,99 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
     for row in records.rows(query, **mine):
         chosen.setdefault(row.pop("selection"), {})[row.pop("position")] = row
     for version in records.rows(VERSIONS):
-        places = chosen.get(version["selection"], {})
-        for position, decision in _decisions(records, version, mine, reasons, places).items():
-            found[position]["selections"].append(decision)
+        name, alike = f"{version['domain']}/{version['arm']}", version.pop("alike")
+        made = records.one(f"{name}/{Stage.SELECTION}", version["selection"])
+        never = _never_asked(records, made, shard)
+        places = {} if never else chosen.get(version["selection"], {})
+        scores = {} if never else _scores(records, made, version["domain"], alike, mine)
+        datasets = _datasets(records, name, version["selection"], shard, places)
+        for position, facts in found.items():
+            score = None if facts["excluded"] else scores.get(position)
+            place = places.get(position, {"rank": None, "score": score})
+            decision, why = never or _decision(made, version, alike, facts["excluded"], place)
+            # The pools of random batches have a cutoff each.
+            cutoff = None if made["recipe"].get("batch") else version["cutoff"]
+            margin = None if None in {place["score"], cutoff} else place["score"] - cutoff
+            decided = {"decision": decision, "why": why, **place, "margin": margin}
+            made_of_it = datasets.get(position, [])
+            facts["selections"].append({**version, **decided, "datasets": made_of_it})
     return found
 
 
-def _decisions(
-    records: Records,
-    version: Facts,
-    mine: Mapping[str, Any],
-    reasons: Mapping[int, str],
-    places: Mapping[int, Facts],
-) -> dict[int, Facts]:
-    """What a selection, a row of VERSIONS, did with sequences, by position.
-
-    `reasons` say why sequences are excluded; `places` are ranks and scores in the selection.
-    `margin` is score minus cutoff: negative or zero where the sequence was selected.
-    """
-    alike, cutoff, name = version.pop("alike"), version["cutoff"], version.pop("name")
-    made = Selection(records, name, records.one(f"{name}/selection", version["selection"]))
-    apart = _apart(made, mine["shard"])
-    scores = {} if apart else _scores(made, alike, mine)
-    selected = {**mine, "positions": [] if apart else list(places)}
-    datasets = _datasets(records, name, version["selection"], selected)
-    found = {}
-    for position in mine["positions"]:
-        decision, why, place = "refused", None, {"rank": None, "score": scores.get(position)}
-        if apart:
-            decision, why = apart
-        elif position in places:
-            decision, place = "selected", dict(places[position])
-        elif position in reasons:
-            decision, why, place["score"] = "excluded", EXCLUDED[reasons[position]], None
-        else:
-            why = _why_refused(made, alike, cutoff, place["score"])
-        # The pools of random batches have a cutoff each.
-        by_cutoff = None not in {place["score"], cutoff} and not made.recipe.get("batch")
-        margin = place["score"] - cutoff if by_cutoff else None
-        decided = {"decision": decision, "why": why, **place, "margin": margin}
-        found[position] = {**version, **decided, "datasets": datasets.get(position, [])}
-    return found
-
-
-def _apart(made: Selection, shard: str) -> tuple[str, str] | None:
+def _never_asked(records: Records, selection: Entry, shard: str) -> tuple[str, str] | None:
     """Decision and reason where a selection was not made over a shard as it is packed now."""
-    if shard.startswith("_probe_"):
+    if ShardKind.of(shard) is ShardKind.PROBE:
         return "never", "the probe of a domain is scored and never selected"
-    if made.method == "dsir":
+    if method_of(selection) == "dsir":
         return "not asked", "dsir draws documents and packs sequences of its own"
-    tables = made.records.current("score_tables")
-    now = tables["inputs"].get(f"{PACKED}{shard}]") if tables else None
-    then = made.packed.get(shard)
-    if made.entry is None or then == now:
-        return None
+    packed = f"{Stage.CORPUS_TOKENS}[{shard}]"
+    tables = records.input(selection, Stage.SCORE_TABLES)
+    then = {**tables["inputs"], **selection["inputs"]}.get(packed)
     if then is None:
         return "not there", "its shard was not in the corpus then"
-    return "not there", "its shard was packed otherwise then"
+    if then != records.current(Stage.SCORE_TABLES)["inputs"].get(packed):
+        return "not there", "its shard was packed otherwise then"
+    return None
 
 
-def _why_refused(
-    made: Selection, alike: bool, cutoff: float | None, score: float | None
-) -> str | None:
-    """The reason other than the cutoff for which a selection does not hold a candidate."""
+def _decision(
+    selection: Entry, version: Facts, alike: bool, excluded: str | None, place: Facts
+) -> tuple[str, str | None]:
+    """Decision and reason of a selection that was made over a sequence; no reason for a score."""
+    method, score, cutoff = method_of(selection), place["score"], version["cutoff"]
+    if place["rank"]:
+        return "selected", None
+    if excluded:
+        return "excluded", EXCLUDED[excluded]
     why = None
-    if made.method not in SCORES:
+    if method not in SCORES:
         why = "the proxy did not choose it while it learned"
-    elif made.recipe.get("batch"):
+    elif selection["recipe"].get("batch"):
         why = "not among the best of its random batch"
-    elif made.method in SCORED and not alike:
+    elif method in SCORED and not alike:
         why = "by the scores of models that are no longer in the tables"
     elif score is None:
         why = "has no label, so no loss"
     elif cutoff is not None and score <= cutoff:
         why = "its score or the candidates have changed since"
-    return why
+    return "refused", why
 
 
-def _scores(made: Selection, alike: bool, mine: Mapping[str, Any]) -> dict[int, float]:
+def _scores(
+    records: Records, selection: Entry, domain: str, alike: bool, mine: Mapping[str, Any]
+) -> dict[int, float]:
     """Scores of sequences by a selection's method, where the tables still have what they need."""
-    if made.method in DRAWN and made.entry:
-        wanted = {**mine, "seed": made.entry["seed"]}
-    elif made.method in SCORED and alike:
-        wanted = {**mine, "domain": made.name.rpartition("/")[0]}
+    method = method_of(selection)
+    if method in DRAWN:
+        wanted = {**mine, "seed": selection["seed"]}
+    elif method in SCORED and alike:
+        wanted = {**mine, "domain": domain}
     else:
         return {}
-    query = f"WITH {SHARDS}, {SCORES[made.method]} SELECT position, score FROM scores WHERE {MINE}"
-    return dict(fetch(made.records.connection, query, wanted))
+    query = f"WITH {SHARDS}, {SCORES[method]} SELECT position, score FROM scores WHERE {MINE}"
+    return dict(fetch(records.connection, query, wanted))
 
 
 def _datasets(
-    records: Records, name: str, selection: str, mine: Mapping[str, Any]
+    records: Records, name: str, selection: str, shard: str, positions: Collection[int]
 ) -> dict[int, list[Facts]]:
     """Facts of the datasets made of a selection, by position of a sequence that it chose.
 
     `stands` is false where the folder is gone, and with it what is known of the sequence. `row` is
     null where the sequence was left out.
     """
-    found: dict[int, list[Facts]] = {position: [] for position in mine["positions"]}
-    for made in records.lineage.versions(f"{name}/filtered_dataset") if found else ():
-        if made["inputs"].get(f"{name}/selection") != selection:
+    found: dict[int, list[Facts]] = {position: [] for position in positions}
+    for made in records.lineage.versions(f"{name}/{Stage.FILTERED_DATASET}") if found else ():
+        if made["inputs"].get(f"{name}/{Stage.SELECTION}") != selection:
             continue
-        folder, table = records.folder(made), "tokens/sequences.parquet"
+        folder = records.folder(made)
         facts = {k: made[k] for k in ("fingerprint", "recorded")} | {"path": str(folder)}
-        exists = stands(folder)
-        rows, quotes = {}, {}
+        rows, quotes, exists = {}, {}, stands(folder)
         if exists:
-            rows = dict(records.read(made, table, 'position, "row"', MINE, **mine).rows())
-            leaks = leakage_of(records, name, made)
-            if leaks is not None:
-                quotes = dict(leaks.filter(shard=mine["shard"]).drop("shard").rows())
+            mine = {"shard": shard, "positions": list(positions)}
+            rows = dict(records.read(made, ROWS, 'position, "row"', MINE, **mine).rows())
+            leaks = leaks_of(records, name, made).filter(shard=shard)
+            quotes = dict(leaks.select("position", "words").rows())
         trained = _trained(records, name, made, rows.values())
         for position, datasets in found.items():
             row, left_out = rows.get(position), quotes.get(position, "quotes held-out text")
@@ -289,20 +247,19 @@ def _datasets(
     return found
 
 
-def leakage_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame | None:
-    """Sequences of a dataset's selection that quote held-out text, and what, as found at the time.
+def leaks_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame:
+    """Sequences left out of a dataset for quoting held-out text: shard, position, words.
 
-    None where that is gone. Empty where the arm keeps such sequences.
+    Empty where what was found at the time is gone.
     """
-    entry = records.input(dataset, f"{name}/leakage")
-    if entry is None or not stands(records.folder(entry)):
-        return None
+    entry = records.input(dataset, f"{name}/{Stage.LEAKAGE}")
+    if dataset["recipe"].get("leaks") == "keep" or not stands(records.folder(entry)):
+        return pl.DataFrame(schema={"shard": str, "position": int, "words": str})
     columns = "shard, unnest(positions) AS position, protected, n_words, quote"
     leaks = records.read(entry, "leakage.parquet", columns)
     quote = pl.col("quote").str.replace_all(r"\s+", " ").str.strip_chars().str.head(QUOTE)
     words = "quotes held-out text of {}, {} words: {}"
-    found = leaks.select(*PLACE, words=pl.format(words, "protected", "n_words", quote))
-    return found.clear() if dataset["recipe"].get("leaks") == "keep" else found
+    return leaks.select(*PLACE, words=pl.format(words, "protected", "n_words", quote))
 
 
 def _trained(
@@ -315,9 +272,9 @@ def _trained(
     """
     found: dict[int | None, list[Facts]] = {row: [] for row in rows}
     tokens = content(records.folder(dataset), "tokens").fingerprint if rows else None
-    models = records.lineage.of(f"{name}/target_model") if rows else []
+    models = records.lineage.of(f"{name}/{Stage.TARGET_MODEL}") if rows else []
     for model in sorted(models, key=lambda m: (int(m["seed"]), str(m["recorded"]))):
-        if model["inputs"].get(f"{name}/filtered_dataset/tokens") != tokens:
+        if model["inputs"].get(f"{name}/{Stage.FILTERED_DATASET}/tokens") != tokens:
             continue
         order = training_order(model["seed"], dataset["facts"]["sequences"])
         places = np.empty_like(order)
@@ -334,32 +291,32 @@ def _trained(
 
 
 def checkpoints(records: Records) -> list[Facts]:
-    """The models that gave the losses in the tables, the prior first.
-
-    `trained_on` is followed back through the ledger.
-    """
+    """The models that gave the losses in the tables, the prior first."""
     query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
     models = records.rows(f"{query} ORDER BY role DESC, domain")
     for model in models:
-        domain, name = model["domain"], f"{model['role']}_model"
-        entry = records.one(f"{domain}/{name}" if domain else name, model["fingerprint"])
-        if entry is None:
-            model["trained_on"] = {"what": "not in the ledger"}
-            continue
-        model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
-        plan = records.input(entry, "sample_plan")
-        packed = records.input(entry, f"{domain}/domain_tokens")
-        if plan:
-            facts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
-            facts |= {"tokens": entry["facts"].get("tokens"), "sample_plan": plan["fingerprint"]}
-            model["trained_on"] = {"what": "D_prior", **facts}
-        elif packed:
-            text = records.input(packed, f"{domain}/domain_text")
-            counts = {"documents": text and text["facts"].get("down_documents")}
-            counts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
-            made_of = {"domain_tokens": packed["fingerprint"]}
-            made_of["started_from"] = entry["inputs"].get("prior_model")
-            model["trained_on"] = {"what": "D_down", **counts, **made_of}
-        else:
-            model["trained_on"] = {"what": "as given", "path": entry["recipe"].get("path")}
+        asset = "/".join(filter(None, (model["domain"], f"{model['role']}_model")))
+        entry = records.one(asset, model["fingerprint"])
+        if entry is not UNKNOWN:
+            model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
+        model["trained_on"] = _trained_on(records, entry, model["domain"])
     return models
+
+
+def _trained_on(records: Records, model: Entry, domain: str | None) -> Facts:
+    """What a model that scores was trained on, followed back through the ledger."""
+    plan = records.input(model, Stage.SAMPLE_PLAN)
+    packed = records.input(model, f"{domain}/{Stage.DOMAIN_TOKENS}")
+    if model is UNKNOWN:
+        return {"what": "not in the ledger"}
+    if plan is not UNKNOWN:
+        facts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
+        facts |= {"tokens": model["facts"].get("tokens"), "sample_plan": plan["fingerprint"]}
+        return {"what": "D_prior", **facts}
+    if packed is not UNKNOWN:
+        text = records.input(packed, f"{domain}/{Stage.DOMAIN_TEXT}")
+        facts = {"documents": text["facts"].get("down_documents")}
+        facts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
+        facts["domain_tokens"] = packed["fingerprint"]
+        return {"what": "D_down", **facts, "started_from": model["inputs"].get(Stage.PRIOR_MODEL)}
+    return {"what": "as given", "path": model["recipe"].get("path")}

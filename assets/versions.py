@@ -1,46 +1,51 @@
 """A filtered dataset against its last version: what entered, what left, and why.
 
 The versions are those in the ledger. Where the folder of one is gone, its selection is read from
-the score tables, and the sequences left out of it for leaking are not known.
+the score tables.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import polars as pl
 
-from assets.standing import PLACE, Facts, Records, Selection, leakage_of
+from assets.standing import PLACE, UNKNOWN, Facts, Records, leaks_of, method_of
 from colorfilter.errors import InputError
 from colorfilter.provenance import stands
 from colorfilter.score_tables import EXCLUDED
+from colorfilter.stages import IN_CORPUS, ArtifactName, ShardKind, Stage
 from colorfilter.tables import fetch_frame
+from resources.artifacts import ROWS
 from resources.ledger import Entry
 
 EXAMPLES = 5
 SCORES = "shard, position, score"
-# Assets that follow from other inputs of a dataset, and differ whenever those do.
-FOLLOWING = (
-    *("raw_corpus", "prior_scores", "conditional_scores", "domain_only_scores"),
-    *("score_tables", "domain_tokens", "selection", "leakage", "filtered_dataset"),
-)
+# What follows from other inputs of a dataset, and differs whenever those do.
+FOLLOWING = {
+    *(Stage.RAW_CORPUS, Stage.PRIOR_SCORES, Stage.CONDITIONAL_SCORES, Stage.DOMAIN_ONLY_SCORES),
+    *(Stage.SCORE_TABLES, Stage.DOMAIN_TOKENS, Stage.SELECTION, Stage.RECIPE),
+}
+CAUSES = {
+    Stage.PRIOR_MODEL: "another prior",
+    Stage.CONDITIONAL_MODEL: "another conditional",
+    Stage.DOMAIN_ONLY_MODEL: "another domain only",
+    Stage.REFINED_SCORES: "refined scores",
+}
+MODELS = CAUSES.keys() - {Stage.REFINED_SCORES}
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
 # Sequences of a version (`members`) that another one (`others`) does not hold, with the reason.
 # Sequences of a shard that was packed anew are others at the same places, and so are those that a
 # selection packs for itself. What the other selection chose was left out of its dataset for a leak.
-MOVED = """
+MOVED = f"""
     WITH same AS (
-        FROM others
-        WHERE shard NOT IN (SELECT unnest($anew::VARCHAR[])) AND NOT starts_with(shard, '_')
+        FROM others WHERE shard NOT IN (SELECT unnest($anew::VARCHAR[])) AND {IN_CORPUS}
     )
     SELECT moved.*, CASE
         WHEN shard IN (SELECT unnest($apart::VARCHAR[]))
             THEN if($leaving, 'retired data', 'new data')
         WHEN shard IN (SELECT unnest($anew::VARCHAR[])) THEN 'its shard was packed anew'
-        WHEN starts_with(shard, '_') THEN 'documents were drawn and packed anew'
+        WHEN NOT ({IN_CORPUS}) THEN 'documents were drawn and packed anew'
         WHEN chosen.shard IS NOT NULL AND reason IS NULL
             THEN if($leaving, 'found to quote held-out text', 'no longer found to leak')
         ELSE coalesce(reason, $causes) END AS why
@@ -56,181 +61,159 @@ FILE = """
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a filtered dataset, by its entry in the ledger."""
+    """A version of a filtered dataset.
 
-    records: Records
-    name: str
-    entry: Entry
+    `facts` are what --json prints of it. `inputs` are fingerprints of what decided it, by name;
+    `packed` are those of packed tokens, by shard. `chosen` are the sequences that its selection
+    chose, leaks too; `members` those that it holds or, where its folder is gone, was to hold.
+    """
 
-    @cached_property
-    def selection(self) -> Selection:
-        made = self.records.lineage.as_of(self.entry, f"{self.name}/selection")
-        return Selection(self.records, self.name, made)
-
-    @property
-    def recipe(self) -> Facts:
-        """The recipe that decided it."""
-        seed = self.selection.entry.get("seed") if self.selection.entry else None
-        drawn = {} if seed is None else {"seed": seed}
-        return {**self.selection.recipe, **drawn, **self.entry["recipe"]}
-
-    @cached_property
-    def inputs(self) -> dict[str, str]:
-        """What decided it, by name: shards, models, refined scores, the domain's text.
-
-        Without what follows from those, such as losses, which differ whenever a model does.
-        """
-        named: dict[str, str] = {}
-        leakage = self.records.lineage.as_of(self.entry, f"{self.name}/leakage")
-        for entry in filter(None, (self.selection.tables, self.selection.entry, leakage)):
-            named |= {**entry.get("sources", {}), **entry["inputs"]}
-        found = {}
-        for name, fingerprint in named.items():
-            domain, _, asset = name.partition("[")[0].rpartition("/")
-            ours = domain in {"", self.name.rpartition("/")[0]} and "[_" not in name
-            if ours and asset not in FOLLOWING:
-                found[name] = fingerprint
-        return found
-
-    def facts(self) -> Facts:
-        """What it is made of. `cutoff` is the score at the end of the selection."""
-        folder, facts = self.records.folder(self.entry), self.entry["facts"]
-        chosen = self.selection.entry["facts"] if self.selection.entry else {}
-        return {
-            "name": self.name,
-            "fingerprint": self.entry["fingerprint"],
-            "path": str(folder),
-            "recorded": self.entry["recorded"],
-            "stands": stands(folder),
-            "sequences": facts["sequences"],
-            "tokens": facts["tokens"],
-            "left_out": facts.get("left_out", 0),
-            "selection": str(self.entry["inputs"].get(f"{self.name}/selection")),
-            **{name: chosen.get(name) for name in ("selected", "candidates", "cutoff")},
-            "shards": len(self.selection.packed),
-            "models": {k: v for k, v in self.inputs.items() if k.endswith("_model")},
-            "recipe": self.recipe,
-        }
-
-    @cached_property
-    def chosen(self) -> pl.DataFrame:
-        """Places and scores of all that its selection chose, leaks too."""
-        made = self.selection.entry
-        if made and stands(self.records.folder(made)):
-            return self.records.read(made, "selection.parquet", SCORES)
-        query = f"SELECT {SCORES} FROM selected.selections WHERE selection = $made"
-        fingerprint = self.entry["inputs"].get(f"{self.name}/selection")
-        return fetch_frame(self.records.connection, query, {"made": fingerprint})
-
-    @cached_property
-    def members(self) -> pl.DataFrame:
-        """Places and scores of what it holds or, where its folder is gone, was to hold."""
-        if stands(self.records.folder(self.entry)):
-            return self.records.read(self.entry, "tokens/sequences.parquet", SCORES)
-        leaks = leakage_of(self.records, self.name, self.entry)
-        if leaks is None:
-            return self.chosen
-        return self.chosen.join(leaks, on=PLACE, how="anti")
+    facts: Facts
+    inputs: dict[str, str]
+    packed: dict[str | None, str]
+    tables: Entry
+    chosen: pl.DataFrame
+    members: pl.DataFrame
 
 
 def explain_dataset(records: Records, name: str) -> Facts:
     """Facts of a dataset `<domain>/<arm>`, and how it differs from its last version.
 
-    `last` is of the same arm or, for an arm's first, the latest by its method at another tau.
+    `last` is of the same arm or, for an arm's first, the latest by its method in the domain.
     Raises InputError where no dataset has that name.
     """
-    current = records.current(f"{name}/filtered_dataset")
-    if current is None:
-        known = ", ".join(_names(records)) or "those that `colorfilter run` will make"
+    current = records.current(f"{name}/{Stage.FILTERED_DATASET}")
+    if current is UNKNOWN:
+        assets = sorted(asset for asset, _ in records.artifacts.entries())
+        names = [_arm(a) for a in assets if ArtifactName.parse(a).stage is Stage.FILTERED_DATASET]
+        known = ", ".join(names) or "those that `colorfilter run` will make"
         raise InputError(
             f"{name}: no filtered dataset of that name is in the ledger; give one of {known}"
         )
-    now = Version(records, name, current)
-    last = _last(now)
-    versions = [made["recorded"] for made in records.lineage.versions(f"{name}/filtered_dataset")]
+    now, last = _version(records, current), _last(records, current)
+    versions = [made["recorded"] for made in records.lineage.versions(current["asset"])]
     lists = ("inputs", "recipe", "entering", "leaving", "examples_entering", "examples_leaving")
-    found = {"versions": versions, "now": now.facts(), "last": None, **{n: [] for n in lists}}
-    return {**found, "both": 0, **(_changes(last, now) if last else {})}
+    found = {"versions": versions, "now": now.facts, "last": None, **{n: [] for n in lists}}
+    return {**found, "both": 0, **(_changes(records, _version(records, last), now) if last else {})}
 
 
-def _changes(last: Version, now: Version) -> Facts:
+def _arm(dataset: str) -> str:
+    """The name `<domain>/<arm>` of a dataset's asset."""
+    of = ArtifactName.parse(dataset)
+    return f"{of.domain}/{of.arm}"
+
+
+def _made_from(records: Records, dataset: Entry, stage: Stage) -> Entry:
+    """The selection or the leakage that a dataset was made from, as it was entered then."""
+    return records.lineage.as_of(dataset, f"{_arm(dataset['asset'])}/{stage}") or UNKNOWN
+
+
+def _last(records: Records, now: Entry) -> Entry | None:
+    """The version before or, for an arm's first, the latest by its method in the domain."""
+
+    def kind(dataset: Entry) -> tuple[str | None, str]:
+        method = method_of(_made_from(records, dataset, Stage.SELECTION))
+        return ArtifactName.parse(dataset["asset"]).domain, method
+
+    earlier = [e for e in records.lineage.newest_first() if e["recorded"] <= now["recorded"]]
+    datasets = [
+        e for e in earlier if ArtifactName.parse(e["asset"]).stage is Stage.FILTERED_DATASET
+    ]
+    mine = (e for e in datasets if e["asset"] == now["asset"])
+    others = (e for e in datasets if e["asset"] != now["asset"] and kind(e) == kind(now))
+    return next((e for e in mine if e["fingerprint"] != now["fingerprint"]), next(others, None))
+
+
+def _version(records: Records, dataset: Entry) -> Version:
+    """A version of a dataset, by its entry in the ledger."""
+    name, folder, facts = _arm(dataset["asset"]), records.folder(dataset), dataset["facts"]
+    selection = _made_from(records, dataset, Stage.SELECTION)
+    tables = records.input(selection, Stage.SCORE_TABLES)
+    leakage = _made_from(records, dataset, Stage.LEAKAGE)
+    made_from = [records.lineage.made_from(made) for made in (tables, selection, leakage)]
+    named = {n: made for pairs in made_from for n, made in pairs}
+    domain = ArtifactName.parse(dataset["asset"]).domain
+    of = {n: ArtifactName.parse(n) for n in named}
+    of = {n: part for n, part in of.items() if _decides(part, domain)}
+    inputs = {n: named[n] for n in of}
+    packed = {of[n].partition: inputs[n] for n in of if of[n].stage is Stage.CORPUS_TOKENS}
+    seed = {} if selection.get("seed") is None else {"seed": selection["seed"]}
+    fingerprint = dataset["inputs"][f"{name}/{Stage.SELECTION}"]
+    if stands(records.folder(selection)):
+        chosen = records.read(selection, "selection.parquet", SCORES)
+    else:
+        query = f"SELECT {SCORES} FROM selected.selections WHERE selection = $made"
+        chosen = fetch_frame(records.connection, query, {"made": fingerprint})
+    if exists := stands(folder):
+        members = records.read(dataset, ROWS, SCORES)
+    else:
+        members = chosen.join(leaks_of(records, name, dataset), on=PLACE, how="anti")
+    about = {
+        "name": name,
+        "fingerprint": dataset["fingerprint"],
+        "path": str(folder),
+        "recorded": dataset["recorded"],
+        "stands": exists,
+        **{n: facts.get(n, 0) for n in ("sequences", "tokens", "left_out")},
+        "selection": fingerprint,
+        **{n: selection["facts"].get(n) for n in ("selected", "candidates", "cutoff")},
+        "shards": len(packed),
+        "models": {n: inputs[n] for n in of if of[n].stage in MODELS},
+        "recipe": {**selection["recipe"], **seed, **dataset["recipe"]},
+    }
+    return Version(about, inputs, packed, tables, chosen, members)
+
+
+def _decides(of: ArtifactName, domain: str | None) -> bool:
+    """Whether what is so named decides a dataset of a domain, and does not follow from others."""
+    ours = of.domain in {None, domain} and of.stage not in FOLLOWING
+    return ours and ShardKind.of(of.partition or "") is ShardKind.CORPUS
+
+
+def _changes(records: Records, last: Version, now: Version) -> Facts:
     """How a dataset differs from its last version."""
-    inputs, recipe = _differences(last.inputs, now.inputs), _differences(last.recipe, now.recipe)
-    found: Facts = {"last": last.facts(), "inputs": inputs, "recipe": recipe}
-    causes = _causes(inputs, recipe, now.selection.method)
+    found: Facts = {"last": last.facts}
+    recipes = last.facts["recipe"], now.facts["recipe"]
+    for what, was, new in (("inputs", last.inputs, now.inputs), ("recipe", *recipes)):
+        names = [n for n in sorted({*was, *new}) if was.get(n) != new.get(n)]
+        found[what] = [{"name": n, "was": was.get(n), "now": new.get(n)} for n in names]
+    causes = _causes(found["inputs"], found["recipe"], recipes[1].get("method"))
     for way, version, other in (("entering", now, last), ("leaving", last, now)):
-        moved = _moved(version, other, way == "leaving", causes)
+        moved = _moved(records, version, other, way == "leaving", causes)
         counts = moved.group_by("why").agg(sequences=pl.len())
         found[way] = counts.sort("sequences", "why", descending=[True, False]).to_dicts()
         best = moved.sort("score", *PLACE).head(EXAMPLES).to_dicts()
-        files = [now.records.rows(FILE, **{n: e[n] for n in PLACE})[0] for e in best]
+        files = [records.rows(FILE, **{n: e[n] for n in PLACE})[0] for e in best]
         found[f"examples_{way}"] = [e | file for e, file in zip(best, files, strict=True)]
         found["both"] = len(version.members) - len(moved)
     return found
 
 
-def _names(records: Records) -> list[str]:
-    """All datasets in the ledger, as `<domain>/<arm>`."""
-    last = "/filtered_dataset"
-    assets = (asset for asset, _ in records.artifacts.entries())
-    return sorted(asset.removesuffix(last) for asset in assets if asset.endswith(last))
-
-
-def _last(now: Version) -> Version | None:
-    """The version before or, for an arm's first, the latest by its method in the domain."""
-    versions, name = now.records.lineage.versions, f"{now.name}/filtered_dataset"
-    older = [e for e in versions(name) if e["fingerprint"] != now.entry["fingerprint"]]
-    if older:
-        return Version(now.records, now.name, older[-1])
-    if "tau" not in now.recipe:
-        return None
-    domain = now.name.rpartition("/")[0]
-    others = [
-        Version(now.records, name, entry)
-        for name in _names(now.records)
-        if name.startswith(f"{domain}/") and name != now.name
-        for entry in versions(f"{name}/filtered_dataset")
-        if entry["recorded"] <= now.entry["recorded"]
-    ]
-    alike = (other for other in others if other.selection.method == now.selection.method)
-    return max(alike, key=lambda o: str(o.entry["recorded"]), default=None)
-
-
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Facts]:
-    return [
-        {"name": name, "was": was.get(name), "now": now.get(name)}
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
-    ]
-
-
-def _causes(inputs: list[Facts], recipe: list[Facts], method: str) -> str:
+def _causes(inputs: list[Facts], recipe: list[Facts], method: str | None) -> str:
     """What can have changed the decision about a sequence that both versions were made over."""
-    words = []
-    for part in (difference["name"].rpartition("/")[2] for difference in inputs):
-        if part.endswith("_model"):
-            words.append(f"another {part.removesuffix('_model').replace('_', ' ')}")
-        elif part == "refined_scores":
-            words.append("refined scores")
+    names = [ArtifactName.parse(difference["name"]) for difference in inputs]
     decisive = {"method", "tau", "batch", "seed"} | (set() if method in BY_SHARE else {"needed"})
+    words = [CAUSES[name.stage] for name in names if name.stage in CAUSES]
     words += [f"{d['name']} {d['was']} -> {d['now']}" for d in recipe if d["name"] in decisive]
-    if any("[" in difference["name"] for difference in inputs):
+    if any(name.partition for name in names):
         words.append("other candidates beside it")
     return ", ".join(words) or "no cause on record"
 
 
-def _moved(version: Version, other: Version, leaving: bool, causes: str) -> pl.DataFrame:
+def _moved(
+    records: Records, version: Version, other: Version, leaving: bool, causes: str
+) -> pl.DataFrame:
     """The sequences of a version that another one does not hold: place, score and why."""
-    records, packed, there = version.records, version.selection.packed, other.selection.packed
+    packed, there = version.packed, other.packed
     frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
     for name, frame in frames.items():
         records.connection.register(name, frame.to_arrow())
     # The table `excluded` is of the score tables: it explains what left if they are the same.
-    tables, made_by = records.current("score_tables"), other.selection.tables
+    tables = records.current(Stage.SCORE_TABLES).get("fingerprint")
     wanted = {
         "causes": causes,
         "leaving": leaving,
-        "same_tables": bool(tables and made_by and tables["fingerprint"] == made_by["fingerprint"]),
+        "same_tables": other.tables.get("fingerprint", "") == tables,
         "apart": [shard for shard in packed if shard not in there],
         "anew": [shard for shard in packed if packed[shard] != there.get(shard, packed[shard])],
     }

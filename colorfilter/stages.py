@@ -79,3 +79,7 @@ class ShardKind(Enum):
     def named(self, name: str) -> str:
         """The shard of this kind for a domain, or the corpus's shard of this name."""
         return self.value + name
+
+
+# In SQL: the condition that `shard` is one of the corpus.
+IN_CORPUS = "NOT starts_with(shard, '_')"

@@ -1,5 +1,6 @@
 """Commands that say where things came from, and whether that holds."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -82,7 +83,6 @@ def explain(
     which target models trained on it. Of a dataset: what entered and left since its last version,
     and why. Writes nothing.
     """
-    from pipelines.explaining import as_json as one_object
     from pipelines.explaining import look_up, show
     from resources.home import Home
 
@@ -90,7 +90,7 @@ def explain(
     place.check(load_recipe(recipe).name)
     found = look_up(place, what)
     if as_json:
-        typer.echo(one_object(found))
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         show(console, found)
 
