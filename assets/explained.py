@@ -130,8 +130,14 @@ def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
         raise InputError(f"{what}: several documents ({', '.join(named)}...); give more of it")
     document = {"copies": [], "sequences": [], "became": became, **found[0]}
     if entry is UNKNOWN:
-        entry = records.current(Stage.RAW_CORPUS, document["shard"])
-        document |= _in_tables(records, entry, document)
+        shard, doc_id = document["shard"], document["doc_id"]
+        entry = records.current(Stage.RAW_CORPUS, shard)
+        query = "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id"
+        positions = [row["position"] for row in records.rows(query, shard=shard, doc_id=doc_id)]
+        document["sequences"] = sequences(records, shard, positions)
+        document["copies"] = records.rows(COPIES, sha256=document["sha256"], doc_id=doc_id)
+        document["text"] = _texts(records, entry, [doc_id]).get(doc_id)
+        document["became"] = _became(records, document)
     elif "reason" in document:
         document |= _rejected(records, entry, document)
     text = document.get("text", document.get("excerpt"))
@@ -177,19 +183,6 @@ def _rejected(records: Records, raw: Entry, row: Facts) -> Facts:
         kept = records.read(raw, DOCUMENTS, "doc_id", alike, **wanted)
         became += f" ({', '.join(kept['doc_id'])})" if len(kept) else ""
     return {"became": became, "shard": raw["partition"]}
-
-
-def _in_tables(records: Records, raw: Entry, document: Facts) -> Facts:
-    """Sequences, copies and text of a document of the score tables, and what became of it."""
-    shard, doc_id = document["shard"], document["doc_id"]
-    query = "SELECT DISTINCT position FROM spans WHERE shard = $shard AND doc_id = $doc_id"
-    positions = [row["position"] for row in records.rows(query, shard=shard, doc_id=doc_id)]
-    found = {
-        "sequences": sequences(records, shard, positions),
-        "copies": records.rows(COPIES, sha256=document["sha256"], doc_id=doc_id),
-        "text": _texts(records, raw, [doc_id]).get(doc_id),
-    }
-    return {**found, "became": _became(records, {**document, **found})}
 
 
 def _became(records: Records, document: Facts) -> str:

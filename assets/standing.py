@@ -36,35 +36,34 @@ MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
 
 # Losses are in nats per token. `rank` counts from 1 among the candidates, in the order of
 # selection: (color, shard, position). What is no candidate has the rank that it would have.
-# One pass counts the candidates up to each of the sequences' colors.
+# One pass counts the candidates up to each of the sequences' colors; ties are counted apart.
 COLORS = f"""
     WITH mine AS (FROM color WHERE {MINE}),
     candidates AS NOT MATERIALIZED (
-        SELECT domain, shard, position, color FROM (FROM color WHERE {IN_CORPUS})
-        ANTI JOIN excluded USING (shard, position)
+        FROM (FROM color WHERE {IN_CORPUS}) ANTI JOIN excluded USING (shard, position)
     ),
-    steps AS (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY domain),
     counts AS (
         SELECT domain, unnest(map_entries(histogram(color, colors)), recursive := true)
-        FROM candidates JOIN steps USING (domain) GROUP BY domain
+        FROM candidates
+        JOIN (SELECT domain, list(DISTINCT color) AS colors FROM mine GROUP BY domain)
+            USING (domain)
+        GROUP BY domain
     ),
-    lower AS (
-        SELECT domain, key AS color, sum(value) OVER (PARTITION BY domain ORDER BY key) AS n
-        FROM counts
-    ),
-    ranks AS (
-        SELECT mine.domain, mine.position,
-            coalesce(any_value(n), 0)::BIGINT + 1 - count(c.color) AS rank
-        FROM mine LEFT JOIN lower USING (domain, color) LEFT JOIN candidates AS c
-            ON c.domain = mine.domain AND c.color = mine.color
-            AND (c.shard, c.position) >= (mine.shard, mine.position)
-        GROUP BY ALL
+    ranked AS (
+        SELECT *, 1 + (
+            SELECT coalesce(sum(value), 0)::BIGINT FROM counts
+            WHERE counts.domain = mine.domain AND key <= mine.color
+        ) - (
+            SELECT count(*) FROM candidates AS tie
+            WHERE tie.domain = mine.domain AND tie.color = mine.color
+                AND (tie.shard, tie.position) >= (mine.shard, mine.position)
+        ) AS rank FROM mine
     )
     SELECT mine.position, mine.domain, loss_prior, loss_conditional, color,
         p.precision AS precision_prior, c.precision AS precision_conditional,
         p.model AS prior, c.model AS conditional,
         rank, $candidates AS candidates, 100 * rank / greatest(1, $candidates) AS percentile
-    FROM mine JOIN ranks USING (domain, position)
+    FROM ranked AS mine
     JOIN models AS pm ON pm.role = 'prior' AND pm.current
     JOIN models AS cm ON cm.role = 'conditional' AND cm.domain = mine.domain AND cm.current
     JOIN losses AS p ON p.model = pm.model AND p.shard = $shard AND p.position = mine.position
@@ -73,14 +72,12 @@ COLORS = f"""
 """
 # `alike`: scored by the models whose losses are in the tables.
 VERSIONS = """
-    SELECT v.domain, arm, v.selection, created, v.current, cutoff, n AS selected,
-        p.model IS NOT NULL AND c.model IS NOT NULL AS alike
-    FROM selected.selection_versions AS v
-    JOIN (SELECT selection, count(*) AS n FROM selected.selections GROUP BY ALL) USING (selection)
-    LEFT JOIN models AS p ON p.model = v.prior AND p.role = 'prior' AND p.current
-    LEFT JOIN models AS c ON c.model = v.conditional AND c.role = 'conditional'
-        AND c.domain = v.domain AND c.current
-    ORDER BY v.domain, arm, v.current DESC, created DESC
+    WITH models AS (SELECT model FROM models WHERE current),
+    sizes AS (SELECT selection, count(*) AS selected FROM selected.selections GROUP BY ALL)
+    SELECT domain, arm, selection, created, current, cutoff, selected,
+        coalesce(prior IN (FROM models) AND conditional IN (FROM models), false) AS alike
+    FROM selected.selection_versions JOIN sizes USING (selection)
+    ORDER BY domain, arm, current DESC, created DESC
 """
 
 
@@ -139,8 +136,8 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
     for row in records.rows(f"SELECT position, reason FROM excluded WHERE {MINE}", **mine):
         found[row["position"]]["excluded"] = row["reason"]
     candidates = count_candidates(records.connection)
-    for score in records.rows(COLORS, **mine, candidates=candidates):
-        found[score.pop("position")]["scores"].append(score)
+    for row in records.rows(COLORS, **mine, candidates=candidates):
+        found[row.pop("position")]["scores"].append(row)
     chosen: dict[str, dict[int, Facts]] = {}
     query = f"SELECT selection, position, rank, score FROM selected.selections WHERE {MINE}"
     for row in records.rows(query, **mine):
@@ -209,14 +206,11 @@ def _scores(
 ) -> dict[int, float]:
     """Scores of sequences by a selection's method, where the tables still have what they need."""
     method = method_of(selection)
-    if method in DRAWN:
-        wanted = {**mine, "seed": selection["seed"]}
-    elif method in SCORED and alike:
-        wanted = {**mine, "domain": domain}
-    else:
+    if method not in DRAWN and not (method in SCORED and alike):
         return {}
+    wanted = {"seed": selection["seed"]} if method in DRAWN else {"domain": domain}
     query = f"WITH {SHARDS}, {SCORES[method]} SELECT position, score FROM scores WHERE {MINE}"
-    return dict(fetch(records.connection, query, wanted))
+    return dict(fetch(records.connection, query, {**mine, **wanted}))
 
 
 def _datasets(
@@ -228,22 +222,22 @@ def _datasets(
     null where the sequence was left out.
     """
     found: dict[int, list[Facts]] = {position: [] for position in positions}
+    mine = {"shard": shard, "positions": list(positions)}
     for made in records.lineage.versions(f"{name}/{Stage.FILTERED_DATASET}") if found else ():
         if made["inputs"].get(f"{name}/{Stage.SELECTION}") != selection:
             continue
         folder = records.folder(made)
         facts = {k: made[k] for k in ("fingerprint", "recorded")} | {"path": str(folder)}
-        rows, quotes, exists = {}, {}, stands(folder)
-        if exists:
-            mine = {"shard": shard, "positions": list(positions)}
-            rows = dict(records.read(made, ROWS, 'position, "row"', MINE, **mine).rows())
-            leaks = leaks_of(records, name, made).filter(shard=shard)
-            quotes = dict(leaks.select("position", "words").rows())
+        facts["stands"] = stands(folder)
+        read = records.read(made, ROWS, 'position, "row"', MINE, **mine).rows()
+        rows = dict(read if facts["stands"] else ())
+        words = dict(leaks_of(records, name, made).filter(shard=shard).drop("shard").rows())
         trained = _trained(records, name, made, rows.values())
         for position, datasets in found.items():
-            row, left_out = rows.get(position), quotes.get(position, "quotes held-out text")
-            out = {"row": row, "left_out": left_out if exists and row is None else None}
-            datasets.append({**facts, "stands": exists, **out, "trained": trained.get(row, [])})
+            row, why = rows.get(position), words.get(position, "quotes held-out text")
+            left_out = why if facts["stands"] and row is None else None
+            known = {"row": row, "left_out": left_out, "trained": trained.get(row, [])}
+            datasets.append({**facts, **known})
     return found
 
 
@@ -279,11 +273,11 @@ def _trained(
         order = training_order(model["seed"], dataset["facts"]["sequences"])
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
+        facts = {"path": str(records.folder(model)), "of": len(places)}
+        facts |= {k: model[k] for k in ("seed", "fingerprint")}
         # A checkpoint is named by its tokens. Its end point counts sequences.
         checkpoints = sorted(map(int, model["facts"]["checkpoints"]))
         ends = list(zip(checkpoints, sorted(model["recipe"]["endpoints"]), strict=True))
-        facts = {"path": str(records.folder(model)), "of": len(places)}
-        facts |= {k: model[k] for k in ("seed", "fingerprint")}
         for row in rows:
             reached = {n: bool(places[row] < end) for n, end in ends}
             found[row].append({**facts, "place": int(places[row]) + 1, "reached": reached})
@@ -291,32 +285,33 @@ def _trained(
 
 
 def checkpoints(records: Records) -> list[Facts]:
-    """The models that gave the losses in the tables, the prior first."""
+    """The models that gave the losses in the tables, the prior first, and what they learned from.
+
+    `trained_on` is followed back through the ledger.
+    """
     query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
     models = records.rows(f"{query} ORDER BY role DESC, domain")
     for model in models:
-        asset = "/".join(filter(None, (model["domain"], f"{model['role']}_model")))
-        entry = records.one(asset, model["fingerprint"])
-        if entry is not UNKNOWN:
-            model["path"] = str(records.folder(entry) / str(entry["facts"]["checkpoint"]))
-        model["trained_on"] = _trained_on(records, entry, model["domain"])
+        domain = model["domain"]
+        asset = "/".join(filter(None, (domain, f"{model['role']}_model")))
+        made = records.one(asset, model["fingerprint"])
+        plan = records.input(made, Stage.SAMPLE_PLAN)
+        packed = records.input(made, f"{domain}/{Stage.DOMAIN_TOKENS}")
+        if made is UNKNOWN:
+            model["trained_on"] = {"what": "not in the ledger"}
+            continue
+        model["path"] = str(records.folder(made) / str(made["facts"]["checkpoint"]))
+        facts: Facts = {"what": "as given", "path": made["recipe"].get("path")}
+        if plan is not UNKNOWN:
+            facts = {"what": "D_prior"}
+            facts |= {n: plan["facts"].get(n) for n in ("documents", "chars")}
+            facts["tokens"] = made["facts"].get("tokens")
+            facts["sample_plan"] = plan["fingerprint"]
+        elif packed is not UNKNOWN:
+            text = records.input(packed, f"{domain}/{Stage.DOMAIN_TEXT}")
+            facts = {"what": "D_down", "documents": text["facts"].get("down_documents")}
+            facts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
+            facts["domain_tokens"] = packed["fingerprint"]
+            facts["started_from"] = made["inputs"].get(Stage.PRIOR_MODEL)
+        model["trained_on"] = facts
     return models
-
-
-def _trained_on(records: Records, model: Entry, domain: str | None) -> Facts:
-    """What a model that scores was trained on, followed back through the ledger."""
-    plan = records.input(model, Stage.SAMPLE_PLAN)
-    packed = records.input(model, f"{domain}/{Stage.DOMAIN_TOKENS}")
-    if model is UNKNOWN:
-        return {"what": "not in the ledger"}
-    if plan is not UNKNOWN:
-        facts = {name: plan["facts"].get(name) for name in ("documents", "chars")}
-        facts |= {"tokens": model["facts"].get("tokens"), "sample_plan": plan["fingerprint"]}
-        return {"what": "D_prior", **facts}
-    if packed is not UNKNOWN:
-        text = records.input(packed, f"{domain}/{Stage.DOMAIN_TEXT}")
-        facts = {"documents": text["facts"].get("down_documents")}
-        facts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
-        facts["domain_tokens"] = packed["fingerprint"]
-        return {"what": "D_down", **facts, "started_from": model["inputs"].get(Stage.PRIOR_MODEL)}
-    return {"what": "as given", "path": model["recipe"].get("path")}

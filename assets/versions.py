@@ -35,23 +35,20 @@ MODELS = CAUSES.keys() - {Stage.REFINED_SCORES}
 BY_SHARE = ("color", "conditional_only", "full")
 
 # Sequences of a version (`members`) that another one (`others`) does not hold, with the reason.
-# Sequences of a shard that was packed anew are others at the same places, and so are those that a
-# selection packs for itself. What the other selection chose was left out of its dataset for a leak.
+# Only in shards that are packed the same (`$same`) is the same place the same sequence. What the
+# other selection chose was left out of its dataset for a leak.
 MOVED = f"""
-    WITH same AS (
-        FROM others WHERE shard NOT IN (SELECT unnest($anew::VARCHAR[])) AND {IN_CORPUS}
-    )
-    SELECT moved.*, CASE
-        WHEN shard IN (SELECT unnest($apart::VARCHAR[]))
-            THEN if($leaving, 'retired data', 'new data')
-        WHEN shard IN (SELECT unnest($anew::VARCHAR[])) THEN 'its shard was packed anew'
+    SELECT members.*, CASE
         WHEN NOT ({IN_CORPUS}) THEN 'documents were drawn and packed anew'
-        WHEN chosen.shard IS NOT NULL AND reason IS NULL
-            THEN if($leaving, 'found to quote held-out text', 'no longer found to leak')
+        WHEN shard NOT IN (SELECT unnest($there::VARCHAR[])) THEN $arrival
+        WHEN shard NOT IN (SELECT unnest($same::VARCHAR[])) THEN 'its shard was packed anew'
+        WHEN chosen.shard IS NOT NULL AND reason IS NULL THEN $leak
         ELSE coalesce(reason, $causes) END AS why
-    FROM (FROM members ANTI JOIN same USING (shard, position)) AS moved
+    FROM members
+    ANTI JOIN (FROM others WHERE shard IN (SELECT unnest($same::VARCHAR[]))) AS same
+        USING (shard, position)
     LEFT JOIN chosen USING (shard, position)
-    LEFT JOIN (FROM excluded WHERE $leaving AND $same_tables) USING (shard, position)
+    LEFT JOIN (FROM excluded WHERE $same_tables) AS excluded USING (shard, position)
 """
 FILE = """
     SELECT arg_min(source_file, "offset") AS source_file
@@ -71,7 +68,7 @@ class Version:
     facts: Facts
     inputs: dict[str, str]
     packed: dict[str | None, str]
-    tables: Entry
+    tables: str | None
     chosen: pl.DataFrame
     members: pl.DataFrame
 
@@ -133,8 +130,7 @@ def _version(records: Records, dataset: Entry) -> Version:
     made_from = [records.lineage.made_from(made) for made in (tables, selection, leakage)]
     named = {n: made for pairs in made_from for n, made in pairs}
     domain = ArtifactName.parse(dataset["asset"]).domain
-    of = {n: ArtifactName.parse(n) for n in named}
-    of = {n: part for n, part in of.items() if _decides(part, domain)}
+    of = {n: part for n in named if _decides(part := ArtifactName.parse(n), domain)}
     inputs = {n: named[n] for n in of}
     packed = {of[n].partition: inputs[n] for n in of if of[n].stage is Stage.CORPUS_TOKENS}
     seed = {} if selection.get("seed") is None else {"seed": selection["seed"]}
@@ -161,7 +157,7 @@ def _version(records: Records, dataset: Entry) -> Version:
         "models": {n: inputs[n] for n in of if of[n].stage in MODELS},
         "recipe": {**selection["recipe"], **seed, **dataset["recipe"]},
     }
-    return Version(about, inputs, packed, tables, chosen, members)
+    return Version(about, inputs, packed, tables.get("fingerprint"), chosen, members)
 
 
 def _decides(of: ArtifactName, domain: str | None) -> bool:
@@ -204,18 +200,20 @@ def _moved(
     records: Records, version: Version, other: Version, leaving: bool, causes: str
 ) -> pl.DataFrame:
     """The sequences of a version that another one does not hold: place, score and why."""
-    packed, there = version.packed, other.packed
     frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
     for name, frame in frames.items():
         records.connection.register(name, frame.to_arrow())
-    # The table `excluded` is of the score tables: it explains what left if they are the same.
-    tables = records.current(Stage.SCORE_TABLES).get("fingerprint")
+    tables = records.current(Stage.SCORE_TABLES)["fingerprint"]
     wanted = {
         "causes": causes,
-        "leaving": leaving,
-        "same_tables": other.tables.get("fingerprint", "") == tables,
-        "apart": [shard for shard in packed if shard not in there],
-        "anew": [shard for shard in packed if packed[shard] != there.get(shard, packed[shard])],
+        "arrival": "retired data" if leaving else "new data",
+        "leak": "found to quote held-out text" if leaving else "no longer found to leak",
+        "there": list(other.packed),
+        "same": [
+            shard for shard, made in version.packed.items() if other.packed.get(shard) == made
+        ],
+        # The table `excluded` is of the score tables: it explains what left if they are the same.
+        "same_tables": leaving and other.tables == tables,
     }
     moved = fetch_frame(records.connection, MOVED, wanted)
     return moved.with_columns(pl.col("why").replace(EXCLUDED))

@@ -36,9 +36,9 @@ def show(console: Console, found: Facts) -> None:
     )
     environment.filters |= {
         "f": lambda value, sign="": "-" if value is None else f"{value:{sign}.4f}",
+        "kind": ShardKind.of,
         "n": "{:,}".format,
         "quoted": lambda t: "its text is gone" if t is None else json.dumps(t, ensure_ascii=False),
-        "of_corpus": lambda shard: ShardKind.of(shard) is ShardKind.CORPUS,
         "short": lambda fingerprint: fingerprint and fingerprint[:8],
         "table": _table,
     }
