@@ -7,8 +7,9 @@ sequences of a document are looked up at once, at the cost of one.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 
@@ -22,9 +23,6 @@ from colorfilter.tables import fetch, fetch_frame
 from resources.artifacts import ROWS, ArtifactStore
 from resources.ledger import Entry
 from resources.lineage import Lineage
-
-if TYPE_CHECKING:
-    import duckdb
 
 PLACE = ["shard", "position"]
 QUOTE = 200  # characters of a text that are shown
@@ -87,7 +85,7 @@ class Records:
 
     artifacts: ArtifactStore
     lineage: Lineage
-    connection: "duckdb.DuckDBPyConnection"
+    connection: duckdb.DuckDBPyConnection
 
     def current(self, asset: str, partition: str | None = None) -> Entry:
         """The current ledger entry of an asset's partition, or UNKNOWN."""
@@ -135,8 +133,7 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
     found = {p: Facts(excluded=None, scores=[], selections=[]) for p in positions}
     for row in records.rows(f"SELECT position, reason FROM excluded WHERE {MINE}", **mine):
         found[row["position"]]["excluded"] = row["reason"]
-    candidates = count_candidates(records.connection)
-    for row in records.rows(COLORS, **mine, candidates=candidates):
+    for row in records.rows(COLORS, **mine, candidates=count_candidates(records.connection)):
         found[row.pop("position")]["scores"].append(row)
     chosen: dict[str, dict[int, Facts]] = {}
     query = f"SELECT selection, position, rank, score FROM selected.selections WHERE {MINE}"
@@ -292,26 +289,25 @@ def checkpoints(records: Records) -> list[Facts]:
     query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
     models = records.rows(f"{query} ORDER BY role DESC, domain")
     for model in models:
-        domain = model["domain"]
-        asset = "/".join(filter(None, (domain, f"{model['role']}_model")))
-        made = records.one(asset, model["fingerprint"])
+        domain, name = model["domain"], f"{model['role']}_model"
+        made = records.one(f"{domain}/{name}" if domain else name, model["fingerprint"])
         plan = records.input(made, Stage.SAMPLE_PLAN)
         packed = records.input(made, f"{domain}/{Stage.DOMAIN_TOKENS}")
+        text = records.input(packed, f"{domain}/{Stage.DOMAIN_TEXT}")
         if made is UNKNOWN:
             model["trained_on"] = {"what": "not in the ledger"}
             continue
         model["path"] = str(records.folder(made) / str(made["facts"]["checkpoint"]))
-        facts: Facts = {"what": "as given", "path": made["recipe"].get("path")}
         if plan is not UNKNOWN:
-            facts = {"what": "D_prior"}
-            facts |= {n: plan["facts"].get(n) for n in ("documents", "chars")}
-            facts["tokens"] = made["facts"].get("tokens")
-            facts["sample_plan"] = plan["fingerprint"]
+            facts = {n: plan["facts"].get(n) for n in ("documents", "chars")}
+            facts |= {"tokens": made["facts"].get("tokens"), "sample_plan": plan["fingerprint"]}
+            model["trained_on"] = {"what": "D_prior", **facts}
         elif packed is not UNKNOWN:
-            text = records.input(packed, f"{domain}/{Stage.DOMAIN_TEXT}")
-            facts = {"what": "D_down", "documents": text["facts"].get("down_documents")}
+            facts = {"documents": text["facts"].get("down_documents")}
             facts |= {n: packed["facts"].get(f"down_{n}") for n in ("sequences", "tokens")}
             facts["domain_tokens"] = packed["fingerprint"]
             facts["started_from"] = made["inputs"].get(Stage.PRIOR_MODEL)
-        model["trained_on"] = facts
+            model["trained_on"] = {"what": "D_down", **facts}
+        else:
+            model["trained_on"] = {"what": "as given", "path": made["recipe"].get("path")}
     return models

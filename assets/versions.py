@@ -4,6 +4,7 @@ The versions are those in the ledger. Where the folder of one is gone, its selec
 the score tables.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -19,18 +20,17 @@ from resources.ledger import Entry
 
 EXAMPLES = 5
 SCORES = "shard, position, score"
-# What follows from other inputs of a dataset, and differs whenever those do.
-FOLLOWING = {
-    *(Stage.RAW_CORPUS, Stage.PRIOR_SCORES, Stage.CONDITIONAL_SCORES, Stage.DOMAIN_ONLY_SCORES),
-    *(Stage.SCORE_TABLES, Stage.DOMAIN_TOKENS, Stage.SELECTION, Stage.RECIPE),
-}
-CAUSES = {
+MODELS = {
     Stage.PRIOR_MODEL: "another prior",
     Stage.CONDITIONAL_MODEL: "another conditional",
     Stage.DOMAIN_ONLY_MODEL: "another domain only",
-    Stage.REFINED_SCORES: "refined scores",
 }
-MODELS = CAUSES.keys() - {Stage.REFINED_SCORES}
+CAUSES = {**MODELS, Stage.REFINED_SCORES: "refined scores"}
+# What decides a dataset. Its other inputs, such as losses, follow from these.
+DECISIVE = {
+    *(*CAUSES, Stage.CORPUS_TOKENS, Stage.DOMAIN_TEXT, Stage.FORGOTTEN),
+    *(Stage.SAMPLE_PLAN, Stage.TOKENIZER),  # of dsir and RHO-down
+}
 # Methods that select a share of the candidates: what training needs does not change it.
 BY_SHARE = ("color", "conditional_only", "full")
 
@@ -80,14 +80,14 @@ def explain_dataset(records: Records, name: str) -> Facts:
     Raises InputError where no dataset has that name.
     """
     current = records.current(f"{name}/{Stage.FILTERED_DATASET}")
+    assets = sorted(asset for asset, _ in records.artifacts.entries())
+    datasets = [a for a in assets if ArtifactName.parse(a).stage is Stage.FILTERED_DATASET]
     if current is UNKNOWN:
-        assets = sorted(asset for asset, _ in records.artifacts.entries())
-        names = [_arm(a) for a in assets if ArtifactName.parse(a).stage is Stage.FILTERED_DATASET]
-        known = ", ".join(names) or "those that `colorfilter run` will make"
+        known = ", ".join(map(_arm, datasets)) or "those that `colorfilter run` will make"
         raise InputError(
             f"{name}: no filtered dataset of that name is in the ledger; give one of {known}"
         )
-    now, last = _version(records, current), _last(records, current)
+    now, last = _version(records, current), _last(records, current, datasets)
     versions = [made["recorded"] for made in records.lineage.versions(current["asset"])]
     lists = ("inputs", "recipe", "entering", "leaving", "examples_entering", "examples_leaving")
     found = {"versions": versions, "now": now.facts, "last": None, **{n: [] for n in lists}}
@@ -105,20 +105,19 @@ def _made_from(records: Records, dataset: Entry, stage: Stage) -> Entry:
     return records.lineage.as_of(dataset, f"{_arm(dataset['asset'])}/{stage}") or UNKNOWN
 
 
-def _last(records: Records, now: Entry) -> Entry | None:
+def _last(records: Records, now: Entry, datasets: Sequence[str]) -> Entry | None:
     """The version before or, for an arm's first, the latest by its method in the domain."""
 
     def kind(dataset: Entry) -> tuple[str | None, str]:
         method = method_of(_made_from(records, dataset, Stage.SELECTION))
         return ArtifactName.parse(dataset["asset"]).domain, method
 
-    earlier = [e for e in records.lineage.newest_first() if e["recorded"] <= now["recorded"]]
-    datasets = [
-        e for e in earlier if ArtifactName.parse(e["asset"]).stage is Stage.FILTERED_DATASET
-    ]
-    mine = (e for e in datasets if e["asset"] == now["asset"])
-    others = (e for e in datasets if e["asset"] != now["asset"] and kind(e) == kind(now))
-    return next((e for e in mine if e["fingerprint"] != now["fingerprint"]), next(others, None))
+    versions = [e for asset in datasets for e in records.lineage.versions(asset)]
+    mine = [e for e in versions if e["asset"] == now["asset"]]
+    older = [e for e in mine if e["fingerprint"] != now["fingerprint"]]
+    others = [e for e in versions if e["asset"] != now["asset"]]
+    alike = [e for e in others if e["recorded"] <= now["recorded"] and kind(e) == kind(now)]
+    return older[-1] if older else max(alike, key=lambda e: str(e["recorded"]), default=None)
 
 
 def _version(records: Records, dataset: Entry) -> Version:
@@ -161,8 +160,8 @@ def _version(records: Records, dataset: Entry) -> Version:
 
 
 def _decides(of: ArtifactName, domain: str | None) -> bool:
-    """Whether what is so named decides a dataset of a domain, and does not follow from others."""
-    ours = of.domain in {None, domain} and of.stage not in FOLLOWING
+    """Whether what is so named decides datasets of a domain: a model, a shard, and so on."""
+    ours = of.domain in {None, domain} and of.stage in DECISIVE
     return ours and ShardKind.of(of.partition or "") is ShardKind.CORPUS
 
 
