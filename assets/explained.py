@@ -149,10 +149,10 @@ def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
 def _places(
     records: Records, where: str, wanted: Facts
 ) -> Iterator[tuple[list[Facts], Entry, str]]:
-    """Up to 3 documents that a condition holds for, by place, of what artifact, what they became.
+    """Look for documents place by place: up to 3 of each, the artifact, and what became of them.
 
-    First the score tables, as of UNKNOWN. With a file, then what its shards rejected. Then what
-    the tables do not hold, the newest first.
+    The score tables come first, with UNKNOWN as the artifact. With a file, what its shards rejected
+    is next. What the tables do not hold is last, from the newest artifact on.
     """
 
     def read(entry: Entry, table: str) -> list[Facts]:

@@ -154,8 +154,8 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
             cutoff = None if made["recipe"].get("batch") else version["cutoff"]
             margin = None if None in {place["score"], cutoff} else place["score"] - cutoff
             decided = {"decision": decision, "why": why, **place, "margin": margin}
-            made_of_it = datasets.get(position, [])
-            facts["selections"].append({**version, **decided, "datasets": made_of_it})
+            decided["datasets"] = datasets.get(position, [])
+            facts["selections"].append({**version, **decided})
     return found
 
 
@@ -178,7 +178,7 @@ def _never_asked(records: Records, selection: Entry, shard: str) -> tuple[str, s
 def _decision(
     selection: Entry, version: Facts, alike: bool, excluded: str | None, place: Facts
 ) -> tuple[str, str | None]:
-    """Decision and reason of a selection that was made over a sequence; no reason for a score."""
+    """Decision and reason of a selection over a sequence; None where the score is the reason."""
     method, score, cutoff = method_of(selection), place["score"], version["cutoff"]
     if place["rank"]:
         return "selected", None
@@ -226,8 +226,9 @@ def _datasets(
         folder = records.folder(made)
         facts = {k: made[k] for k in ("fingerprint", "recorded")} | {"path": str(folder)}
         facts["stands"] = stands(folder)
-        read = records.read(made, ROWS, 'position, "row"', MINE, **mine).rows()
-        rows = dict(read if facts["stands"] else ())
+        rows = {}
+        if facts["stands"]:
+            rows = dict(records.read(made, ROWS, 'position, "row"', MINE, **mine).rows())
         words = dict(leaks_of(records, name, made).filter(shard=shard).drop("shard").rows())
         trained = _trained(records, name, made, rows.values())
         for position, datasets in found.items():
@@ -282,7 +283,7 @@ def _trained(
 
 
 def checkpoints(records: Records) -> list[Facts]:
-    """The models that gave the losses in the tables, the prior first, and what they learned from.
+    """The models that gave the losses in the tables, the prior first.
 
     `trained_on` is followed back through the ledger.
     """

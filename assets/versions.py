@@ -60,9 +60,10 @@ FILE = """
 class Version:
     """A version of a filtered dataset.
 
-    `facts` are what --json prints of it. `inputs` are fingerprints of what decided it, by name;
-    `packed` are those of packed tokens, by shard. `chosen` are the sequences that its selection
-    chose, leaks too; `members` those that it holds or, where its folder is gone, was to hold.
+    `facts` are what `--json` prints of it. `inputs` are the fingerprints of what decided it, by
+    name; `packed` those of packed tokens, by shard; `tables` that of the score tables. `chosen` are
+    the sequences that its selection chose, leaks too; `members` those that the dataset holds or,
+    where its folder is gone, was to hold.
     """
 
     facts: Facts
@@ -91,7 +92,8 @@ def explain_dataset(records: Records, name: str) -> Facts:
     versions = [made["recorded"] for made in records.lineage.versions(current["asset"])]
     lists = ("inputs", "recipe", "entering", "leaving", "examples_entering", "examples_leaving")
     found = {"versions": versions, "now": now.facts, "last": None, **{n: [] for n in lists}}
-    return {**found, "both": 0, **(_changes(records, _version(records, last), now) if last else {})}
+    changes = _changes(records, _version(records, last), now) if last else {}
+    return {**found, "both": 0, **changes}
 
 
 def _arm(dataset: str) -> str:
@@ -107,17 +109,19 @@ def _made_from(records: Records, dataset: Entry, stage: Stage) -> Entry:
 
 def _last(records: Records, now: Entry, datasets: Sequence[str]) -> Entry | None:
     """The version before or, for an arm's first, the latest by its method in the domain."""
+    versions = [e for asset in datasets for e in records.lineage.versions(asset)]
+    mine = [e for e in versions if e["asset"] == now["asset"]]
+    older = [e for e in mine if e["fingerprint"] != now["fingerprint"]]
+    if older:
+        return older[-1]
 
     def kind(dataset: Entry) -> tuple[str | None, str]:
         method = method_of(_made_from(records, dataset, Stage.SELECTION))
         return ArtifactName.parse(dataset["asset"]).domain, method
 
-    versions = [e for asset in datasets for e in records.lineage.versions(asset)]
-    mine = [e for e in versions if e["asset"] == now["asset"]]
-    older = [e for e in mine if e["fingerprint"] != now["fingerprint"]]
-    others = [e for e in versions if e["asset"] != now["asset"]]
-    alike = [e for e in others if e["recorded"] <= now["recorded"] and kind(e) == kind(now)]
-    return older[-1] if older else max(alike, key=lambda e: str(e["recorded"]), default=None)
+    others = [e for e in versions if e not in mine and e["recorded"] <= now["recorded"]]
+    alike = [e for e in others if kind(e) == kind(now)]
+    return max(alike, key=lambda e: str(e["recorded"]), default=None)
 
 
 def _version(records: Records, dataset: Entry) -> Version:
