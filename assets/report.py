@@ -20,7 +20,7 @@ from assets.scores import boundary, overlays, refined_of
 from assets.targets import GROUP
 from colorfilter import report as method
 from colorfilter.recipe import Arm, Domain, Recipe
-from colorfilter.stages import ShardKind
+from colorfilter.stages import IN_CORPUS, ShardKind
 from colorfilter.tables import fetch
 from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu
@@ -265,9 +265,7 @@ def _colors(score_store: ScoreStore, domain: Domain, read: ReportInputs) -> dict
         "USING SAMPLE reservoir(20000 ROWS) REPEATABLE (0)"
     )
     with score_store.read(overlays(read.refined)) as connection:
-        corpus = fetch(
-            connection, query.format("NOT starts_with(shard, '_')"), {"domain": domain.name}
-        )
+        corpus = fetch(connection, query.format(IN_CORPUS), {"domain": domain.name})
         probe = fetch(
             connection,
             query.format("shard = $probe"),

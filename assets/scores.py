@@ -25,7 +25,7 @@ from colorfilter import drift, provenance
 from colorfilter.errors import InputError
 from colorfilter.figures import binned_scores
 from colorfilter.recipe import Domain, Recipe, Scoring
-from colorfilter.stages import ArtifactName, ShardKind, Stage
+from colorfilter.stages import IN_CORPUS, ArtifactName, ShardKind, Stage
 from colorfilter.tables import fetch_row
 from resources.artifacts import Artifact, ArtifactStore, Attempt
 from resources.gpu import Gpu, ScoreJob
@@ -373,7 +373,7 @@ def _domain_below_corpus(domain: Domain) -> dg.AssetChecksDefinition:
             probe, corpus = fetch_row(
                 connection,
                 "SELECT avg(color) FILTER (shard = $probe), "
-                "avg(color) FILTER (NOT starts_with(shard, '_')) FROM color WHERE domain = $domain",
+                f"avg(color) FILTER ({IN_CORPUS}) FROM color WHERE domain = $domain",
                 {"probe": ShardKind.PROBE.named(domain.name), "domain": domain.name},
             )
         known = probe is not None and corpus is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 
+from colorfilter.stages import IN_CORPUS
 from colorfilter.tables import fetch_row
 
 
@@ -71,11 +72,11 @@ def tokens_to_match(
     return TokensToMatch(endpoints[-1][0] / tokens, ">")
 
 
-PROBE = """
+PROBE = f"""
     WITH scored AS (
-        SELECT {score} AS score, shard = $probe AS is_probe
+        SELECT {{score}} AS score, shard = $probe AS is_probe
         FROM color
-        WHERE domain = $domain AND (shard = $probe OR NOT starts_with(shard, '_'))
+        WHERE domain = $domain AND (shard = $probe OR {IN_CORPUS})
     ),
     ranked AS (
         SELECT score, is_probe,

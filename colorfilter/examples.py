@@ -13,17 +13,18 @@ import duckdb
 import numpy as np
 import polars as pl
 
+from colorfilter.stages import IN_CORPUS
 from colorfilter.tables import fetch_frame, fetch_row
 from colorfilter.tokens import Encoder, open_tokens, token_ends
 
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2)
 
 # What could have been selected.
-CANDIDATES = """
+CANDIDATES = f"""
     candidates AS NOT MATERIALIZED (
         SELECT shard, position, color
         FROM color ANTI JOIN excluded USING (shard, position)
-        WHERE domain = $domain AND NOT starts_with(shard, '_')
+        WHERE domain = $domain AND {IN_CORPUS}
     )
 """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
+from colorfilter.stages import IN_CORPUS
 from colorfilter.tables import fetch, fetch_frame, fetch_row
 
 # Why a sequence is no candidate, by the reason in the table `excluded`.
@@ -22,30 +23,30 @@ EXCLUDED = {
 # carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
 # Only what repeats by a short hash is compared by sha256: memory does not hold every sha256.
 # A document that was forgotten has 0 characters (colorfilter.redaction).
-FORGOTTEN = """
+FORGOTTEN = f"""
     INSERT INTO excluded
     SELECT DISTINCT shard, position, 'forgotten'
     FROM spans JOIN documents USING (shard, doc_id)
-    WHERE NOT starts_with(shard, '_') AND n_chars = 0
+    WHERE {IN_CORPUS} AND n_chars = 0
 """
 
-PADDED = """
+PADDED = f"""
     INSERT INTO excluded
     SELECT shard, position, 'padded'
     FROM sequences ANTI JOIN excluded USING (shard, position)
-    WHERE NOT starts_with(shard, '_') AND n_tokens < $length
+    WHERE {IN_CORPUS} AND n_tokens < $length
 """
 
-COPIES = """
+COPIES = f"""
     INSERT INTO excluded
     WITH repeated AS (
         SELECT hash(sha256) AS short FROM documents
-        WHERE NOT starts_with(shard, '_')
+        WHERE {IN_CORPUS}
         GROUP BY short HAVING count(*) > 1
     ),
     copies AS (
         SELECT shard, doc_id FROM documents
-        WHERE NOT starts_with(shard, '_') AND hash(sha256) IN (FROM repeated)
+        WHERE {IN_CORPUS} AND hash(sha256) IN (FROM repeated)
         QUALIFY shard > min(shard) OVER (PARTITION BY sha256)
     )
     SELECT DISTINCT shard, position, 'copy'

@@ -11,6 +11,7 @@ import duckdb
 import polars as pl
 
 from colorfilter.errors import InputError
+from colorfilter.stages import IN_CORPUS
 from colorfilter.tables import fetch_frame, fetch_row
 
 # Lots are drawn by splitmix64 (Steele, Lea and Flood, 2014): a shard's sequences are a stream whose
@@ -42,22 +43,22 @@ DRAWN = f"""
     {KEYS},
     scores AS NOT MATERIALIZED (
         SELECT shard, position, {LOT} AS score FROM sequences JOIN keys USING (shard)
-        WHERE NOT starts_with(shard, '_')
+        WHERE {IN_CORPUS}
     )
 """
 
 # Scores of the corpus by method.
 SCORES = {
-    "color": """
+    "color": f"""
         scores AS NOT MATERIALIZED (
             SELECT shard, position, color AS score FROM color
-            WHERE domain = $domain AND NOT starts_with(shard, '_')
+            WHERE domain = $domain AND {IN_CORPUS}
         )
     """,
-    "conditional_only": """
+    "conditional_only": f"""
         scores AS NOT MATERIALIZED (
             SELECT shard, position, loss_conditional::DOUBLE AS score FROM color
-            WHERE domain = $domain AND NOT starts_with(shard, '_')
+            WHERE domain = $domain AND {IN_CORPUS}
         )
     """,
     "random": DRAWN,
@@ -232,9 +233,9 @@ SELECTION = """
 
 def count_candidates(connection: duckdb.DuckDBPyConnection) -> int:
     """How many sequences can be selected: those of the corpus that are not excluded."""
-    query = """
+    query = f"""
         SELECT count(*) - (SELECT count(*) FROM excluded)
-        FROM sequences WHERE NOT starts_with(shard, '_')
+        FROM sequences WHERE {IN_CORPUS}
     """
     return int(fetch_row(connection, query)[0])
 
@@ -325,9 +326,9 @@ def losses_of(
 
 def document_tokens(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
     """The corpus's documents by their number of tokens: shard, doc_id, n_tokens."""
-    query = """
+    query = f"""
         SELECT shard, doc_id, n_tokens FROM documents
-        WHERE NOT starts_with(shard, '_') AND n_tokens IS NOT NULL
+        WHERE {IN_CORPUS} AND n_tokens IS NOT NULL
     """
     return fetch_frame(connection, query, {})
 
