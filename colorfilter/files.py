@@ -43,6 +43,23 @@ def copy_file(source: Path, target: Path, progress: Progress = silent) -> str:
     return sha256.hexdigest()
 
 
+def link_folder(source: Path, target: Path, without: str) -> None:
+    """Make a folder of the files of another one, but for those of the name `without`.
+
+    The files get a second name; where the filesystem has no links they are copied. What was in
+    `target` is removed.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_link, ignore=shutil.ignore_patterns(without))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_atomically(temporary: Path, path: Path) -> None:
     """Flush a finished temporary file to disk and give it its name, in one step for readers."""
     with temporary.open("rb") as stream:

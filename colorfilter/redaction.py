@@ -9,7 +9,6 @@ import hashlib
 import html
 import os
 import re
-import shutil
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,15 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from colorfilter.documents import excerpt
+from colorfilter.files import link_folder
 from colorfilter.provenance import MANIFEST
 
 # A text is known by pieces of its letters and digits, of this length and this far apart. Whatever
 # shows 29 of its characters in a row shows a whole piece; a table in a report shows more.
 PIECE = 24
 APART = 6
+# What is in the columns of a redacted row; its ids and its place stay.
+EMPTY: dict[str, str | int] = {"text": "", "extra": "{}", "n_chars": 0, "quote": "", "excerpt": ""}
 ROWS = 2_048  # rows of a redacted table in a group: what is held in memory at a time
 
 
@@ -57,142 +59,107 @@ class Forgotten:
 
 def _condensed(text: str) -> str:
     """Letters and digits alone, without what escapes, markup and line breaks change."""
+
+    def letters(escaped: re.Match[str]) -> str:
+        return bytes.fromhex(re.sub(r"\\+u", "", escaped[0])).decode("utf-16-be", "replace")
+
+    text = re.sub(r"(?:\\+u[0-9a-fA-F]{4})+", letters, text)  # as JSON has what is not ASCII
     return re.sub(r"\\[nrt]|[\W_]", "", text)
 
 
 def holding_files(folder: Path, documents: Sequence[Forgotten]) -> list[str]:
     """Tables and packed tokens below a folder that hold documents, as paths relative to it."""
-    found: dict[Path, None] = {}
-    for table in sorted(folder.rglob("*.parquet")):
-        if any(_holds_in_table(table, document) for document in documents):
-            found[table] = None
-    for packed in sorted(spans.parent for spans in folder.rglob("spans.parquet")):
-        if any(_holds_in_tokens(packed, document) for document in documents):
-            found |= dict.fromkeys([packed / "tokens.npy", packed / "sequences.parquet"])
+    tables = sorted(folder.rglob("*.parquet"))
+    found = [table for table in tables if _redacted_table(table, documents)[1]]
+    for spans in sorted(folder.rglob("spans.parquet")):
+        if _redacted_tokens(spans.parent, documents)[1]:
+            found += [spans.with_name("tokens.npy"), spans.with_name("sequences.parquet")]
     return [str(file.relative_to(folder)) for file in found]
 
 
 def write_redacted(
     source: Path, target: Path, documents: Sequence[Forgotten], files: Collection[str]
-) -> None:
-    """Write a folder's content to another folder, without documents in `files`.
+) -> Collection[str]:
+    """Write a folder's content to another folder, without documents in `files`. Return `files`.
 
     `files` are those that `holding_files` gives. All others are linked, not copied. What an earlier
     attempt left in `target` is replaced.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    for file in sorted(p for p in source.rglob("*") if p.is_file() and p.name != MANIFEST):
-        name = str(file.relative_to(source))
-        new = target / name
-        new.parent.mkdir(parents=True, exist_ok=True)
-        if name not in files:
-            _link(file, new)
-        elif file.name == "tokens.npy":
-            _redact_tokens(file.parent, new.parent, documents)
-        elif file.name != "sequences.parquet":  # written with its tokens
-            _redact_table(file, new, documents)
-    for name in files:  # for the original is removed when these are on the disk
-        with (target / name).open("rb") as written:
+    link_folder(source, target, without=MANIFEST)
+    for name in files:
+        old, new = source / name, target / name
+        new.unlink()  # a second name of the old file
+        if old.name == "tokens.npy":
+            np.save(new, _redacted_tokens(old.parent, documents)[0])
+        elif old.name == "sequences.parquet":
+            _redacted_sequences(old.parent, documents).write_parquet(new, compression="zstd")
+        else:
+            table, _ = _redacted_table(old, documents)
+            table.sink_parquet(new, compression="zstd", row_group_size=ROWS)
+        with new.open("rb") as written:  # on the disk before the original is removed
             os.fsync(written.fileno())
+    return files
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the filesystem has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _holds_in_table(table: Path, document: Forgotten) -> bool:
-    """Whether a Parquet table has rows with the text, a quote or the beginning of it."""
-    rule = _rule(table, document)
-    if rule is None:
-        return False
-    return bool(pl.scan_parquet(table).filter(rule[0]).select(pl.len()).collect().item())
-
-
-def _redact_table(table: Path, target: Path, documents: Sequence[Forgotten]) -> None:
-    """Write a table with those rows' text, quote or excerpt empty, and all else as it is."""
-    content = pl.scan_parquet(table)
-    for document in documents:
-        if rule := _rule(table, document):
-            rows, empty = rule
-            content = content.with_columns(
-                pl.when(rows).then(value).otherwise(pl.col(c)).alias(c)
-                for c, value in empty.items()
-            )
-    content.sink_parquet(target, compression="zstd", row_group_size=ROWS)
-
-
-def _rule(table: Path, document: Forgotten) -> tuple[pl.Expr, dict[str, pl.Expr]] | None:
-    """Which rows of a table hold the text, and what their columns become."""
-    names = set(pq.read_schema(table).names)
-    nothing = pl.lit("", dtype=pl.String)
-    ids = pl.col("doc_id").is_in(sorted(document.doc_ids))
-    if {"sha256", "text", "n_chars"} <= names:
-        rows = (pl.col("sha256") == document.sha256) & (pl.col("n_chars") > 0)
-        gone = {"text": nothing, "extra": pl.lit("{}"), "n_chars": pl.lit(0, dtype=pl.Int64)}
-        return rows, gone
-    if {"doc_id", "quote", "protected"} <= names:
-        quotes = ids | pl.col("protected").is_in(sorted(document.places))
-        return quotes & (pl.col("quote") != ""), {"quote": nothing}
-    if {"doc_id", "excerpt"} <= names:
-        return ids & (pl.col("excerpt") != ""), {"excerpt": nothing}
-    if {"reason", "excerpt"} <= names and document.text:
-        return pl.col("excerpt") == excerpt(document.text), {"excerpt": nothing}
-    return None
+def _redacted_table(table: Path, documents: Sequence[Forgotten]) -> tuple[pl.LazyFrame, bool]:
+    """A table without texts, quotes and excerpts of documents, and whether it had any."""
+    content, columns = pl.scan_parquet(table), set(pq.read_schema(table).names)
+    empty = {column: value for column, value in EMPTY.items() if column in columns}
+    if not empty:
+        return content, False
+    known = {
+        "sha256": {document.sha256 for document in documents},
+        "doc_id": {doc_id for document in documents for doc_id in document.doc_ids},
+        "protected": {place for document in documents for place in document.places},
+        "excerpt": {excerpt(document.text) for document in documents if document.text},
+    }
+    mine = (pl.col(column).is_in(known[column]) for column in known if column in columns)
+    full = (pl.col(column) != value for column, value in empty.items())
+    rows = pl.any_horizontal(pl.lit(False), *mine) & pl.any_horizontal(*full)
+    redacted = content.with_columns(
+        pl.when(rows).then(pl.lit(value)).otherwise(pl.col(column)).alias(column)
+        for column, value in empty.items()
+    )
+    return redacted, content.select(rows.any()).collect().item()
 
 
 def touched_sequences(packed: Path, document: Forgotten) -> pl.DataFrame:
     """The sequences of a folder of packed tokens that carry a piece: position, sha256."""
-    spans = pl.scan_parquet(packed / "spans.parquet")
-    mine = spans.filter(pl.col("doc_id").is_in(sorted(document.doc_ids)))
-    sequences = pl.scan_parquet(packed / "sequences.parquet").select("position", "sha256")
-    return sequences.join(mine, on="position", how="semi").sort("position").collect()
+    sequences = pl.read_parquet(packed / "sequences.parquet", columns=["position", "sha256"])
+    return sequences.join(_spans(packed, [document]), on="position", how="semi").sort("position")
 
 
-def _holds_in_tokens(packed: Path, document: Forgotten) -> bool:
-    """Whether a folder of packed tokens (colorfilter.tokens) has tokens of the text."""
-    tokens = np.load(packed / "tokens.npy", mmap_mode="r")
-    end_of_text, pieces = _pieces(packed, tokens, document)
-    return any((tokens[place] != end_of_text).any() for place in pieces)
-
-
-def _redact_tokens(packed: Path, target: Path, documents: Sequence[Forgotten]) -> None:
-    """Write packed tokens with the documents' replaced by end-of-text, and the new sha256."""
-    shutil.copyfile(packed / "tokens.npy", target / "tokens.npy")
-    tokens = np.load(target / "tokens.npy", mmap_mode="r+")
-    changed: set[int] = set()
-    for document in documents:
-        end_of_text, pieces = _pieces(packed, tokens, document)
-        for position, where in pieces:
-            tokens[position, where] = end_of_text
+def _redacted_tokens(packed: Path, documents: Sequence[Forgotten]) -> tuple[np.ndarray, Set[int]]:
+    """Packed tokens with the documents' replaced by end-of-text, and the positions that changed."""
+    tokens = np.load(packed / "tokens.npy", mmap_mode="c")  # changed in memory, not in the file
+    spans = _spans(packed, documents).select("position", "offset", "n_tokens").rows()
+    changed = set()
+    if spans:
+        position, offset, n = spans[-1]
+        end_of_text = tokens[position, offset + n - 1]  # it closes every document
+    for position, offset, n in spans:
+        piece = tokens[position, offset : offset + n]
+        if (piece != end_of_text).any():
+            piece[:] = end_of_text
             changed.add(position)
-    tokens.flush()
+    return tokens, changed
+
+
+def _redacted_sequences(packed: Path, documents: Sequence[Forgotten]) -> pl.DataFrame:
+    """The table of packed sequences with the sha256 of those that changed."""
+    tokens, changed = _redacted_tokens(packed, documents)
     rows = pl.read_parquet(packed / "sequences.parquet")
-    sha256 = [
-        hashlib.sha256(tokens[position][:n].astype("<u4").tobytes()).hexdigest()
+    sha256 = {
+        position: hashlib.sha256(tokens[position, :n].astype("<u4").tobytes()).hexdigest()
+        for position, n in rows.select("position", "n_tokens").iter_rows()
         if position in changed
-        else was
-        for position, n, was in rows.select("position", "n_tokens", "sha256").iter_rows()
-    ]
-    rows.with_columns(sha256=pl.Series(sha256, dtype=pl.String)).write_parquet(
-        target / "sequences.parquet", compression="zstd"
-    )
+    }
+    now = pl.col("position").replace_strict(sha256, default=pl.col("sha256"))
+    return rows.with_columns(sha256=now)
 
 
-def _pieces(
-    packed: Path, tokens: np.ndarray, document: Forgotten
-) -> tuple[int, list[tuple[int, slice]]]:
-    """The end-of-text token, which closes every document, and where the text's tokens are."""
-    spans = (
-        pl.scan_parquet(packed / "spans.parquet")
-        .filter(pl.col("doc_id").is_in(sorted(document.doc_ids)))
-        .sort("doc_id", "doc_start")
-        .select("position", "offset", "n_tokens")
-        .collect()
-    )
-    pieces = [(p, slice(offset, offset + n)) for p, offset, n in spans.iter_rows()]
-    end_of_text = int(tokens[pieces[-1]][-1]) if pieces else 0
-    return end_of_text, pieces
+def _spans(packed: Path, documents: Sequence[Forgotten]) -> pl.DataFrame:
+    """Where packed tokens have pieces of documents. The last of them closes its document."""
+    ids = {doc_id for document in documents for doc_id in document.doc_ids}
+    spans = pl.scan_parquet(packed / "spans.parquet").filter(pl.col("doc_id").is_in(ids))
+    return spans.sort("doc_id", "doc_start").collect()

@@ -7,9 +7,8 @@ from pathlib import Path
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.files import lock
+from colorfilter.files import link_folder, lock
 from colorfilter.provenance import MANIFEST, read_manifest
-from colorfilter.redaction import write_redacted
 from colorfilter.tables import fetch
 from resources.artifacts import ArtifactStore
 from resources.databases import attach, next_version
@@ -78,7 +77,7 @@ def _replace_amended(home: Home) -> None:
 
 
 def _link_all(changed: list[str], old: Path, new: Path) -> list[str]:
-    write_redacted(old, new, [], [])
+    link_folder(old, new, without=MANIFEST)
     return changed
 
 

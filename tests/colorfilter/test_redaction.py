@@ -207,3 +207,13 @@ def test_a_forgotten_text_is_not_read_again(raw: Path, tmp_path: Path) -> None:
         (4, "forgotten", ""),
         (10, "forgotten", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["Ни слова по-английски в этом тексте", "".join(map(chr, range(0x10400, 0x1041A)))]
+)
+def test_a_text_without_ascii_is_found_in_json_within_json(text: str) -> None:
+    gone = Forgotten("", set(), set(), text)
+    assert gone.is_shown_in(json.dumps({"a": text}))
+    assert gone.is_shown_in(json.dumps([json.dumps({"a": text})]))
+    assert not gone.is_shown_in(json.dumps({"a": "\u0430" * 40}))
