@@ -26,7 +26,7 @@ from colorfilter.parquet import TableWriter
 from colorfilter.recipe import Recipe
 from colorfilter.stages import ShardKind
 from resources.artifacts import Artifact, ArtifactStore
-from resources.tombstones import unwanted_texts
+from resources.exclusions import unwanted_texts
 
 GROUP = "corpus"
 

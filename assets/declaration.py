@@ -11,7 +11,7 @@ import dagster as dg
 from assets.common import ONE_RUN, OWNERS, SHARDS
 from colorfilter import provenance
 from resources.artifacts import Artifact, ArtifactStore, Work
-from resources.tombstones import FORGOTTEN, tombstones_of_sequences
+from resources.exclusions import EXCLUSION, exclusions
 
 
 class Shards(Enum):
@@ -140,15 +140,12 @@ class Declaration:
         )
 
     def exclusions(self, artifacts: ArtifactStore) -> list[Artifact]:
-        """What must never be selected: an input of every asset that selects.
-
-        These are tombstones of documents that were forgotten.
-        """
-        return tombstones_of_sequences(artifacts)
+        """What must never be selected: an input of every asset that selects."""
+        return exclusions(artifacts)
 
     def _require(self, asset: str) -> None:
-        # Part of an artifact is named by its asset and a folder; a forgotten document is no asset.
-        declared = {read.asset for read in self.reads} | {FORGOTTEN, self.name}
+        # Part of an artifact is named by its asset and a folder; an exclusion is no asset.
+        declared = {read.asset for read in self.reads} | {EXCLUSION, self.name}
         if asset not in declared and asset.rpartition("/")[0] not in declared:
             raise ValueError(f"{self.name} reads {asset}, which its declaration does not name")
 

@@ -14,7 +14,7 @@ from colorfilter.corpus import pack_shard
 from colorfilter.errors import InputError
 from colorfilter.recipe import Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore
-from resources.tombstones import unwanted_texts
+from resources.exclusions import unwanted_texts
 
 
 def domain_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:

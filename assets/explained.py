@@ -13,8 +13,8 @@ from assets.versions import explain_dataset
 from colorfilter.errors import InputError
 from colorfilter.score_tables import EXCLUDED
 from colorfilter.stages import IN_CORPUS, ArtifactName, ShardKind, Stage
+from resources.exclusions import tombstones
 from resources.ledger import Entry
-from resources.tombstones import tombstones
 
 PLACE = re.compile(r"(.+):(\d+)")
 DOC_ID = re.compile(r"[0-9a-f]{6,20}")

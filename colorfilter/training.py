@@ -276,7 +276,7 @@ class Run:
         """Fix a step's random numbers.
 
         On the device that is used alone: torch.manual_seed notes the call for every other kind,
-        with a trace of the stack, which takes time and is never forgotten.
+        with a trace of the stack, which takes time and is kept for good.
         """
         seed = self.spec.seed * 1_000_003 + step + self.group.rank * 2**40
         if self.device.type in {"cuda", "mps"}:

@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 
 from resources.artifacts import Artifact, ArtifactStore
+from resources.exclusions import EXCLUSION
 from resources.score_store import ScoreStore
-from resources.tombstones import FORGOTTEN
 
 # By step, the assets that were read; a step makes one asset, or several together.
 Reads = dict[tuple[str, ...], set[str]]
@@ -53,7 +53,7 @@ def recorded(path: Path) -> Reads:
     reads: Reads = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         step, asset = json.loads(line)
-        if asset not in {*step, FORGOTTEN}:
+        if asset not in {*step, EXCLUSION}:
             reads.setdefault(tuple(step), set()).add(asset)
     return reads
 

@@ -9,8 +9,8 @@ import pytest
 from assets.declaration import Declaration, Read, Shards, asset
 from pipelines.graph import build_definitions
 from resources.artifacts import Artifact, ArtifactStore, Work
+from resources.exclusions import EXCLUSION
 from resources.home import Home
-from resources.tombstones import FORGOTTEN
 from tests.conftest import Project
 from tests.reads import assert_declared, recorded
 
@@ -106,7 +106,7 @@ def test_what_is_not_declared_is_not_read(store: ArtifactStore) -> None:
 
 def test_a_part_of_an_input_and_a_forgotten_document_are_declared(store: ArtifactStore) -> None:
     part = made(store, "tokenizer").part("tokens")
-    gone = made(store, FORGOTTEN, "0123")
+    gone = made(store, EXCLUSION, "0123")
     assert DECLARED.work([part, gone]).inputs == [part, gone]
 
 

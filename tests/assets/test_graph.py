@@ -17,7 +17,7 @@ from colorfilter.stages import Stage
 from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path
 from resources.artifacts import RECIPE
-from resources.tombstones import FORGOTTEN
+from resources.exclusions import EXCLUSION
 from tests.conftest import recipe_facts
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
@@ -118,4 +118,4 @@ def test_a_domain_cannot_have_the_name_of_an_asset() -> None:
     domains = {"reference", "quiz"}
     assert domains < names
     assert names - domains <= set(Stage)
-    assert {RECIPE, FORGOTTEN} <= set(Stage)
+    assert {RECIPE, EXCLUSION} <= set(Stage)
