@@ -101,7 +101,7 @@ def forget(
         with show_progress(console) as listener:
             failure = execute(plan, place, listener, settings.Job.REFRESH)
         if failure:
-            raise InputError(f"forgotten, but not selected anew: {failure.message}")
+            raise InputError(f"the text is gone, but nothing was selected anew: {failure.message}")
     for found in surveys:
         for at in sorted(found.document.places):
             console.print(f"still in its source, take it out there: {at}", soft_wrap=True)
