@@ -21,8 +21,8 @@ from colorfilter.documents import excerpt
 from colorfilter.files import link_folder
 from colorfilter.provenance import MANIFEST
 
-# A text is known by pieces of its letters and digits, of this length and this far apart. Whatever
-# shows 29 of its characters in a row shows a whole piece; a table in a report shows more.
+# A text is known by its pieces of this many letters and digits. A page is looked at in places this
+# far apart: what shows 29 of its characters in a row is found; a table in a report shows more.
 PIECE = 24
 APART = 6
 # What is in the columns of a redacted row; its ids and its place stay.
@@ -45,16 +45,25 @@ class Forgotten:
         if size < PIECE:  # too common to be looked for within others
             cells = re.split(r"<[^>]*>|[\n|`]", page)
             return any(_condensed(html.unescape(cell)) in pieces for cell in cells if size)
-        # With what is in angle brackets, for it may be no markup, and without it.
-        pages = [_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))]
-        return any(p[i : i + size] in pieces for p in pages for i in range(len(p) - size + 1))
+        apart = min(APART, len(pieces))  # so that one of few pieces is at such a place as well
+        return any(
+            form[i : i + size] in pieces
+            for form in _forms(page)
+            for i in range(0, len(form), apart)
+        )
 
     @functools.cached_property
     def _pieces(self) -> tuple[int, Set[str]]:
         """How long the pieces are that the text is known by, and the pieces."""
         known = _condensed(self.text or "")
         size = min(PIECE, len(known))
-        return size, {known[i : i + size] for i in range(0, len(known) - size + 1, APART)}
+        return size, {known[i : i + size] for i in range(len(known) - size + 1)}
+
+
+@functools.lru_cache(maxsize=1)  # the next document is looked for in the same page
+def _forms(page: str) -> Set[str]:
+    """A page condensed, with what is in angle brackets, for it may be no markup, and without it."""
+    return {_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))}
 
 
 def _condensed(text: str) -> str:
@@ -64,7 +73,7 @@ def _condensed(text: str) -> str:
         return bytes.fromhex(re.sub(r"\\+u", "", escaped[0])).decode("utf-16-be", "replace")
 
     text = re.sub(r"(?:\\+u[0-9a-fA-F]{4})+", letters, text)  # as JSON has what is not ASCII
-    return re.sub(r"\\[nrt]|[\W_]", "", text)
+    return re.sub(r"(?:\\[nrt]|[\W_])+", "", text)
 
 
 def holding_files(folder: Path, documents: Sequence[Forgotten]) -> list[str]:

@@ -26,11 +26,11 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
     server.
     """
     storage = folder / "storage"
-    logs = [file for file in showing(folder.rglob("*"), shows) if ".db" not in file.name]
+    logs = list(showing((f for f in folder.rglob("*") if ".db" not in f.name), shows))
     runs = {file.relative_to(storage).parts[0] for file in logs if storage in file.parents}
     with dg.DagsterInstance.from_config(str(folder)) as instance:
-        for connection in _databases(instance):
-            runs |= {row["run_id"] for _, row in _rows(connection, shows) if row.get("run_id")}
+        found = {c.engine.url: list(_rows(c, shows)) for c in _databases(instance)}
+        runs |= {row["run_id"] for rows in found.values() for _, row in rows if row.get("run_id")}
         known = runs & {run.run_id for run in instance.get_runs()}
         for run_id in known:
             instance.delete_run(run_id)
@@ -39,7 +39,7 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
             shutil.rmtree(storage / run_id, ignore_errors=True)
         # Kept apart from runs: the last event of an asset, results of checks, ticks.
         for connection in _databases(instance):
-            for table, row in list(_rows(connection, shows)):
+            for table, row in found.get(connection.engine.url, ()):
                 identity = (column == row[column.name] for column in table.primary_key)
                 connection.execute(table.delete().where(*identity))
     for file in logs:

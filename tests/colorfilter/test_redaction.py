@@ -182,6 +182,13 @@ def test_any_thirty_letters_in_a_row_show_a_text() -> None:
         assert gone.is_shown_in(f"| 12 | {text[start : start + 30]} | 0.5 |")
 
 
+def test_a_text_hardly_longer_than_a_piece_is_shown_as_a_whole() -> None:
+    for size in range(24, 31):
+        text = "".join(random.Random(size).choices(string.ascii_letters, k=size))
+        gone = Forgotten("", set(), set(), text)
+        assert all(gone.is_shown_in(f"{'x' * before}{text}{'x' * 9}") for before in range(12))
+
+
 def test_a_short_text_is_shown_as_a_whole_and_an_unknown_one_never() -> None:
     short = Forgotten("", set(), set(), "Hi there")
     assert short.is_shown_in("excerpt | Hi there! | 7")
