@@ -34,6 +34,8 @@ Shows = Callable[[str], bool]
 TEXTS = {Stage.RAW_CORPUS, Stage.SAMPLE_PLAN, Stage.DOMAIN_TEXT}  # those that have texts themselves
 PAGES = {".html", ".md"}
 BINARY = {".npy", ".parquet", ".safetensors"}
+BLOCK = 1 << 24  # characters of a file that are searched at a time
+OVERLAP = 4_096  # of blocks, more than a shown piece of a text takes
 TOUCHED = {"shard": pl.String, "position": pl.Int64, "sha256": pl.String}
 COLUMNS = """
     SELECT table_name, column_name FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (table_oid)
@@ -167,9 +169,13 @@ def showing(files: Iterable[Path], shows: Shows) -> Iterator[Path]:
 
 
 def _strings(file: Path) -> Iterator[str]:
-    """The content of a file; of a DuckDB database each column of strings."""
+    """The content of a file in overlapping blocks; of a DuckDB database each column of strings."""
     if file.suffix != ".duckdb" or not file.stat().st_size:  # its lock has the same name
-        yield file.read_text(encoding="utf-8", errors="ignore")
+        with file.open(encoding="utf-8", errors="ignore") as stream:
+            last = ""
+            while block := stream.read(BLOCK):
+                yield last + block
+                last = block[-OVERLAP:]
         return
     with duckdb.connect(str(file), read_only=True) as connection:
         for table, column in fetch(connection, COLUMNS):

@@ -40,8 +40,7 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
         # Kept apart from runs: the last event of an asset, results of checks, ticks.
         for connection in _databases(instance):
             for table, row in found.get(connection.engine.url, ()):
-                identity = (column == row[column.name] for column in table.primary_key)
-                connection.execute(table.delete().where(*identity))
+                connection.execute(table.delete().where(*(c == row[c.name] for c in _keys(table))))
     for file in logs:
         file.unlink(missing_ok=True)
     for database in folder.rglob("*.db"):  # SQLite leaves what is deleted in free pages
@@ -65,12 +64,18 @@ def _databases(instance: dg.DagsterInstance) -> Iterator[db.Connection]:
                 yield connection
 
 
+def _keys(table: db.Table) -> list[db.Column[Any]]:
+    """The columns that tell a row from others."""
+    return list(table.primary_key) or list(table.columns)
+
+
 def _rows(connection: db.Connection, shows: Shows) -> Iterator[tuple[db.Table, db.RowMapping]]:
     """Rows of a database that show a text, each with its table."""
     schema = db.MetaData()
     schema.reflect(connection)
     for table in schema.sorted_tables:
-        columns = [c for c in table.columns if c.primary_key or isinstance(c.type, db.String)]
+        keys = {column.name for column in _keys(table)}
+        columns = [c for c in table.columns if c.name in keys or isinstance(c.type, db.String)]
         for row in connection.execute(db.select(*columns)).mappings():
             strings = [value for value in row.values() if isinstance(value, str)]
             strings += [part for s in strings for part, key in STRING.findall(s) if not key]

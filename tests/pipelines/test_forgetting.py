@@ -22,6 +22,7 @@ from colorfilter import provenance
 from colorfilter.errors import InputError, UnreachableError
 from colorfilter.files import lock
 from colorfilter.order import training_order
+from colorfilter.redaction import Forgotten
 from colorfilter.sharing import Shared
 from colorfilter.storage import names
 from pipelines.forgetting import forget as take_out
@@ -473,6 +474,10 @@ def test_what_dagster_keeps_apart_from_runs_goes(project: Project) -> None:
         for error in (quote, "another error"):
             query = f"INSERT INTO job_ticks {columns} VALUES ({tick}, ?)"
             connection.execute(query, [json.dumps({"error": {"message": error}})])
+        connection.execute("CREATE TABLE without_key (number INTEGER, words TEXT)")
+        connection.executemany(
+            "INSERT INTO without_key VALUES (?, ?)", [(1, quote), (1, None), (None, "another")]
+        )
     told = {path.name for path in telling(project.home.root, own) if dagster in path.parents}
     assert told >= {"index.db", "schedules.db", "step.err", "event.log"}
     forget(project, gone["doc_id"])
@@ -480,6 +485,8 @@ def test_what_dagster_keeps_apart_from_runs_goes(project: Project) -> None:
     assert not log.parent.exists()
     with contextlib.closing(sqlite3.connect(ticks)) as connection:
         kept_ticks = connection.execute("SELECT tick_body FROM job_ticks").fetchall()
+        others = connection.execute("SELECT * FROM without_key")
+        assert others.fetchall() == [(1, None), (None, "another")]
     assert kept_ticks == [('{"error": {"message": "another error"}}',)]
     with dg.DagsterInstance.from_config(str(dagster)) as instance:
         checks = instance.event_log_storage
@@ -487,6 +494,20 @@ def test_what_dagster_keeps_apart_from_runs_goes(project: Project) -> None:
         assert checks.get_asset_check_execution_history(key, limit=5)
         assert len(instance.get_runs()) < kept
     assert lines(project) == []
+
+
+def test_a_large_file_is_searched_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgetting, "BLOCK", 100)
+    monkeypatch.setattr(forgetting, "OVERLAP", 40)
+    piece = "".join(map(chr, range(65, 65 + 26)))
+    gone = Forgotten("", set(), set(), piece)
+    for before in range(80, 120):
+        (tmp_path / f"{before}.log").write_text("." * before + piece + "." * 300)
+    (tmp_path / "other.log").write_text("." * 500)
+    found = list(forgetting.showing(tmp_path.iterdir(), forgetting.any_of([gone])))
+    assert found == sorted(tmp_path.glob("[0-9]*"))
 
 
 @pytest.mark.parametrize(
