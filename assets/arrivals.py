@@ -5,6 +5,7 @@ from typing import NamedTuple
 import dagster as dg
 
 from assets.declaration import Declaration, Read
+from colorfilter.errors import InputError
 from colorfilter.files import lock
 from colorfilter.recipe import Recipe
 from colorfilter.shards import Shard, list_files, plan_shards, with_vanished
@@ -25,8 +26,17 @@ def raw_corpus_declaration(recipe: Recipe) -> Declaration:
 
 
 def reading(recipe: Recipe, shard: Shard) -> Work:
-    """What is to be done to read a shard."""
-    source = next(s for s in recipe.corpus.sources if s.name == shard.files[0].source)
+    """What is to be done to read a shard.
+
+    Raises InputError for a shard of a source that the recipe no longer has.
+    """
+    name = shard.files[0].source
+    source = next((s for s in recipe.corpus.sources if s.name == name), None)
+    if source is None:
+        raise InputError(
+            f"shard {shard.name}: is of the source '{name}', which the recipe no longer has; "
+            "`colorfilter run` retires it, and so does the sensor `arrivals`"
+        )
     read = source.model_dump(include={"name", "format", "text_field"})
     files = [[f.path, f.size, f.version] for f in shard.files]
     return raw_corpus_declaration(recipe).work([], shard.name, settings={**read, "files": files})

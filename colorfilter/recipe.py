@@ -328,9 +328,6 @@ class Recipe(Section):
             )
         return self
 
-    def domain(self, name: str) -> Domain:
-        return next(d for d in self.domains if d.name == name)
-
     def arm(self, name: str) -> Arm:
         return next(a for a in self.arms if a.name == name)
 

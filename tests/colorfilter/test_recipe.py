@@ -24,7 +24,7 @@ def test_a_valid_recipe_loads_with_its_values_and_defaults(tmp_path: Path) -> No
     assert recipe.seed == 0
     assert recipe.scoring.precision == "float32"
     assert recipe.evaluation.random_multiples == [1.0, 1.5, 2.0]
-    assert recipe.domain("books").held_out == 0.15
+    assert {d.name: d for d in recipe.domains}["books"].held_out == 0.15
     assert [a.name for a in recipe.arms] == ["color_tau8", "random"]
     assert recipe.arm("random").tau is None
 

@@ -7,6 +7,7 @@ import dagster as dg
 import fsspec
 import pytest
 
+from assets.arrivals import reading
 from assets.common import SHARDS
 from colorfilter.errors import InputError
 from colorfilter.files import lock
@@ -119,6 +120,19 @@ def test_arrivals_become_shards_once(movable: Project, tmp_path: Path) -> None:
         cursor, words = look(movable, instance, cursor)
         assert words == "0 new shards, 1 retired"
         assert planned(movable) == standing
+
+
+def test_a_shard_of_a_source_that_the_recipe_no_longer_has_is_refused_until_it_is_retired(
+    movable: Project,
+) -> None:
+    (source,) = movable.facts["corpus"]["sources"]
+    movable.facts["corpus"]["sources"] = [{**source, "name": "other"}]
+    movable.write()
+    with pytest.raises(InputError, match="of the source 'code', which the recipe no longer has"):
+        reading(movable.recipe, movable.home.shards()[0])
+    with dg.DagsterInstance.get() as instance:
+        _, words = look(movable, instance)
+    assert words == "6 new shards, 6 retired"
 
 
 def test_what_has_vanished_is_told_and_kept(
