@@ -8,11 +8,11 @@ from typing import Any
 
 import dagster as dg
 
+from colorfilter.compute.local_pool import Workers, cores
+from colorfilter.config.recipe import Recipe
 from colorfilter.errors import InputError
-from colorfilter.files import require_space
-from colorfilter.recipe import Recipe
 from colorfilter.stages import ShardKind
-from colorfilter.workers import Workers, cores
+from colorfilter.storage.files import require_space
 from resources.artifacts import Artifact, ArtifactStore, Work
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")

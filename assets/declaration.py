@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from assets.common import ONE_RUN, OWNERS, SHARDS
-from colorfilter import provenance
+from colorfilter.storage import manifest
 from resources.artifacts import Artifact, ArtifactStore, Work
 from resources.exclusions import EXCLUSION, exclusions
 
@@ -75,7 +75,7 @@ class Declaration:
     def code_version(self) -> str:
         """Dagster's code version: `code`, and a hash of what else decides the content."""
         names = [read.asset for read in self.inputs]
-        decides = provenance.canonical_json([names, self.settings, self.seed, self.precision])
+        decides = manifest.canonical_json([names, self.settings, self.seed, self.precision])
         return f"{self.code}-{hashlib.sha256(decides.encode()).hexdigest()[:10]}"
 
     @property

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 import psutil
 
-from colorfilter import chunks
+from colorfilter.scoring import chunks
 
 LENGTH, VOCABULARY = 512, 16_384
 CONFIG = {
@@ -38,11 +38,11 @@ WAYS = [("local", 1), ("local", 2), ("ray", 1), ("ray", 2)]
 
 def write_work(root: Path, chunks: int) -> int:
     """A model and tokens for so many chunks under the home `root`; returns its parameters."""
-    from colorfilter import models
-    from colorfilter.chunks import chunk_sequences
-    from colorfilter.recipe import Model
+    from colorfilter.config.recipe import Model
+    from colorfilter.models import checkpoints
+    from colorfilter.scoring.chunks import chunk_sequences
 
-    built = models.build(Model(type="gpt_neox", config=CONFIG), VOCABULARY, LENGTH, 0)
+    built = checkpoints.build(Model(type="gpt_neox", config=CONFIG), VOCABULARY, LENGTH, 0)
     built.save_pretrained(root / "model")
     parameters = sum(p.numel() for p in built.parameters())
     n = chunks * chunk_sequences(parameters, LENGTH, "cpu")
@@ -97,7 +97,7 @@ def nothing(_what: str) -> None:
 
 def many(n: int) -> None:
     """So many calls that do nothing."""
-    from colorfilter.cluster import Cluster, connected
+    from colorfilter.compute.ray_pool import Cluster, connected
 
     with connected(None):
         calls = [(f"chunk {i}",) for i in range(n)]

@@ -21,8 +21,8 @@ import polars as pl
 from scale import LENGTH, make
 from selection import alone
 
-from colorfilter.dataset import write_selected_text, write_tokens
-from colorfilter.leakage import without_leaks
+from colorfilter.selection.dataset import write_selected_text, write_tokens
+from colorfilter.selection.decontamination import without_leaks
 from resources.score_parts import Part
 
 SHARDS, CHARS = 16, 4

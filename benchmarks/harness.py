@@ -23,8 +23,9 @@ import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wa
 # isort: split
 import torch
 
-from colorfilter import body, harness, models
-from colorfilter.tokens import Encoder
+from colorfilter.data.tokens import Encoder
+from colorfilter.evaluation import harness
+from colorfilter.models import attention, checkpoints
 from resources.artifacts import ArtifactStore
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     folder = (options.out or Path(mkdtemp())).resolve()
     folder.mkdir(parents=True, exist_ok=True)
 
-    model = body.prepare(models.load(checkpoint), torch.device("cpu"))
+    model = attention.prepare(checkpoints.load(checkpoint), torch.device("cpu"))
     scored = harness.ScoredModel(model, Encoder(checkpoint))
     ours = harness.evaluate(scored, items)
     names = list(harness.write_tasks(items, folder, scored.fits))

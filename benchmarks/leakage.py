@@ -9,10 +9,10 @@ import argparse
 import resource
 import time
 
-from colorfilter.documents import Document, read_file
-from colorfilter.leakage import Protected, search
-from colorfilter.recipe import Source
-from colorfilter.shards import list_files
+from colorfilter.config.recipe import Source
+from colorfilter.data.documents import Document, read_file
+from colorfilter.data.shards import list_files
+from colorfilter.selection.decontamination import Protected, search
 
 
 def documents(files: str) -> list[dict[str, str]]:

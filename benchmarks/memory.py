@@ -106,7 +106,7 @@ def main() -> None:
             root = Path(scratch)
             chars = write_corpus(data, root / "corpus", copies, every)
             (root / "recipe.yaml").write_text(yaml.safe_dump(recipe(root / "corpus", data)))
-            command = [sys.executable, "-m", "pipelines.cli", "run", "--recipe"]
+            command = [sys.executable, "-m", "commands.cli", "run", "--recipe"]
             command += [str(root / "recipe.yaml"), "--home", str(root / "home")]
             peak, seconds = peak_memory(command)
         first = first or peak

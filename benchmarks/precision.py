@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from colorfilter import body, models
-from colorfilter.device import multiplies
-from colorfilter.refinement import RADIUS
-from colorfilter.scoring import Scorer, sequence_losses
-from colorfilter.tokens import open_tokens, real_tokens
+from colorfilter.compute.worker_calls import multiplies
+from colorfilter.data.tokens import open_tokens, real_tokens
+from colorfilter.models import attention, checkpoints
+from colorfilter.scoring.scoring import Scorer, sequence_losses
+from colorfilter.selection.refinement import RADIUS
 from resources.artifacts import ArtifactStore
 
 TAUS = (7, 16, 64)
@@ -37,9 +37,11 @@ Loss = Callable[[np.ndarray], np.ndarray]
 def ours(checkpoint: Path, precision: str, kernel: str = "chunked") -> Loss:
     """Losses of rows [n, T] as the pipeline computes them, or in float64 by the reference."""
     if precision == "float64":
-        scorer = Scorer(models.load(checkpoint).double(), precision, "reference")
+        scorer = Scorer(checkpoints.load(checkpoint).double(), precision, "reference")
     else:
-        scorer = Scorer(body.prepare(models.load(checkpoint, precision), CPU), precision, kernel)
+        scorer = Scorer(
+            attention.prepare(checkpoints.load(checkpoint, precision), CPU), precision, kernel
+        )
 
     def losses(rows: np.ndarray) -> np.ndarray:
         ((nll, _),) = sequence_losses([scorer], rows, np.full(len(rows), rows.shape[1]))
@@ -50,7 +52,7 @@ def ours(checkpoint: Path, precision: str, kernel: str = "chunked") -> Loss:
 
 def by_logits(checkpoint: Path, autocast: bool, half_sums: bool) -> Loss:
     """From full bf16 logits: float32 cross entropy, or log-softmax and sum in bf16."""
-    model = models.load(checkpoint, "float32" if autocast else "bf16")
+    model = checkpoints.load(checkpoint, "float32" if autocast else "bf16")
 
     @torch.inference_mode()
     def losses(rows: np.ndarray) -> np.ndarray:

@@ -27,8 +27,8 @@ from unittest import mock
 import duckdb
 from selection import Taken, alone
 
-from colorfilter.selection import count_candidates, select, select_by_batch, write_selection
-from colorfilter.tables import fetch, fetch_row
+from colorfilter.selection.select import count_candidates, select, select_by_batch, write_selection
+from colorfilter.selection.sql import fetch, fetch_row
 from resources import score_parts, score_store
 from resources.home import Home
 from resources.score_parts import Part, PublishedModel

@@ -26,11 +26,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from colorfilter import body, models
-from colorfilter.device import multiplies
-from colorfilter.labels import shifted_labels
-from colorfilter.recipe import Model
-from colorfilter.scoring import Scorer
+from colorfilter.compute.worker_calls import multiplies
+from colorfilter.config.recipe import Model
+from colorfilter.models import attention, checkpoints
+from colorfilter.scoring.labels import shifted_labels
+from colorfilter.scoring.scoring import Scorer
 
 # Layers, width, heads, width of the feed-forward part; 150m is the paper's auxiliary model.
 SIZES = {"small": (8, 512, 8, 2048), "150m": (12, 1024, 16, 4096)}
@@ -156,11 +156,13 @@ def variants(
 
     def fresh(dtype: torch.dtype) -> PreTrainedModel:
         made = Model(type=family, config=config(family, size))
-        model: PreTrainedModel = models.build(made, vocab_size, LENGTH, seed=0).eval().to(dtype)
+        model: PreTrainedModel = (
+            checkpoints.build(made, vocab_size, LENGTH, seed=0).eval().to(dtype)
+        )
         return model
 
     def plain(dtype: torch.dtype) -> PreTrainedModel:
-        return models.to_device(fresh(dtype), device)
+        return checkpoints.to_device(fresh(dtype), device)
 
     halves = [p for p in ("bf16", "fp16") if multiplies(p)]
     exact = plain(torch.float32)
@@ -178,15 +180,15 @@ def variants(
         for library in ("liger", "cut_cross_entropy"):
             if device.type == "cuda" and find_spec(f"{library}{'_kernel' * (library == 'liger')}"):
                 named[f"{library}, {peer}"] = fused(half, library)
-    fast = body.prepare(fresh(torch.float32), device)
+    fast = attention.prepare(fresh(torch.float32), device)
     named["ours, float32"] = ours(Scorer(fast, kernel="chunked"))
     for name in halves:
-        fast = body.prepare(fresh(models.DTYPES[name]), device)
+        fast = attention.prepare(fresh(checkpoints.DTYPES[name]), device)
         for kernel in ("triton", "chunked") if device.type == "cuda" else ("chunked",):
             label = f"ours, {name}" + f", {kernel}" * (device.type == "cuda")
             named[label] = ours(Scorer(fast, name, kernel))
     for name in ("float32", *halves):
-        named[f"products alone, {name}"] = products(exact, models.DTYPES[name])
+        named[f"products alone, {name}"] = products(exact, checkpoints.DTYPES[name])
     return named, full_logits(plain(torch.float64), torch.float64)
 
 

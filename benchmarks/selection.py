@@ -26,9 +26,9 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 
-from colorfilter.score_tables import exclude, pair
-from colorfilter.selection import count_candidates, select, select_by_batch
-from colorfilter.tables import fetch_row
+from colorfilter.selection.score_tables import exclude, pair
+from colorfilter.selection.select import count_candidates, select, select_by_batch
+from colorfilter.selection.sql import fetch_row
 from resources.databases import PUBLISHING_MEMORY, READING_MEMORY, STORAGE_VERSION
 from resources.score_store import SCHEMA
 

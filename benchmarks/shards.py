@@ -82,7 +82,7 @@ def timed(folder: Path, command: str) -> float:
     begun = time.monotonic()
     place = ["--recipe", str(folder / "recipe.yaml"), "--home", str(folder / "home")]
     subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", command, *place],
+        [sys.executable, "-m", "commands.cli", command, *place],
         cwd=ROOT,
         check=True,
         stdout=subprocess.DEVNULL,

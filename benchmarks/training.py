@@ -28,10 +28,10 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from colorfilter import body, models
-from colorfilter.labels import IGNORED, shifted_labels
-from colorfilter.objective import summed_nll
-from colorfilter.recipe import Model
+from colorfilter.config.recipe import Model
+from colorfilter.models import attention, checkpoints
+from colorfilter.scoring.labels import IGNORED, shifted_labels
+from colorfilter.training.objective import summed_nll
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -81,8 +81,8 @@ def full_logits_autocast(model: PreTrainedModel) -> Loss:
 
 def ours(model: PreTrainedModel) -> Loss:
     """Training as the pipeline does it in float32."""
-    head_weight = models.head_weight(model)
-    body.attend_by_blocks(model)
+    head_weight = checkpoints.head_weight(model)
+    attention.attend_by_blocks(model)
     return lambda tokens, labels: summed_nll(model, head_weight, tokens, labels)
 
 
@@ -115,8 +115,8 @@ class Steps:
             "max_position_embeddings": size.length,
         }
         architecture = Model(type="gpt_neox", config=config)
-        self.model = models.build(architecture, size.vocabulary, size.length, seed=0).train()
-        models.to_device(self.model, torch.device("cpu" if on_cpu else "cuda"))
+        self.model = checkpoints.build(architecture, size.vocabulary, size.length, seed=0).train()
+        checkpoints.to_device(self.model, torch.device("cpu" if on_cpu else "cuda"))
         self.loss = VARIANTS[variant](self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shape = size.tokens // size.length, size.length
@@ -145,7 +145,7 @@ _steps: list[Steps] = []
 def begin(size: Size, variant: str, threads: int) -> None:
     """In a variant's process: make it ready."""
     torch.set_num_threads(threads)
-    body.prefer_onednn()
+    attention.prefer_onednn()
     _steps.append(Steps(size, variant))
 
 

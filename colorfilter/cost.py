@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from colorfilter.config.recipe import Arm, Domain, Recipe
 from colorfilter.errors import InputError, one_line
-from colorfilter.recipe import Arm, Domain, Recipe
-from colorfilter.refinement import sample_size
-from colorfilter.schedule import planned_sequences
+from colorfilter.selection.refinement import sample_size
+from colorfilter.training.schedule import planned_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,7 +103,7 @@ def sizes_of(
     Each domain is taken to have `domain_tokens`, divided as the recipe says. Raises InputError for
     a model that cannot be, and for a corpus that does not suffice.
     """
-    from colorfilter.models import configuration
+    from colorfilter.models.checkpoints import configuration
 
     assumed = []
     sample = 0
@@ -187,7 +187,7 @@ def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from colorfilter.models import weights_per_token
+    from colorfilter.models.checkpoints import weights_per_token
 
     try:
         with torch.device("meta"):

@@ -51,7 +51,7 @@ class ArtifactName:
     def parse(cls, name: str) -> "ArtifactName":
         """The components of a name. Raises ValueError where none of them is a stage.
 
-        No domain has the name of a stage (colorfilter.recipe), so there is one way to read it.
+        No domain has the name of a stage (colorfilter.config.recipe), so a name is read in one way.
         """
         found = re.fullmatch(r"([^\[]+)(?:\[(.*)\])?", name)
         words = found[1].split("/") if found else []

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from assets.arrivals import Arrivals, arrive, reading
 from assets.common import SHARDS
-from assets.scores import loss_assets
+from assets.corpus.sources import Arrivals, arrive, reading
+from assets.scores.scores import loss_assets
+from colorfilter.config.recipe import ONLINE, Recipe
 from colorfilter.errors import InputError
-from colorfilter.recipe import ONLINE, Recipe
 from colorfilter.stages import ArtifactName, Stage
 from pipelines.partitions import make_partitions, over
 from pipelines.settings import Job

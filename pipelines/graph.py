@@ -2,24 +2,24 @@
 
 import dagster as dg
 
-from assets.arrivals import arrival_checks
-from assets.auditing import audit_checks
-from assets.auxiliary import auxiliary_assets, auxiliary_checks
-from assets.changes import change_checks
-from assets.confidence import confidence_assets
-from assets.corpus import corpus_assets, corpus_checks
-from assets.domains import domain_assets
-from assets.evaluated import evaluated_assets
-from assets.filtered import filtered_assets
-from assets.leakage import leakage_assets, leakage_checks
-from assets.refined import refined_assets
-from assets.scores import score_assets, score_checks
-from assets.selecting import select_job
-from colorfilter.recipe import Recipe
-from colorfilter.recipe_file import as_text
+from assets.auxiliary.models import auxiliary_assets, auxiliary_checks
+from assets.corpus.corpus import corpus_assets, corpus_checks
+from assets.corpus.domains import domain_assets
+from assets.corpus.sources import arrival_checks
+from assets.evaluated.evaluation import evaluated_assets
+from assets.filtered.audit_checks import audit_checks
+from assets.filtered.change_checks import change_checks
+from assets.filtered.filtered_dataset import filtered_assets
+from assets.filtered.leakage import leakage_assets, leakage_checks
+from assets.filtered.select_job import select_job
+from assets.scores.cutoff_confidence import confidence_assets
+from assets.scores.refined_scores import refined_assets
+from assets.scores.scores import score_assets, score_checks
+from colorfilter.config.load import as_text
+from colorfilter.config.recipe import Recipe
 from pipelines.automation import arrivals_sensor, refresh_schedule
-from pipelines.cut_off import cut_off_runs
 from pipelines.jobs import build_jobs
+from pipelines.stale_runs import cut_off_runs
 from resources.artifacts import ArtifactStore
 from resources.gpu import Gpu
 from resources.score_store import ScoreStore

@@ -4,9 +4,9 @@ import enum
 import os
 from pathlib import Path
 
+from colorfilter.config.load import load
+from colorfilter.config.recipe import Recipe
 from colorfilter.errors import InputError
-from colorfilter.recipe import Recipe
-from colorfilter.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 RECIPE_VARIABLE = "COLORFILTER_RECIPE"

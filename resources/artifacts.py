@@ -21,9 +21,9 @@ import polars as pl
 import yaml
 from pydantic import PrivateAttr
 
-from colorfilter import provenance
 from colorfilter.errors import InputError, UnreachableError
-from colorfilter.files import lock, write_atomically
+from colorfilter.storage import manifest
+from colorfilter.storage.files import lock, write_atomically
 from resources.home import Home
 from resources.ledger import Entries, Entry, Ledger, ledger_at
 
@@ -55,7 +55,7 @@ class Artifact:
 
     def part(self, folder: str) -> "Artifact":
         """A folder of it as an input: what lies beside that does not change the fingerprint."""
-        content = provenance.content(self.path, folder)
+        content = manifest.content(self.path, folder)
         return replace(
             self, asset=f"{self.asset}/{folder}", path=self.path / folder, **content._asdict()
         )
@@ -89,7 +89,7 @@ class Work:
 
     @property
     def key(self) -> str:
-        return provenance.artifact_key(
+        return manifest.artifact_key(
             self.asset,
             self.partition,
             self.input_fingerprints,
@@ -123,7 +123,7 @@ class Attempt:
 
     def commit(self, facts: Mapping[str, Any]) -> Artifact:
         """Close the folder with its manifest and enter it in the ledger."""
-        content = provenance.write_manifest(
+        content = manifest.write_manifest(
             self.folder, facts, self._store.identity(self.work, self.key)
         )
         self.standing = Artifact(
@@ -245,19 +245,19 @@ class ArtifactStore(dg.ConfigurableResource):
                 raise
 
     def standing(self, work: Work, key: str, folder: Path) -> Artifact | None:
-        if not provenance.stands(folder):
+        if not manifest.stands(folder):
             return None
-        manifest = provenance.read_manifest(folder)
+        read = manifest.read_manifest(folder)
         artifact = Artifact(
             asset=work.asset,
             partition=work.partition,
             key=key,
             path=folder,
-            facts=manifest["facts"],
+            facts=read["facts"],
             inputs=work.input_fingerprints,
             reused=True,
-            run=manifest.get("run"),
-            **provenance.content(folder)._asdict(),
+            run=read.get("run"),
+            **manifest.content(folder)._asdict(),
         )
         current = self.entries().get((work.asset, work.partition))
         # Made again by a run that was killed before it could enter it, it has another manifest.
@@ -276,7 +276,7 @@ class ArtifactStore(dg.ConfigurableResource):
         if entry is None:
             raise InputError(f"{name} is not there yet; materialize it first")
         path = self.at.root / entry["path"]
-        if not provenance.stands(path):
+        if not manifest.stands(path):
             raise InputError(f"{name}: files at {path} are missing; materialize it again")
         return Artifact(
             asset,
@@ -327,8 +327,8 @@ class ArtifactStore(dg.ConfigurableResource):
         whole, _, part = asset.rpartition("/")
         entry = self.entries().get((whole, None))
         path = entry and self.at.root / entry["path"]
-        if path and provenance.stands(path):
-            return provenance.content(path, part).fingerprint
+        if path and manifest.stands(path):
+            return manifest.content(path, part).fingerprint
         return None
 
     def identity(self, work: Work, key: str) -> dict[str, Any]:
@@ -345,7 +345,7 @@ class ArtifactStore(dg.ConfigurableResource):
             **_terms(work),
             "experiment": self._recipe,
             "run": self.run_id,
-            "environment": provenance.environment(),
+            "environment": manifest.environment(),
             "ledger": self.ledger.head(),
         }
 
@@ -359,22 +359,22 @@ class ArtifactStore(dg.ConfigurableResource):
         old = self.at.root / entry["path"]
         name = hashlib.sha256(f"{entry['key']} replaces {entry['path']}".encode()).hexdigest()
         new = old.with_name(name[:16])
-        manifest = provenance.read_manifest(old)
-        if not provenance.stands(new):
+        read = manifest.read_manifest(old)
+        if not manifest.stands(new):
             differ = set(write(old, new))
             origins = {
                 file["path"]: file.get("origin", file["sha256"])
-                for file in manifest["files"]
+                for file in read["files"]
                 if "origin" in file or file["path"] in differ
             }
-            identity = {k: v for k, v in manifest.items() if k not in {"facts", "files"}}
-            provenance.write_manifest(
-                new, manifest["facts"], {**identity, "ledger": self.ledger.head()}, origins
+            identity = {k: v for k, v in read.items() if k not in {"facts", "files"}}
+            manifest.write_manifest(
+                new, read["facts"], {**identity, "ledger": self.ledger.head()}, origins
             )
         path = str(new.relative_to(self.at.root))
         if self.ledger.last_version(entry["path"]) != path:
-            content = provenance.content(new)._asdict()
-            parts = provenance.parts(new)
+            content = manifest.content(new)._asdict()
+            parts = manifest.parts(new)
             self._record_change(entry, path=path, replaces=entry["path"], parts=parts, **content)
 
     def remove(self, entry: Entry) -> None:
@@ -385,8 +385,8 @@ class ArtifactStore(dg.ConfigurableResource):
         folder = self.at.root / entry["path"]
         if not entry.get("removed"):
             parts = entry.get("parts")
-            if parts is None and (folder / provenance.MANIFEST).exists():
-                parts = provenance.parts(folder)
+            if parts is None and (folder / manifest.MANIFEST).exists():
+                parts = manifest.parts(folder)
             self._record_change(entry, removed=True, parts=parts)
         self.discard(folder)
 
@@ -396,15 +396,15 @@ class ArtifactStore(dg.ConfigurableResource):
         A dataset's table of rows, which has no text, is kept: by it one finds what trained on them.
         """
         table = folder / ROWS
-        if table.exists() and (folder / provenance.MANIFEST).exists():
-            kept = self.at.rows / f"{provenance.content(folder).fingerprint}.parquet"
+        if table.exists() and (folder / manifest.MANIFEST).exists():
+            kept = self.at.rows / f"{manifest.content(folder).fingerprint}.parquet"
             kept.parent.mkdir(exist_ok=True)
             temporary = kept.with_suffix(".tmp")
             pl.read_parquet(table, columns=["row", "shard", "position", "sha256"]).write_parquet(
                 temporary, compression="zstd"
             )
             write_atomically(temporary, kept)
-        (folder / provenance.MANIFEST).unlink(missing_ok=True)
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -432,11 +432,11 @@ class ArtifactStore(dg.ConfigurableResource):
             {
                 **asdict(artifact),
                 "path": str(artifact.path.relative_to(self.at.root)),
-                "parts": provenance.parts(artifact.path),
+                "parts": manifest.parts(artifact.path),
                 "sources": {a.name: a.fingerprint for a in work.sources},
                 **_terms(work),
                 "experiment": self._recipe,
-                "environment": provenance.environment(),
+                "environment": manifest.environment(),
                 "recorded": _now(),
             }
         )

@@ -10,13 +10,19 @@ from typing import Any
 
 import polars as pl
 
-from colorfilter.documents import content_of
+from colorfilter.data.documents import content_of
+from colorfilter.data.shards import InputFile
 from colorfilter.errors import one_line
-from colorfilter.files import file_sha256, lock
 from colorfilter.progress import Progress, silent
-from colorfilter.provenance import MANIFEST, artifact_key, canonical_json, content, read_manifest
-from colorfilter.shards import InputFile
 from colorfilter.stages import ArtifactName, Stage
+from colorfilter.storage.files import file_sha256, lock
+from colorfilter.storage.manifest import (
+    MANIFEST,
+    artifact_key,
+    canonical_json,
+    content,
+    read_manifest,
+)
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from resources.ledger import NOTHING, Entry, is_removed

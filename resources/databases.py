@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 
-from colorfilter.files import lock, require_space, write_atomically
+from colorfilter.storage.files import lock, require_space, write_atomically
 
 # What DuckDB may hold of the tables before it spills to disk.
 READING_MEMORY = "1GB"

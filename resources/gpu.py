@@ -20,31 +20,31 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from colorfilter import provenance, storage
-from colorfilter.chunks import Chunk, Receipt, chunk_range, chunk_sequences, plan_chunks
-from colorfilter.files import append_line, require_space
-from colorfilter.machine import TRAIN, Machine
+from colorfilter.compute.local_pool import Call, Took, Workers
+from colorfilter.compute.machine import TRAIN, Machine
+from colorfilter.data.tokens import open_tokens
 from colorfilter.progress import Progress, silent
-from colorfilter.sharing import Alone, Shared
-from colorfilter.storage import Place
-from colorfilter.tokens import open_tokens
-from colorfilter.train_spec import Checkpoint, TrainSpec, trained_tokens
-from colorfilter.workers import Call, Took, Workers
+from colorfilter.scoring.chunks import Chunk, Receipt, chunk_range, chunk_sequences, plan_chunks
+from colorfilter.storage import manifest, remote
+from colorfilter.storage.files import append_line, require_space
+from colorfilter.storage.remote import Place
+from colorfilter.storage.staging import Alone, Shared
+from colorfilter.training.spec import Checkpoint, TrainSpec, trained_tokens
 from resources.home import Home
 from resources.tally import Tally
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from colorfilter.cluster import Cluster
-    from colorfilter.scoring import Losses
+    from colorfilter.compute.ray_pool import Cluster
+    from colorfilter.scoring.scoring import Losses
 
 
 # Of a sequence's loss in a Parquet chunk, at most.
 BYTES_PER_LOSS = 16
 # Named and not imported: what they import takes seconds, and this process does not need it.
 SCORE, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
-    Call(f"colorfilter.device:{name}")
+    Call(f"colorfilter.compute.worker_calls:{name}")
     for name in ("score", "evaluate", "evaluate_tasks", "losses_by_token", "devices")
 )
 
@@ -92,7 +92,7 @@ class ScoreJob:
 class Gpu(dg.ConfigurableResource):
     """The devices that run the loss kernel: CUDA, else MPS, else CPU.
 
-    `backend` and what is beside it are the recipe's (colorfilter.recipe.Compute).
+    `backend` and what is beside it are the recipe's (colorfilter.config.recipe.Compute).
     """
 
     home: str
@@ -230,8 +230,8 @@ class Gpu(dg.ConfigurableResource):
     ) -> list["np.ndarray"]:
         """Losses of every token of a few sequences [N, T] by each checkpoint.
 
-        Each is float32 [N, T], as of colorfilter.token_losses; computed in float32. `folder` as in
-        evaluate.
+        Each is float32 [N, T] (colorfilter.scoring.token_losses), computed in float32. `folder` is
+        as in `evaluate`.
         """
         losses: list[np.ndarray] = self._evaluated(
             "token_losses", folder, TOKEN_LOSSES, checkpoints, (tokens, boundary)
@@ -285,7 +285,7 @@ class Gpu(dg.ConfigurableResource):
         """
         if self.backend == "local":
             return _machine()
-        from colorfilter.cluster import Cluster
+        from colorfilter.compute.ray_pool import Cluster
 
         if _connect(self.address):
             self._places().check()
@@ -319,7 +319,7 @@ class Gpu(dg.ConfigurableResource):
             "kernel": None,
             "matrix_share": None,
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": provenance.environment(),
+            "versions": manifest.environment(),
             **facts,
         }
         text = json.dumps(line, ensure_ascii=False, default=str)
@@ -350,7 +350,7 @@ def _take_over(places: Alone, out: Path) -> None:
     if staged == out:
         return
     there = {chunk_range(path.name) for path in out.glob("losses-*.parquet")}
-    for name in storage.names(staged):
+    for name in remote.names(staged):
         if chunk_range(name) not in there:
             places.take(out, name)
             there.add(chunk_range(name))
@@ -387,7 +387,7 @@ def _machine() -> Machine:
 
 def _connect(address: str | None) -> bool:
     """Be connected to the cluster as long as this process lives; whether it was not before."""
-    from colorfilter.cluster import connected, is_connected
+    from colorfilter.compute.ray_pool import connected, is_connected
 
     if is_connected():
         return False

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from colorfilter.data.shards import Shard
 from colorfilter.errors import InputError
-from colorfilter.files import is_locked, lock, write_text_atomically
-from colorfilter.shards import Shard
+from colorfilter.storage.files import is_locked, lock, write_text_atomically
 
 # Of the layout of a home; resources.upgrade brings older ones up to it.
 FORMAT = 2

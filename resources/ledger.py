@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colorfilter.files import append_line, last_line
+from colorfilter.storage.files import append_line, last_line
 
 Entry = dict[str, Any]
 # By asset and partition.

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from colorfilter.provenance import content
+from colorfilter.storage.manifest import content
 from resources.artifacts import RECIPE, ArtifactStore
 from resources.ledger import Entry, Ledger
 

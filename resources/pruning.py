@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from colorfilter.files import is_locked
-from colorfilter.provenance import MANIFEST
+from colorfilter.storage.files import is_locked
+from colorfilter.storage.manifest import MANIFEST
 from resources.artifacts import ArtifactStore
 from resources.lineage import Lineage
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import duckdb
 
-from colorfilter.tables import fetch_row
+from colorfilter.selection.sql import fetch_row
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import dagster as dg
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.score_tables import exclude, overlay, pair
-from colorfilter.tables import fetch, fetch_row
+from colorfilter.selection.score_tables import exclude, overlay, pair
+from colorfilter.selection.sql import fetch, fetch_row
 from resources.databases import (
     READING_MEMORY,
     attach,

@@ -7,9 +7,9 @@ from pathlib import Path
 import duckdb
 
 from colorfilter.errors import InputError
-from colorfilter.files import link_folder, lock
-from colorfilter.provenance import MANIFEST, read_manifest
-from colorfilter.tables import fetch
+from colorfilter.selection.sql import fetch
+from colorfilter.storage.files import link_folder, lock
+from colorfilter.storage.manifest import MANIFEST, read_manifest
 from resources.artifacts import ArtifactStore
 from resources.databases import attach, next_version
 from resources.home import FORMAT, Home

@@ -16,11 +16,11 @@ import yaml
 from dagster._core.storage.event_log.sqlite import sqlite_event_log
 from dagster._core.storage.runs.sqlite import sqlite_run_storage
 
-from colorfilter.files import lock
-from colorfilter.recipe import Recipe
-from colorfilter.recipe_file import load
+from colorfilter.config.load import load
+from colorfilter.config.recipe import Recipe
+from colorfilter.storage.files import lock
 from pipelines.graph import build_definitions
-from pipelines.running import Failure, bring_in, execute
+from pipelines.run import Failure, bring_in, execute
 from pipelines.settings import Job
 from resources.home import Home
 from tests.reads import recorded_in

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from colorfilter.recipe import Source
-from colorfilter.shards import InputFile, list_files
+from colorfilter.config.recipe import Source
+from colorfilter.data.shards import InputFile, list_files
 
 CHOICES = {"text": ["a stone", "a leaf", "rain", "the sun"], "label": ["A", "B", "C", "D"]}
 

@@ -25,7 +25,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 # Read when ray is imported first, here and in every process that is started.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as colorfilter.cluster has it
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as colorfilter.compute.ray_pool has it
 ray: Any = pytest.importorskip("ray")
 
 

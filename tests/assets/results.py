@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipelines.running import Failure, select
+from pipelines.run import Failure, select
 from resources.artifacts import ArtifactStore
 from tests.conftest import Project
 

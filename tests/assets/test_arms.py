@@ -3,9 +3,9 @@
 import polars as pl
 import pytest
 
-from assets.confidence import flips
+from assets.scores.cutoff_confidence import flips
 from colorfilter import cost
-from colorfilter.tables import fetch
+from colorfilter.selection.sql import fetch
 from pipelines.graph import build_definitions
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore

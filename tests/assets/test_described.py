@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 from huggingface_hub import DatasetCard
 
-from colorfilter.croissant import MEANINGS
-from colorfilter.dataset import FILTERED
+from colorfilter.selection.croissant import MEANINGS
+from colorfilter.selection.dataset import FILTERED
 from resources.artifacts import ArtifactStore
 from tests.conftest import Project
 

@@ -10,9 +10,9 @@ import pytest
 from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 
 from assets.common import SHARDS
+from colorfilter.config.load import load
+from colorfilter.config.recipe import Recipe
 from colorfilter.cost import METHODS
-from colorfilter.recipe import Recipe
-from colorfilter.recipe_file import load
 from colorfilter.stages import Stage
 from pipelines.graph import build_definitions
 from pipelines.settings import recipe_path

@@ -12,13 +12,14 @@ import polars as pl
 import pytest
 import torch
 
-from assets.auxiliary import auxiliary_checks
-from assets.corpus import corpus_checks
-from assets.scores import score_checks
-from colorfilter import models, page
-from colorfilter.examples import Example
-from colorfilter.tables import fetch, fetch_row
-from colorfilter.tokens import Encoder, open_tokens
+from assets.auxiliary.models import auxiliary_checks
+from assets.corpus.corpus import corpus_checks
+from assets.scores.scores import score_checks
+from colorfilter.data.tokens import Encoder, open_tokens
+from colorfilter.evaluation import html
+from colorfilter.evaluation.examples import Example
+from colorfilter.models import checkpoints
+from colorfilter.selection.sql import fetch, fetch_row
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
 from resources.tally import Tally
@@ -66,7 +67,7 @@ def test_a_new_file_costs_its_own_scoring_and_a_touched_one_its_reading(
 def shown_examples(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     """Return a list that the next report adds its examples to."""
     shown: list[Example] = []
-    monkeypatch.setattr(page, "html", lambda _, found: shown.extend(found[-1].examples) or "")
+    monkeypatch.setattr(html, "html", lambda _, found: shown.extend(found[-1].examples) or "")
     return shown
 
 
@@ -204,7 +205,7 @@ def test_arms_start_from_the_same_weights_per_seed(finished: Project) -> None:
             # The first loss of the curve is that of a fresh model on the first batch.
             order = np.random.default_rng(seed).permutation(len(rows))
             batch = torch.from_numpy(rows[order[: plan.training.batch_sequences]].astype(np.int64))
-            fresh = models.build(plan.model, vocab_size, rows.shape[1], seed)
+            fresh = checkpoints.build(plan.model, vocab_size, rows.shape[1], seed)
             with torch.no_grad():
                 expected = fresh(input_ids=batch, labels=batch).loss.item()
             target = store.current(f"reference/{arm}/target_model", f"seed_{seed}")

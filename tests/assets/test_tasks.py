@@ -10,8 +10,8 @@ import duckdb
 import polars as pl
 import pytest
 
-from colorfilter.tables import fetch
-from colorfilter.tokens import Encoder, open_tokens, real_tokens
+from colorfilter.data.tokens import Encoder, open_tokens, real_tokens
+from colorfilter.selection.sql import fetch
 from pipelines.graph import build_definitions
 from resources.artifacts import Artifact, ArtifactStore
 from tests.conftest import Project, recipe_facts, write_corpus
@@ -129,7 +129,8 @@ def test_evaluations_hold_the_tasks_of_every_seed_and_end_point(quiz: Project) -
 
 
 def test_the_metrics_are_those_of_the_checkpoint(quiz: Project) -> None:
-    from colorfilter import harness, models
+    from colorfilter.evaluation import harness
+    from colorfilter.models import checkpoints
 
     target = current(quiz, "quiz/color_tau4/target_model", "seed_2")
     ((tokens, place),) = target.facts["checkpoints"].items()
@@ -139,7 +140,7 @@ def test_the_metrics_are_those_of_the_checkpoint(quiz: Project) -> None:
     )
     recorded = dict(rows.select("metric", "value").rows())
     checkpoint = target.path / place
-    scored = harness.ScoredModel(models.load(checkpoint), Encoder(checkpoint))
+    scored = harness.ScoredModel(checkpoints.load(checkpoint), Encoder(checkpoint))
     found = harness.evaluate(scored, current(quiz, "quiz/domain_text").path / "tasks")
     assert {m: recorded[m] for m in found} == pytest.approx(found, abs=1e-5)
 

@@ -10,12 +10,12 @@ import polars as pl
 import pytest
 from hypothesis import settings
 
-from colorfilter import documents, tokens
-from colorfilter.recipe import Model, Training
-from colorfilter.score_tables import exclude, pair
-from colorfilter.tables import fetch
-from colorfilter.train_spec import TrainSpec
-from colorfilter.training import train
+from colorfilter.config.recipe import Model, Training
+from colorfilter.data import documents, tokens
+from colorfilter.selection.score_tables import exclude, pair
+from colorfilter.selection.sql import fetch
+from colorfilter.training.spec import TrainSpec
+from colorfilter.training.training import train
 from resources.score_store import SCHEMA
 
 settings.register_profile("small", max_examples=40, derandomize=True, deadline=None, database=None)

@@ -8,12 +8,12 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter import models
-from colorfilter.chunks import Receipt
-from colorfilter.labels import IGNORED
+from colorfilter.config.recipe import Model
+from colorfilter.models import checkpoints
 from colorfilter.progress import Progress, silent
-from colorfilter.recipe import Model
-from colorfilter.scoring import (
+from colorfilter.scoring.chunks import Receipt
+from colorfilter.scoring.labels import IGNORED
+from colorfilter.scoring.scoring import (
     Scorer,
     score_shard,
 )
@@ -38,7 +38,7 @@ MODELS = {
 @torch.no_grad()
 def lively(model: Model, seed: int, vocab_size: int = 280) -> PreTrainedModel:
     """A fresh model with embeddings large enough for losses to differ by much."""
-    built = models.build(model, vocab_size, 16, seed).eval()
+    built = checkpoints.build(model, vocab_size, 16, seed).eval()
     for weight in {built.get_input_embeddings().weight, built.get_output_embeddings().weight}:
         weight.mul_(20)
     return built

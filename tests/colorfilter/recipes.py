@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from colorfilter.config.load import load
+from colorfilter.config.recipe import Recipe
 from colorfilter.errors import InputError
-from colorfilter.recipe import Recipe
-from colorfilter.recipe_file import load
 
 TRAINING = {"learning_rate": 1e-3, "batch_sequences": 8}
 MODEL = {"type": "gpt_neox", "config": {"hidden_size": 16, "max_position_embeddings": 128}}

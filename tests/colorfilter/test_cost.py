@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from colorfilter import cost
+from colorfilter.config.recipe import Arm, Recipe
 from colorfilter.cost import METHODS, Measured, Sizes, Text, flops_per_token, paper_forwards
 from colorfilter.errors import InputError
-from colorfilter.recipe import Arm, Recipe
 from tests.conftest import recipe_facts
 
 B = 1e9

@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from colorfilter.train_spec import TrainSpec
-from colorfilter.training import train
+from colorfilter.training.spec import TrainSpec
+from colorfilter.training.training import train
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from pipelines.partitions import over
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 from tests.conftest import STDLIB, Project
-from tests.pipelines.program import colorfilter
 from tests.pipelines.server import Server, wait_for
+from tests.program import colorfilter
 
 # Enough to score for some seconds, a chunk to each shard.
 MANY = sorted(p.stem for p in STDLIB.glob("*.py") if p.stat().st_size > 70_000)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from resources.home import Home
-from tests.pipelines.program import command
+from tests.program import command
 
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 T = TypeVar("T")

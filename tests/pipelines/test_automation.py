@@ -7,11 +7,11 @@ import dagster as dg
 import fsspec
 import pytest
 
-from assets.arrivals import reading
 from assets.common import SHARDS
+from assets.corpus.sources import reading
+from colorfilter.config.recipe import Recipe
 from colorfilter.errors import InputError
-from colorfilter.files import lock
-from colorfilter.recipe import Recipe
+from colorfilter.storage.files import lock
 from pipelines.automation import due
 from pipelines.graph import build_definitions
 from pipelines.jobs import JOBS
@@ -20,7 +20,7 @@ from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.score_store import ScoreStore
 from tests.conftest import Project, made_since, write_corpus
-from tests.pipelines.program import colorfilter
+from tests.program import colorfilter
 
 NIGHT = datetime(2026, 11, 24, 3, tzinfo=UTC)
 

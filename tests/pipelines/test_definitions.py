@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 import yaml
 
-from colorfilter.recipe_file import load
+from colorfilter.config.load import load
 from pipelines.graph import build_definitions
 from pipelines.settings import RECIPES, recipe_path
 

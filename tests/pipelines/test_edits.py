@@ -14,7 +14,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 
 from assets.common import SHARDS
 from pipelines.graph import build_definitions
-from pipelines.running import bring_in
+from pipelines.run import bring_in
 from tests.conftest import Project, copy_of, made_since
 
 pytestmark = pytest.mark.slow

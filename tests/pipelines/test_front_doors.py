@@ -12,8 +12,8 @@ import yaml
 
 from pipelines.partitions import over
 from resources.home import DAGSTER_YAML, Home
-from tests.pipelines.program import REPOSITORY
 from tests.pipelines.server import Server, free_port, start_by, wait_for
+from tests.program import REPOSITORY
 
 BIN = Path(sys.executable).parent
 COMMANDS = {

@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 import pytest
 
-from colorfilter.examples import Example
-from colorfilter.page import Section, html
+from colorfilter.evaluation.examples import Example
+from colorfilter.evaluation.html import Section, html
 from resources.artifacts import ArtifactStore
 from resources.home import Home
-from tests.pipelines.program import REPOSITORY, colorfilter
 from tests.pipelines.server import Server, serving, wait_for
+from tests.program import REPOSITORY, colorfilter
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
-from colorfilter.tables import fetch
+from colorfilter.selection.sql import fetch
 from resources.score_parts import Part, PublishedModel
 from resources.score_store import ScoreStore
 

@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from colorfilter import machine as local
-from colorfilter import tokens
+from colorfilter.compute import machine as local
+from colorfilter.compute.local_pool import Workers
+from colorfilter.compute.machine import Machine
+from colorfilter.config.recipe import Model, Training
+from colorfilter.data import tokens
 from colorfilter.errors import InputError
-from colorfilter.machine import Machine
-from colorfilter.recipe import Model, Training
-from colorfilter.train_spec import TrainSpec
-from colorfilter.workers import Workers
+from colorfilter.training.spec import TrainSpec
 from resources import gpu as resource
 from resources.gpu import Gpu, release
 from resources.home import Home

@@ -17,12 +17,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from colorfilter import chunks, models
+from colorfilter.config.recipe import Model, Training
+from colorfilter.data.tokens import train_tokenizer
 from colorfilter.errors import UnreachableError
-from colorfilter.files import file_sha256
-from colorfilter.recipe import Model, Training
-from colorfilter.tokens import train_tokenizer
-from colorfilter.train_spec import Checkpoint, TrainSpec, planned_tokens
+from colorfilter.models import checkpoints
+from colorfilter.scoring import chunks
+from colorfilter.storage.files import file_sha256
+from colorfilter.training.spec import Checkpoint, TrainSpec, planned_tokens
 from resources import gpu as resource
 from resources.gpu import Gpu, ScoreJob
 from resources.home import Home
@@ -45,7 +46,7 @@ FLOPS = {"cpu": 6.5 * 2 * PARAMETERS * BATCH * LENGTH}  # six batches to a chunk
 DRIVER = """
 import sys
 from pathlib import Path
-from colorfilter import chunks
+from colorfilter.scoring import chunks
 from resources.gpu import Gpu, ScoreJob
 
 root, address, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -66,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ray")
     at = Home(root / "home").claim("tests").artifacts
     for seed, name in enumerate(MODELS):
-        built = models.build(Model(type="gpt_neox", config=CONFIG), VOCAB, LENGTH, seed)
+        built = checkpoints.build(Model(type="gpt_neox", config=CONFIG), VOCAB, LENGTH, seed)
         built.save_pretrained(at / name)
     n = CHUNKS * 6 * BATCH - 5
     (at / "tokens").mkdir()
@@ -307,10 +308,11 @@ def test_training_gives_what_one_machine_gives_even_where_a_worker_is_killed(
         """Once, in the sixth step of the first seed; of a group the one that writes states."""
         from torch import distributed
 
-        from colorfilter import device, training, workers
+        from colorfilter.compute import local_pool, worker_calls
+        from colorfilter.training import training
 
         training.CHECKPOINT_SECONDS = training.SAVING_PAUSE = 0.0
-        report, steps = workers.report, itertools.count(1)
+        report, steps = local_pool.report, itertools.count(1)
         writes = not distributed.is_initialized() or distributed.get_rank() == 0
 
         def count(amount: int) -> None:
@@ -319,8 +321,8 @@ def test_training_gives_what_one_machine_gives_even_where_a_worker_is_killed(
                 os.kill(os.getpid(), signal.SIGKILL)
             report(amount)
 
-        workers.report = count
-        return device.train(spec, *arguments)
+        local_pool.report = count
+        return worker_calls.train(spec, *arguments)
 
     monkeypatch.setattr(resource, "TRAIN", train_and_die)
     seeds = (3, 4)[: 3 - gpu.devices_per_model]

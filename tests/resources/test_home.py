@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from colorfilter.data.shards import InputFile, Shard
 from colorfilter.errors import InputError
-from colorfilter.shards import InputFile, Shard
 from resources.home import FORMAT, Home
 
 

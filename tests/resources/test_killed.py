@@ -24,7 +24,7 @@ LENGTH, VOCAB = 128, 2048
 SCORE = """
 import sys
 from pathlib import Path
-from colorfilter import chunks
+from colorfilter.scoring import chunks
 from resources.gpu import Gpu, ScoreJob
 
 root, flops = Path(sys.argv[1]), float(sys.argv[2])
@@ -42,9 +42,9 @@ BATCH_FLOPS = 2 * 10**6 * 2_048
 def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     import torch
 
-    from colorfilter import body, models
-    from colorfilter.recipe import Model
-    from colorfilter.scoring import Scorer, score_shard
+    from colorfilter.config.recipe import Model
+    from colorfilter.models import attention, checkpoints
+    from colorfilter.scoring.scoring import Scorer, score_shard
 
     config = {
         "hidden_size": 128,
@@ -54,7 +54,7 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
         "max_position_embeddings": LENGTH,
     }
     for seed, name in enumerate(("one", "two")):
-        built = models.build(Model(type="gpt_neox", config=config), VOCAB, LENGTH, seed)
+        built = checkpoints.build(Model(type="gpt_neox", config=config), VOCAB, LENGTH, seed)
         built.save_pretrained(tmp_path / name)
     home = Home(tmp_path / "home").claim("tests").root
     # Half a second of one core to a chunk, and more chunks than what kills let through.
@@ -85,7 +85,9 @@ def test_a_scoring_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: P
     assert finished.endswith(f"{chunks} chunks\n")
     assert killed_at[-1] < chunks, "all was scored before the last kill"
     cpu = torch.device("cpu")
-    scorers = {m: Scorer(body.prepare(models.load(tmp_path / m), cpu)) for m in ("one", "two")}
+    scorers = {
+        m: Scorer(attention.prepare(checkpoints.load(tmp_path / m), cpu)) for m in ("one", "two")
+    }
     outs = {name: home / "whole" / name for name in scorers}
     torch.set_num_threads(1)
     score_shard(scorers, tokens, "web", outs, n)

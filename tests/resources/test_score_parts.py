@@ -4,8 +4,8 @@ from pathlib import Path
 
 import duckdb
 
-from colorfilter.score_tables import pair
-from colorfilter.tables import fetch
+from colorfilter.selection.score_tables import pair
+from colorfilter.selection.sql import fetch
 from resources.home import Home
 from resources.score_parts import Part, PublishedModel
 from resources.score_store import ScoreStore

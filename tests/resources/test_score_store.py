@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from colorfilter.errors import InputError
-from colorfilter.tables import fetch
+from colorfilter.selection.sql import fetch
 from resources.home import Home
 from resources.score_parts import PublishedModel
 from resources.score_store import PublishedSelection, ScoreStore

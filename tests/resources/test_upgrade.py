@@ -8,15 +8,15 @@ import polars as pl
 import pytest
 
 from colorfilter.errors import InputError
-from colorfilter.files import file_sha256, lock
-from colorfilter.provenance import MANIFEST, read_manifest
+from colorfilter.storage.files import file_sha256, lock
+from colorfilter.storage.manifest import MANIFEST, read_manifest
 from pipelines.settings import Job
 from resources.artifacts import ArtifactStore
 from resources.home import FORMAT, Home
 from resources.lineage import Lineage
 from resources.upgrade import TABLES
+from tests.commands.audit.tampering import audited
 from tests.conftest import Project, made_since
-from tests.pipelines.tampering import audited
 
 ARM = "reference/color_tau4"
 

@@ -1,0 +1,1 @@
+"""Tokenizer, prior and conditional models."""

@@ -1,0 +1,1 @@
+"""Sources, shards, the sample and domains as text and as packed tokens."""

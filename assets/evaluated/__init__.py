@@ -1,0 +1,1 @@
+"""Target models, their evaluation and the report."""

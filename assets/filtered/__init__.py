@@ -1,0 +1,1 @@
+"""Selections, contamination and filtered datasets, and the checks of both."""

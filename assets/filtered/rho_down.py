@@ -1,0 +1,164 @@
+"""Stage 4 for RHO-down: what a proxy chooses for itself while it learns is the selection."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.common import Context, Progress, result
+from assets.declaration import Declaration, Read, Shards, asset
+from assets.filtered.selection import GROUP
+from assets.metadata import curve_metadata
+from assets.scores.refined_scores import gathered
+from assets.scores.scores import boundary, losses_by
+from colorfilter.config.recipe import Arm, Domain, Recipe
+from colorfilter.selection import select
+from colorfilter.training.spec import Online, TrainSpec, planned_tokens
+from resources.artifacts import Artifact, ArtifactStore
+from resources.gpu import Gpu
+from resources.score_store import ScoreStore
+
+ROLES = {"rho_down": "domain_only", "rho_down_prior": "conditional"}
+CONDITIONAL = "conditional.npy"  # losses of the candidates by the conditional, in the pool
+
+
+def losses_read(recipe: Recipe, domain: Domain, arm: Arm) -> list[str]:
+    """The assets with the losses that decide what an arm selects."""
+    return losses_by(recipe, domain, {"prior", "conditional", ROLES[arm.method]})
+
+
+def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
+    """Declare `<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    model, training = recipe.prior.model, recipe.prior.training
+    assert model is not None
+    assert training is not None
+    (needed,) = recipe.endpoints(arm, 0)
+    return Declaration(
+        f"{domain.name}/{arm.name}/selection",
+        GROUP,
+        {"pytorch", "duckdb"},
+        # Not the whole tables: another domain's scores decide nothing here.
+        inputs=[
+            Read("tokenizer"),
+            Read("corpus_tokens", Shards.ALL),
+            *(Read(name, Shards.ALL) for name in losses_read(recipe, domain, arm)),
+        ],
+        consults=[Read("score_tables")],
+        settings={
+            "method": arm.method,
+            "tau": arm.tau,
+            "needed": needed,
+            "model": model.facts(),
+            "training": training.facts(),
+        },
+        seed=recipe.seed,
+        description=f"{arm.name} for {domain.name}: a fresh proxy of the prior's kind learns from "
+        f"what it chooses, of {arm.tau:g} random candidates for each sequence those with the "
+        f"lowest loss by {ROLES[arm.method]}_model minus its own; lower is better.",
+        pool="gpu",
+        arm=arm.name,
+    )
+
+
+def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
+    """`<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    declared = online_declaration(recipe, domain, arm)
+    model, training, tau = recipe.prior.model, recipe.prior.training, arm.tau
+    assert model is not None
+    assert training is not None
+    assert tau is not None
+    losses = losses_read(recipe, domain, arm)
+
+    @asset(declared)
+    def selection(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        encoder = declared.current(artifacts, "tokenizer")
+        shards = [s.name for s in artifacts.at.shards()]
+        packed = {s: declared.current(artifacts, "corpus_tokens", s) for s in shards}
+        scored = [declared.current(artifacts, name, s) for name in losses for s in shards]
+        made_from = [*packed.values(), *scored]
+        tables = declared.current(artifacts, "score_tables", made_from=made_from)
+        behind = boundary(artifacts, recipe.scoring)
+
+        def build(folder: Path) -> dict[str, Any]:
+            pool = folder / "pool"
+            wanted = draw_pool(pool, score_store, recipe, domain, arm, packed)
+            spec = TrainSpec(
+                start=model,
+                tokens=pool / "tokens",
+                tokenizer=encoder.path,
+                training=training,
+                seed=recipe.seed,
+                endpoints=(wanted,),
+                out=folder / "proxy",
+                online=Online(pool / CONDITIONAL, tau, behind),
+            )
+            progress = Progress(context, planned_tokens(spec), "tokens")
+            for _ in gpu.train([spec], 1, progress, progress.stands):
+                pass
+            facts = write_chosen(folder, pool / "tokens")
+            gpu.discard_copies(pool)
+            shutil.rmtree(pool)
+            return facts
+
+        inputs = [encoder, *made_from, *declared.exclusions(artifacts)]
+        made = artifacts.make(declared.work(inputs, sources=[tables]), build)
+        return result([made], {**made.facts, **curve_metadata(made.path / "proxy")})
+
+    return selection
+
+
+def draw_pool(
+    pool: Path,
+    score_store: ScoreStore,
+    recipe: Recipe,
+    domain: Domain,
+    arm: Arm,
+    packed: Mapping[str, Artifact],
+) -> int:
+    """Draw an arm's candidates into `pool/tokens`; returns how many are to be chosen of them.
+
+    The conditional's losses of them are written beside. Raises InputError where the corpus has too
+    few.
+    """
+    import numpy as np
+
+    assert arm.tau is not None
+    (needed,) = recipe.endpoints(arm, 0)
+    with score_store.read() as connection:
+        candidates = select.count_candidates(connection)
+        wanted = min(select.n_to_keep(candidates, arm.tau, needed), recipe.with_spare(arm))
+        size = int(arm.tau * wanted)
+        drawn = select.select(connection, "full", domain.name, size, recipe.seed)
+        losses = select.losses_of(connection, drawn, ROLES[arm.method], domain.name)
+    tokens = gathered(drawn, {s: a.path for s, a in packed.items()}, pool)
+    rows = pl.read_parquet(tokens / "sequences.parquet", columns=["shard", "position"])
+    in_order = rows.join(losses, on=["shard", "position"], how="left", maintain_order="left")
+    np.save(pool / CONDITIONAL, in_order["loss"].to_numpy())
+    return wanted
+
+
+def write_chosen(folder: Path, candidates: Path) -> dict[str, Any]:
+    """Write the selection that the proxy in `folder` made; facts for the manifest."""
+    from colorfilter.training.rho_down import chosen_rows
+
+    places = pl.read_parquet(candidates / "sequences.parquet")
+    rows = chosen_rows(folder / "proxy")
+    chosen = places[rows["row"]].select(
+        "shard",
+        "position",
+        "color",
+        rank=pl.int_range(1, pl.len() + 1),
+        score=rows["score"],
+    )
+    select.write_selection(chosen, folder)
+    return {
+        "candidates": len(places),
+        "selected": len(chosen),
+        "cutoff": chosen["score"].max(),
+        "mean_color": chosen["color"].mean(),
+    }

@@ -1,0 +1,39 @@
+"""Pictures and tables for the web UI."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from colorfilter.evaluation.figures import Picture, training_curve
+
+
+def curve_metadata(folder: Path) -> dict[str, Any]:
+    """The learning curve of a training run: its picture, and the points with a held-out loss."""
+    path = folder / "curve.parquet"
+    if not path.exists():
+        return {}
+    curve = pl.read_parquet(path)
+    held_out = curve.drop_nulls("held_out_loss").drop("endpoint")
+    shown: dict[str, Any] = {"learning curve": picture(training_curve(curve))}
+    return {**shown, "losses by step": table(held_out.to_dicts())} if len(held_out) else shown
+
+
+def picture(drawn: Picture) -> dg.MarkdownMetadataValue:
+    """A picture, which the web UI shows in a dialog."""
+    encoded = base64.b64encode(drawn.light).decode()
+    return dg.MetadataValue.md(f"![{drawn.words}](data:image/svg+xml;base64,{encoded})")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """Rows as a table, perhaps none; floats to four places."""
+    return dg.MetadataValue.table(
+        [
+            dg.TableRecord({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+            for row in rows
+        ],
+        schema=None if rows else dg.TableSchema(columns=[]),  # of rows it is read off them
+    )

@@ -1,0 +1,1 @@
+"""Losses, the published score tables and what is worked out from them."""

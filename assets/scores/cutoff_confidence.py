@@ -1,0 +1,136 @@
+"""Stage 3, beside its end: how sure the cutoffs are."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.auxiliary.models import checkpoint, domain_epoch, trained
+from assets.common import Context, Progress, result
+from assets.declaration import Declaration, Read, Shards, asset
+from assets.metadata import table
+from assets.scores.refined_scores import gathered
+from assets.scores.scores import GROUP, boundary
+from colorfilter.config.recipe import Domain, Recipe
+from resources.artifacts import Artifact, ArtifactStore
+from resources.gpu import Gpu, ScoreJob
+from resources.score_store import ScoreStore
+
+LOSSES_FILE = "losses.parquet"
+
+
+def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
+    """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
+    if not recipe.arms_with_one_cutoff():
+        return []
+    return [confidence_asset(recipe, domain) for domain in recipe.domains]
+
+
+def flips(
+    artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain
+) -> list[dict[str, Any]]:
+    """What another seed of the conditional would change, a row per arm with a cutoff."""
+    from colorfilter.selection import confidence
+
+    made = artifacts.current(f"{domain.name}/cutoff_confidence")
+    losses = pl.read_parquet(made.path / LOSSES_FILE)
+    with score_store.read() as connection:
+        return [
+            confidence.flips(connection, arm, domain.name, losses)
+            for arm in recipe.arms_with_one_cutoff()
+        ]
+
+
+def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
+    """`<domain>/cutoff_confidence`, and the second conditional as a partition of the ledger."""
+    name, seed = f"{domain.name}/cutoff_confidence", recipe.seed + 1
+    tokens = f"{domain.name}/domain_tokens"
+    # By itself, for a sample is drawn anew when shards arrive, and the model stays.
+    conditional = Declaration(
+        name,
+        GROUP,
+        {"pytorch"},
+        inputs=[Read("prior_model"), Read("tokenizer"), Read(tokens)],
+        settings=domain.training.facts(),
+        seed=seed,
+    )
+    declared = Declaration(
+        name,
+        GROUP,
+        {"pytorch", "duckdb"},
+        inputs=[*conditional.inputs, Read("corpus_tokens", Shards.ALL)],
+        consults=[Read("score_tables")],
+        settings={"scoring": recipe.scoring.facts(), "training": domain.training.facts()},
+        code=2,
+        seed=seed,
+        description="Losses of a sample of the corpus by a conditional trained with another seed: "
+        "how much of each selection that would change. Another tau needs no new losses.",
+        pool="gpu",
+    )
+
+    @asset(declared)
+    def cutoff_confidence(
+        context: Context, artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore
+    ) -> dg.MaterializeResult:
+        prior = conditional.current(artifacts, "prior_model")
+        encoder = conditional.current(artifacts, "tokenizer")
+        packed = conditional.current(artifacts, tokens)
+        shards = [s.name for s in artifacts.at.shards()]
+        corpus = {s: declared.current(artifacts, "corpus_tokens", s) for s in shards}
+
+        def train(folder: Path) -> dict[str, Any]:
+            start = checkpoint(prior)
+            spec = domain_epoch(start, domain.training, encoder, packed, seed, folder)
+            return trained(context, gpu, spec)
+
+        second = artifacts.make(conditional.work([prior, encoder, packed], "conditional"), train)
+        behind = boundary(artifacts, recipe.scoring)
+        made = artifacts.make(
+            declared.work([second, *corpus.values()], settings=recipe.scoring.facts()),
+            lambda folder: score_sample(folder, context, gpu, recipe, second, corpus, behind),
+        )
+        rows = flips(artifacts, score_store, recipe, domain)
+        return result([second, made], {**made.facts, "another seed would change": table(rows)})
+
+    return cutoff_confidence
+
+
+def score_sample(
+    folder: Path,
+    context: Context,
+    gpu: Gpu,
+    recipe: Recipe,
+    model: Artifact,
+    corpus: Mapping[str, Artifact],
+    behind: int | None,
+) -> dict[str, Any]:
+    """Write losses of a random sample of the corpus by a model; facts for the manifest.
+
+    `corpus` is the packed tokens by shard, `behind` the token behind which labels are left out.
+    """
+    from colorfilter.selection import refinement
+
+    seed = recipe.seed + 1
+    sizes = {s: int(a.facts["sequences"]) for s, a in corpus.items()}
+    sample = refinement.draw_sample(sizes, seed)
+    progress = Progress(context, len(sample) * recipe.sequence_length, "tokens")
+    rows = gathered(sample, {s: a.path for s, a in corpus.items()}, folder / "sample")
+    job = ScoreJob(
+        models={model.fingerprint: checkpoint(model)},
+        outs={model.fingerprint: folder / "sample" / "losses"},
+        parameters=model.facts["parameters"],
+        tokens=rows,
+        shard="sample",
+        precision=recipe.scoring.precision,
+        boundary=behind,
+    )
+    for _ in gpu.score([job], progress, progress.stands):
+        pass
+    losses = refinement.losses_of(folder / "sample" / "losses", rows)
+    losses.write_parquet(folder / LOSSES_FILE, compression="zstd")
+    gpu.discard_copies(folder / "sample")
+    shutil.rmtree(folder / "sample")
+    return {"seed": seed, "sequences": len(losses)}

@@ -1,0 +1,1 @@
+"""Where the work is done: local worker processes, or a Ray cluster."""

@@ -1,0 +1,425 @@
+"""Heavy work on a Ray cluster: a worker on each of its devices, calls made anew where one is lost.
+
+Ray packs the devices, starts the workers and says which are gone; what is to be done, and that it
+is done once, is kept here. A worker has one call at a time, so nothing piles up. The workers end
+with the calls, and with the process that made them, be it killed.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Read when ray is imported: a call made after the connection has ended must not start a cluster.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
+import ray
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
+
+from colorfilter import WAIT_ASLEEP
+from colorfilter.compute import local_pool
+from colorfilter.errors import InputError, UnreachableError, one_line
+from colorfilter.progress import Progress, silent
+from colorfilter.storage.scratch import sweep
+
+POLL_SECONDS = 0.5
+REACH_SECONDS = 10.0
+HIRE_SECONDS = 5.0  # between two looks at whether devices came or went
+WAIT_SECONDS = 30.0  # until it is said that none has one
+LOSSES = 4  # of a call with its worker, until it is taken to be the cause
+STRAGGLES = 3.0  # times the median of the calls that were done, until one is begun elsewhere too
+STRAGGLE_SECONDS = 30.0  # at least
+STORE_BYTES = 100 * 2**20  # of Ray's own object store, for a cluster that is started here
+
+Notice = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected to the cluster at an address, or at RAY_ADDRESS, else to one started here.
+
+    Raises UnreachableError where none is found there.
+    """
+    named = address or os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {"num_cpus": local_pool.cores(), "object_store_memory": STORE_BYTES}
+    # The code that runs there is the code here: nodes need the libraries only.
+    variables = {name: os.environ[name] for name in WAIT_ASLEEP if name in os.environ}
+    environment = {"py_modules": [str(Path(__file__).parents[1])], "env_vars": variables}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if named:
+        _reach(named)
+    handlers = _handlers()
+    try:
+        ray.init(
+            named or "local",  # which takes no jobs without the token that Ray makes for its user
+            runtime_env=environment,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=None if named else False,
+            **({} if named else local),
+        )
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        where = named or "this machine"
+        if _wants_token(error):
+            raise UnreachableError(
+                f"compute.address: the Ray cluster at {where} takes nobody without its token; set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has it"
+            ) from error
+        raise UnreachableError(
+            f"compute.address: no Ray cluster at {where} ({one_line(error)}); correct it or start "
+            "one"
+        ) from error
+    finally:
+        _restore(handlers)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _wants_token(error: BaseException | None) -> bool:
+    while error:
+        # What Ray raises has the first one's name in its text only.
+        if AuthenticationError.__name__ in f"{type(error)} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reach(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdigit()):  # such as auto
+        return
+    try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
+    except OSError as error:
+        raise UnreachableError(
+            f"compute.address: no Ray cluster at {address} ({error}); correct it or start one"
+        ) from error
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    return bool(ray.is_initialized())
+
+
+def _handlers() -> dict[int, Any]:
+    """What this process does when it is told to end; Ray has its own way, which loses Dagster's."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class _Worker:
+    """An actor: one process on one device."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        found = ray.get_runtime_context()
+        self.node = f"{ray.util.get_node_ip_address()}/{found.get_node_id()[:8]}"
+        self._counted: tuple[int | None, int] = None, 0
+        sweep()
+        local_pool.become(self)
+
+    def where(self) -> str:
+        return self.node
+
+    def report(self, amount: int) -> None:
+        call, counted = self._counted
+        self._counted = call, counted + amount
+
+    def counted(self) -> tuple[int | None, int]:
+        return self._counted
+
+    def do(
+        self, call: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> tuple[Any, int]:
+        self._counted = call, 0
+        return function(*arguments), self._counted[1]
+
+
+_Actor: Any = ray.remote(_Worker)
+AT_ONCE = 2  # it is asked how far it is while it works
+
+
+@dataclass
+class _Member:
+    """A worker as it is seen from here. `call` is what it is at, `told` how far it said it was.
+
+    One that is `left_out` holds its device, so that no other is started there.
+    """
+
+    actor: Any
+    hello: Any
+    node: str | None = None
+    call: int | None = None
+    work: Any = None
+    begun: float = 0.0
+    told: int = 0
+    watch: Any = None
+    left_out: bool = False
+
+
+@dataclass
+class Cluster:
+    """The devices of a Ray cluster that this process is connected to.
+
+    `most` is how many workers to ask for at most, be there as many or not (a cluster that grows
+    on demand grows by what is asked for); by default there is one per device that is there. With
+    `begin_twice` an idle worker begins a call that takes several times as long as the others did a
+    second time, and the first result counts. `together` is how many devices make each call, as the
+    processes of one group. `notice` is called with what was lost and is done again.
+    """
+
+    most: int | None = None
+    begin_twice: bool = False
+    together: int = 1
+    notice: Notice = field(default=lambda _: None)
+
+    @property
+    def kind(self) -> str:
+        """The kind of device: cuda where the cluster has any, else cpu."""
+        return "cuda" if self.resource == "GPU" else "cpu"
+
+    @property
+    def resource(self) -> str:
+        """Ray's name of it."""
+        return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        progress: Progress = silent,
+    ) -> Iterator[tuple[int, Any]]:
+        """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
+
+        As workers.Workers.run. A call that is lost with its worker is made again on another; one
+        that fails is too, once, and the device that it failed on is left out. Raises what it raised
+        there as well, and RuntimeError where one was lost LOSSES times.
+        """
+        if not arguments:
+            return
+        if self.together > 1:
+            from colorfilter.compute import ray_train  # with Ray Train, which loads torch
+
+            groups = self._groups()
+            yield from ray_train.run(
+                function, arguments, groups, self.together, self.resource, progress, self.notice
+            )
+        else:
+            yield from _Run(self, function, arguments, progress).results()
+
+    def _groups(self) -> int:
+        """How many groups there are devices for."""
+        there = self.most or int(ray.cluster_resources().get(self.resource, 0))
+        if there < self.together:
+            raise UnreachableError(
+                f"compute.devices_per_model: {self.together} are asked for, {there} are there"
+            )
+        return there // self.together
+
+
+class _Run:
+    def __init__(
+        self,
+        cluster: Cluster,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        progress: Progress,
+    ) -> None:
+        self.cluster = cluster
+        self.function = ray.put(function)
+        self.arguments = arguments
+        self.progress = progress
+        self.waiting = deque(range(len(arguments)))
+        self.done: set[int] = set()
+        self.crew: list[_Member] = []
+        self.lost: Counter[int] = Counter()
+        self.failed: set[int] = set()
+        self.failures = 0  # of workers that ended before they had begun
+        self.seconds: list[float] = []
+        self.looked = -HIRE_SECONDS
+        self.waited = time.monotonic()
+        self.resource = cluster.resource
+
+    def results(self) -> Iterator[tuple[int, Any]]:
+        try:
+            while len(self.done) < len(self.arguments):
+                self._hire()
+                self._hand_out()
+                yield from self._collect()
+                self._watch()
+        finally:
+            for member in self.crew:
+                ray.kill(member.actor)
+
+    def _hire(self) -> None:
+        """Ask for workers, as many as there are devices for, and calls."""
+        if time.monotonic() - self.looked < HIRE_SECONDS:
+            return
+        self.looked = time.monotonic()
+        there = self._devices()
+        left_out = sum(member.left_out for member in self.crew)
+        wanted = self.cluster.most or there - left_out
+        wanted = min(wanted, len(self.arguments) - len(self.done)) + left_out
+        on_gpu = self.resource == "GPU"
+        device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
+        for _ in range(wanted - len(self.crew)):
+            actor = _Actor.options(max_concurrency=AT_ONCE, **device).remote()
+            self.crew.append(_Member(actor, actor.where.remote()))
+        if any(member.node for member in self.crew):
+            self.waited = time.monotonic()
+        elif time.monotonic() - self.waited > WAIT_SECONDS:
+            self.waited = time.monotonic()
+            self.cluster.notice(f"still waiting for one of the cluster's {there} {self.resource}s")
+
+    def _devices(self) -> int:
+        return int(ray.cluster_resources().get(self.resource, 0))
+
+    def _hand_out(self) -> None:
+        """Give every idle worker a call."""
+        for member in self.crew:
+            if member.node and member.call is None and not member.left_out:
+                call = self.waiting.popleft() if self.waiting else self._straggling()
+                if call is None:
+                    return
+                arguments = self.arguments[call]
+                member.call, member.begun, member.told = call, time.monotonic(), 0
+                member.work = member.actor.do.remote(call, self.function, arguments)
+
+    def _straggling(self) -> int | None:
+        """A call that takes far longer than others did and is at work once."""
+        if not self.seconds or not self.cluster.begin_twice:
+            return None
+        limit = max(STRAGGLE_SECONDS, STRAGGLES * statistics.median(self.seconds))
+        at_work = Counter(m.call for m in self.crew if m.call is not None)
+        for member in sorted(self.crew, key=lambda m: m.begun):
+            taken = time.monotonic() - member.begun
+            call = member.call
+            if call is None or call in self.done or at_work[call] > 1:
+                continue
+            if taken > limit:
+                self._say(call, f"takes {taken:.0f} s on {member.node}; begun elsewhere too")
+                return call
+        return None
+
+    def _collect(self) -> Iterator[tuple[int, Any]]:
+        """What became of the calls at work, and of the workers that are starting."""
+        refs = {m.work: m for m in self.crew if m.call is not None}
+        refs |= {m.hello: m for m in self.crew if m.node is None}
+        if not refs:
+            time.sleep(POLL_SECONDS)
+            return
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=POLL_SECONDS)
+        for ref in ready:
+            member = refs[ref]
+            try:
+                found = ray.get(ref)
+            except RayTaskError as error:
+                self._leave_out(member, error)
+                continue
+            except RayError as error:  # it, its node, or what it gave is gone
+                self._mourn(member, error)
+                continue
+            if member.node is None:
+                self._welcome(member, found)
+            else:
+                yield from self._finish(member, *found)
+
+    def _welcome(self, member: _Member, node: str) -> None:
+        member.node = node
+        self.failures = 0
+
+    def _finish(self, member: _Member, result: Any, counted: int) -> Iterator[tuple[int, Any]]:
+        call, member.call = member.call, None
+        assert call is not None
+        if call in self.done:  # the other one of two was first
+            self.progress(-member.told)
+            return
+        self.progress(counted - member.told)
+        self.done.add(call)
+        self.seconds.append(time.monotonic() - member.begun)
+        yield call, result
+
+    def _leave_out(self, member: _Member, error: RayTaskError) -> None:
+        """A call failed: whether its device is at fault shows when another makes it."""
+        call, member.call, member.left_out = member.call, None, True
+        if call is None:  # it could not begin
+            raise error
+        self.progress(-member.told)
+        what = f"failed on {member.node} ({one_line(error.cause)}), which is left out"
+        if call in self.done:  # the other one of two was first
+            self._say(call, what)
+            return
+        if call in self.failed or self._devices() <= sum(m.left_out for m in self.crew):
+            raise error.cause from (None if isinstance(error.cause, InputError) else error)
+        self.failed.add(call)
+        self.looked = -HIRE_SECONDS
+        if all(m.call != call for m in self.crew):
+            self.waiting.appendleft(call)
+        self._say(call, f"{what}; done again elsewhere")
+
+    def _mourn(self, member: _Member, error: RayError) -> None:
+        """A worker is gone: what it had begun is to be done again."""
+        self.crew.remove(member)
+        ray.kill(member.actor)
+        if member.node is None:
+            self.failures += 1
+            if self.failures >= LOSSES and not any(m.node for m in self.crew):
+                raise RuntimeError(f"workers cannot start on the cluster: {one_line(error)}")
+            self.cluster.notice(f"a worker did not start: {one_line(error)}")
+            return
+        self.looked = -HIRE_SECONDS
+        call = member.call
+        if call is None or call in self.done:
+            return
+        self.progress(-member.told)
+        self.lost[call] += 1
+        if self.lost[call] >= LOSSES:
+            raise RuntimeError(
+                f"{self.arguments[call][0]}: its worker was lost {LOSSES} times, for want of "
+                "memory perhaps; run again to go on"
+            )
+        if all(m.call != call for m in self.crew):
+            self.waiting.appendleft(call)
+            self._say(call, f"lost with its worker on {member.node}; done again")
+
+    def _say(self, call: int, what: str) -> None:
+        self.cluster.notice(f"{self.arguments[call][0]}: {what}")
+
+    def _watch(self) -> None:
+        """Tell how far the calls at work are, and notice who is gone without one."""
+        for member in list(self.crew):
+            if member.node is None:
+                continue
+            if member.watch is None:
+                member.watch = member.actor.counted.remote()
+            elif ray.wait([member.watch], timeout=0)[0]:
+                answer, member.watch = member.watch, None
+                try:
+                    call, counted = ray.get(answer)
+                except RayError as error:
+                    if member.call is None:
+                        self._mourn(member, error)
+                    continue  # else its call tells
+                if member.call is not None and call == member.call and counted > member.told:
+                    self.progress(counted - member.told)
+                    member.told = counted

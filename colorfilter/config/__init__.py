@@ -1,0 +1,1 @@
+"""What an experiment is: the recipe and its file."""

@@ -1,0 +1,1 @@
+"""From text to sequences: shards, documents, samples, tasks and packed tokens."""

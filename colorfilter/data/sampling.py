@@ -1,0 +1,135 @@
+"""Draws over documents: the sample for D_prior, and a domain's split.
+
+Every draw is a sort by a number that is made of the text and the seed alone. So it depends neither
+on the order of files nor on how documents lie in shards, and it is the same on every machine.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pyarrow as pa
+
+from colorfilter.data.documents import DOCUMENTS, read_documents
+from colorfilter.errors import InputError
+from colorfilter.storage.parquet import TableWriter
+
+SAMPLE = DOCUMENTS.append(pa.field("shard", pa.string()))
+SPLITS = ("held_out", "probe", "down")
+
+
+def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path) -> dict[str, int]:
+    """Draw documents at random from shards (name -> folder) until they hold `chars` characters.
+
+    The draw depends on the texts and the seed alone, not on how they lie in shards; memory grows
+    with the sample and not with the corpus. Writes `documents.parquet`, the documents with their
+    shard, and returns counts. Raises InputError where the corpus holds no more than that.
+    """
+    drawn: dict[bytes, _Drawn] = {}
+    passed_over = 0
+    for name, path in sorted(shards.items()):
+        for row in read_documents(path / "documents.parquet", ["sha256", "n_chars"]):
+            lot = draw_lot(seed, row["sha256"])
+            drawn.setdefault(lot, _Drawn(name, row["sha256"], row["n_chars"]))
+        kept = _lowest(drawn, chars)
+        passed_over += len(drawn) - len(kept)
+        drawn = kept
+    if chars and not passed_over:
+        raise InputError(
+            f"prior.sample_chars: {chars} characters are wanted for D_prior, which would take the "
+            f"whole corpus ({sum(d.chars for d in drawn.values())}); add to the corpus or lower it"
+        )
+    with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
+        for name, path in sorted(shards.items()):
+            wanted = {d.sha256 for d in drawn.values() if d.shard == name}
+            if wanted:
+                for row in read_documents(path / "documents.parquet", DOCUMENTS.names):
+                    if row["sha256"] in wanted:
+                        writer.add({**row, "shard": name}, len(row["text"]))
+    return {"documents": len(drawn), "chars": sum(d.chars for d in drawn.values())}
+
+
+class _Drawn(NamedTuple):
+    shard: str
+    sha256: str
+    chars: int
+
+
+def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
+    """The documents of lowest lot until they hold `chars` characters."""
+    kept, held = {}, 0
+    for lot, document in sorted(drawn.items()):
+        if held >= chars:
+            break
+        kept[lot] = document
+        held += document.chars
+    return kept
+
+
+def draw_lot(seed: int, sha256: str) -> bytes:
+    """A document's place in a random order that the seed fixes."""
+    return hashlib.sha256(f"{seed}|{sha256}".encode()).digest()[:8]
+
+
+def split_domain(
+    documents: Path, seed: int, held_out: float, probe: float, folder: Path
+) -> dict[str, int]:
+    """Split a domain's documents at random into held-out, probe and D_down, by characters.
+
+    Writes `<split>/documents.parquet` for each, whole documents only, and returns their numbers
+    of documents and characters. Raises InputError where a split would be empty.
+    """
+    table = pl.read_parquet(documents, columns=["sha256", "n_chars"])
+    table = table.with_columns(
+        lot=pl.Series([draw_lot(seed, s) for s in table["sha256"]], dtype=pl.Binary)
+    ).sort("lot")
+    before = table["n_chars"].cum_sum().shift(1, fill_value=0) / max(1, table["n_chars"].sum())
+    split_of = {
+        sha256: "held_out" if share < held_out else "probe" if share < held_out + probe else "down"
+        for sha256, share in zip(table["sha256"], before, strict=True)
+    }
+    counts = dict.fromkeys([f"{s}_{unit}" for s in SPLITS for unit in ("documents", "chars")], 0)
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            (folder / split).mkdir(exist_ok=True)
+            path = folder / split / "documents.parquet"
+            writers[split] = stack.enter_context(TableWriter(path, DOCUMENTS))
+        for row in read_documents(documents, DOCUMENTS.names):
+            split = split_of[row["sha256"]]
+            writers[split].add(row, len(row["text"]))
+            counts[f"{split}_documents"] += 1
+            counts[f"{split}_chars"] += row["n_chars"]
+    empty = [s for s in SPLITS if counts[f"{s}_documents"] == 0]
+    if empty:
+        raise InputError(
+            f"{len(table)} documents are too few to split into D_down, held-out and probe "
+            f"({' and '.join(empty)} would be empty); add documents or cut them smaller"
+        )
+    return counts
+
+
+def shared_documents(corpus: Mapping[str, Path], texts: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Documents of the corpus that also stand in one of `texts` (name -> documents table).
+
+    Compared by the sha256 of the text. Returns source_file, source_line, text (which one).
+    """
+    known: dict[str, str] = {}
+    for name, path in texts.items():
+        known |= dict.fromkeys(pl.read_parquet(path, columns=["sha256"])["sha256"], name)
+    wanted = pl.LazyFrame(
+        {"sha256": list(known), "text": list(known.values())},
+        schema={"sha256": pl.String, "text": pl.String},
+    )
+    return [
+        row
+        for path in corpus.values()
+        for row in pl.scan_parquet(path)
+        .select("sha256", "source_file", "source_line")
+        .join(wanted, on="sha256")
+        .collect()
+        .to_dicts()
+    ]

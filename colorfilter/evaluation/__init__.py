@@ -1,0 +1,1 @@
+"""Metrics, tasks, figures and the report."""

@@ -1,1 +1,0 @@
-"""The forms of the loss kernel: one contract, `colorfilter.loss.sequence_nll`."""

@@ -1,0 +1,1 @@
+"""Causal language models: loaded, saved and made fast."""

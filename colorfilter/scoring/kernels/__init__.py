@@ -1,0 +1,1 @@
+"""The forms of the loss kernel: one contract, `colorfilter.scoring.loss.sequence_nll`."""

@@ -1,0 +1,201 @@
+"""Stream packed sequences through models and commit their losses chunk by chunk.
+
+Chunks (colorfilter.scoring.chunks) need nothing of each other: any process may score
+any of them, a killed one loses the chunk it was at, a rerun scores what is missing, and each loss
+stands exactly once. Nothing is locked.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from transformers import PreTrainedModel
+
+from colorfilter.compute import local_pool
+from colorfilter.data.tokens import read_tokens, real_tokens
+from colorfilter.models import attention
+from colorfilter.models.checkpoints import head_weight, weights_per_token
+from colorfilter.progress import Progress, silent
+from colorfilter.scoring import loss
+from colorfilter.scoring.chunks import Receipt, batch_sequences, plan_chunks, receipt_of
+from colorfilter.scoring.labels import shifted_labels
+from colorfilter.storage import remote
+from colorfilter.storage.files import file_sha256
+from colorfilter.storage.remote import Place
+
+Losses = tuple[np.ndarray, np.ndarray]
+
+
+class Scorer:
+    """A model made ready for scoring: losses of batches of sequences.
+
+    `precision` is that of the model's weights, `kernel` a form of loss.sequence_nll (by default
+    chosen at the first batch).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, precision: str = "float32", kernel: str | None = None
+    ) -> None:
+        self._model = model.eval()
+        self.precision = precision
+        self._weight = head_weight(model)
+        self.kernel = kernel if self._weight is not None else "full logits"
+        self._attention: str | None = None
+        self.flops_per_token = 2 * weights_per_token(model)
+
+    @property
+    def form(self) -> str:
+        """What computes the losses, in words."""
+        body = f", {self._attention} attention" if self._attention else ""
+        return f"{self.kernel}{body}"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._model.device)
+
+    @torch.inference_mode()
+    def losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [B, T], labels int64 [B, T] as of labels.shifted_labels
+        -> float32 [B] nats per token, int32 [B] number of labels, on the model's device.
+        """
+        if self._weight is None:
+            logits = self._model(input_ids=tokens, use_cache=False).logits
+            return loss.logits_nll(logits, labels)
+        if self.kernel is None:
+            self._attention = attention.fastest_attention(self._model, tokens)
+        with attention.attention(self._attention):
+            hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        if self.kernel is None:
+            self.kernel = loss.fastest_kernel(hidden, self._weight, labels)
+        return loss.sequence_nll(hidden, self._weight, labels, self.kernel)
+
+
+def sequence_losses(
+    scorers: Sequence[Scorer],
+    tokens: np.ndarray,
+    n_tokens: np.ndarray,
+    boundary: int | None = None,
+    progress: Progress = silent,
+) -> list[Losses]:
+    """Losses of many sequences by several models on one device, in one pass over them.
+
+    tokens integer [N, T], n_tokens int64 [N] of them real, `boundary` as in labels.shifted_labels
+    -> by model: float32 [N] nats per token (NaN where a sequence has no label), int32 [N] number of
+    labels. `progress` is called with sequence tokens done, per model.
+    """
+    device = scorers[0].device
+    step = batch_sequences(tokens.shape[1], device.type)
+    # Libraries add up a product's terms in an order that depends on its shape. Sequences without
+    # tokens fill the last batch, so that all have one, and a loss has the same bits in any of them.
+    size = -(-len(tokens) // step) * step
+    tokens_NxT = torch.zeros(size, tokens.shape[1], dtype=torch.int32)
+    tokens_NxT[: len(tokens)] = torch.from_numpy(tokens.astype(np.int32))
+    n_tokens_N = torch.zeros(size, dtype=torch.int64)
+    n_tokens_N[: len(tokens)] = torch.from_numpy(n_tokens)
+    tokens_NxT, n_tokens_N = tokens_NxT.to(device), n_tokens_N.to(device)
+    # Read by the host in the end only, so that a device is never waited for between batches.
+    nll = torch.empty(len(scorers), size, device=device)
+    n = torch.empty(len(scorers), size, dtype=torch.int32, device=device)
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        batch = tokens_NxT[rows].long()
+        labels = shifted_labels(batch, n_tokens_N[rows], boundary)
+        for i, scorer in enumerate(scorers):
+            nll[i, rows], n[i, rows] = scorer.losses(batch, labels)
+        progress(len(scorers) * int(n_tokens[rows].sum()))
+    by_model = zip(nll.cpu().numpy(), n.cpu().numpy(), strict=True)
+    return [(losses[: len(tokens)], labels[: len(tokens)]) for losses, labels in by_model]
+
+
+def score_shard(
+    scorers: Mapping[str, Scorer],
+    tokens: Path,
+    shard: str,
+    outs: Mapping[str, Path],
+    chunk: int,
+    boundary: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, list[Receipt]]:
+    """Score a folder of packed tokens, into chunks of so many sequences in a folder per model.
+
+    What stands there is not scored again. `progress` as in score_chunk.
+    """
+    receipts, missing = plan_chunks(tokens, outs, chunk)
+    progress(sum(r.tokens for standing in receipts.values() for r in standing))
+    for (start, stop), models in missing.items():
+        wanted = {m: scorers[m] for m in models}
+        for receipt in score_chunk(
+            wanted, tokens, shard, start, stop, outs, boundary, progress=progress
+        ):
+            receipts[receipt.model].append(receipt)
+    return {m: sorted(done, key=lambda r: r.start) for m, done in receipts.items()}
+
+
+def score_chunk(
+    scorers: Mapping[str, Scorer],
+    tokens: Place,
+    shard: str,
+    start: int,
+    stop: int,
+    outs: Mapping[str, Place],
+    boundary: int | None = None,
+    exact: Callable[[str], Scorer] | None = None,
+    progress: Progress = silent,
+) -> list[Receipt]:
+    """Score sequences [start, stop) by every model and commit each one's losses to a file.
+
+    It lies in the model's folder of `outs` and holds `model, shard, position, loss, n_tokens,
+    precision`; `loss` is float32 nats per token, `n_tokens` the labels it is the mean of. A
+    sequence without labels, such as one of a single token, gets no row. What comes out not finite
+    is scored again by `exact(model)`, the same model in float32, and says so. `boundary` and
+    `progress` as in sequence_losses.
+    """
+    begun = time.perf_counter()
+    rows = read_tokens(tokens, start, stop)
+    n_tokens = real_tokens(tokens)[start:stop]
+    tables = []
+    losses = sequence_losses(list(scorers.values()), rows, n_tokens, boundary, progress)
+    for model, (nll, n) in zip(scorers, losses, strict=True):
+        precision = np.full(len(rows), scorers[model].precision, dtype=object)
+        bad = np.flatnonzero((n > 0) & ~np.isfinite(nll))
+        if len(bad) and exact and scorers[model].precision != "float32":
+            ((nll[bad], _),) = sequence_losses([exact(model)], rows[bad], n_tokens[bad], boundary)
+            precision[bad] = "float32"
+        table = pl.DataFrame(
+            {
+                "model": pl.repeat(model, len(rows), eager=True),
+                "shard": pl.repeat(shard, len(rows), eager=True),
+                "position": np.arange(start, stop, dtype=np.int64),
+                "loss": nll,
+                "n_tokens": n,
+                "precision": pl.Series(precision, dtype=pl.String),
+            }
+        )
+        tables.append((model, table.filter(pl.col("n_tokens") > 0)))
+    seconds = (time.perf_counter() - begun) / len(scorers)
+    receipts = []
+    for model, table in tables:
+        out, scorer = outs[model], scorers[model]
+        with remote.temporary_file(out) as temporary:
+            table.write_parquet(temporary, compression="zstd")
+            sha256 = file_sha256(temporary)
+            name = f"losses-{start:010d}-{stop:010d}-{sha256[:16]}.parquet"
+            receipt = receipt_of(model, temporary, name, sha256, n_tokens)
+            remote.commit(temporary, out, name)
+        receipts.append(
+            replace(
+                receipt,
+                seconds=seconds,
+                kernel=scorer.form,
+                precision=scorer.precision,
+                device=scorer.device.type,
+                node=local_pool.node(),
+            )
+        )
+    return receipts

@@ -1,0 +1,1 @@
+"""From losses to selections and datasets."""

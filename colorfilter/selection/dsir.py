@@ -1,0 +1,112 @@
+"""DSIR: documents by the importance of their hashed n-grams, as its authors publish it.
+
+Importance resampling (arXiv 2302.03169): a bag of hashed words and word pairs is fitted to the
+domain and to the corpus, and documents are drawn without replacement by the ratio of the two, with
+Gumbel noise on its logarithm. Fitted and weighed by the package `data-selection`, whose noise has
+no seed of its own; here it has, so that the package by hand, after `numpy.random.seed(seed)`,
+chooses the same set.
+"""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+from colorfilter.data.documents import DOCUMENTS, read_documents
+from colorfilter.errors import InputError
+from colorfilter.progress import Progress, silent
+
+MEMORY = "2GB"
+
+
+def rank_documents(
+    raw: Mapping[str, Path],
+    domain: Path,
+    left_out: Set[str],
+    seed: int,
+    progress: Progress = silent,
+) -> pl.DataFrame:
+    """All documents of the corpus that DSIR considers, in the order in which it draws them.
+
+    `raw` is documents.parquet by shard, `domain` that of D_down; documents whose sha256 is in
+    `left_out` take no part. Returns shard, doc_id, sha256 and `score`, the negative logarithm of
+    the importance less the noise: lower is better. Documents of less than 100 words are not
+    considered (the package's default), and of copies only the first drawn is kept. `progress` is
+    called with characters of the corpus, each read twice. Raises InputError where the package is
+    missing.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would be drawn through the others
+    refuse_without_package()
+    from data_selection import HashedNgramDSIR
+
+    shards = sorted(raw)
+
+    def texts(path: str) -> Iterator[dict[str, Any]]:
+        for row in read_documents(Path(path), ["sha256", "text"]):
+            progress(len(row["text"]))
+            if row["sha256"] not in left_out:
+                yield row
+
+    with tempfile.TemporaryDirectory() as cache:
+        package: Any = HashedNgramDSIR(
+            [str(raw[shard]) for shard in shards],
+            [str(domain)],
+            cache,
+            raw_load_dataset_fn=texts,
+            target_load_dataset_fn=lambda path: read_documents(Path(path), ["text"]),
+            num_proc=1,  # in this process: the order is that of the files, and so is the noise's
+        )
+        package.fit_importance_estimator()
+        package.compute_importance_weights()
+        weights = np.concatenate([np.load(f) for f in _parts(package.log_importance_weights_dir)])
+        words = np.concatenate([np.load(f) for f in _parts(package.perexample_metadata_dir)])
+    long_enough = package.perexample_metadata_filter(words)
+    weights = weights[long_enough]
+    noise = np.random.RandomState(seed).gumbel(size=weights.shape)
+    considered = pl.concat(
+        pl.read_parquet(raw[shard], columns=["doc_id", "sha256"])
+        .filter(~pl.col("sha256").is_in(list(left_out)))
+        .select(pl.lit(shard).alias("shard"), "doc_id", "sha256")
+        for shard in shards
+    )
+    return (
+        considered.filter(pl.Series(long_enough))
+        .with_columns(score=pl.Series(-(weights + noise)))
+        .sort("score", "shard", "doc_id")
+        .unique("sha256", keep="first", maintain_order=True)
+    )
+
+
+def refuse_without_package() -> None:
+    """Raise InputError where the package that DSIR is, data-selection, is missing."""
+    if importlib.util.find_spec("data_selection") is None:
+        raise InputError("arms: dsir wants the package data-selection; pip install '.[dsir]'")
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npy"), key=lambda path: int(path.stem))
+
+
+def write_in_order(ranked: pl.DataFrame, raw: Mapping[str, Path], out: Path) -> None:
+    """Write documents.parquet of the ranked documents, in their order, with a memory limit."""
+    places = pl.DataFrame({"shard": list(raw), "filename": [str(path) for path in raw.values()]})
+    wanted = ranked.with_row_index("rank").join(places, on="shard").to_arrow()
+    columns = ", ".join(DOCUMENTS.names)
+    with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
+        connection.execute(f"SET memory_limit = '{MEMORY}'")
+        connection.execute("SET temp_directory = ?", [spill])
+        connection.register("wanted", wanted)
+        files = sorted({str(raw[shard]) for shard in ranked["shard"].unique()})
+        table = connection.sql(
+            f"SELECT {columns} FROM wanted "
+            "JOIN read_parquet($files, filename = true) USING (filename, doc_id, sha256) "
+            "ORDER BY rank",
+            params={"files": files},
+        )
+        table.write_parquet(str(out), compression="zstd")

@@ -1,0 +1,1 @@
+"""How bytes are kept: files, manifests, and folders that machines share."""

@@ -1,0 +1,1 @@
+"""`colorfilter audit`: whether a home holds what its ledger says."""

@@ -1,0 +1,1 @@
+"""`colorfilter backup` and `colorfilter restore`."""

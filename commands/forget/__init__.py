@@ -1,0 +1,1 @@
+"""`colorfilter forget`: removes documents for good."""

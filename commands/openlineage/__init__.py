@@ -1,0 +1,1 @@
+"""`colorfilter openlineage`: the ledger as OpenLineage events."""

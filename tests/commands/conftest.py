@@ -1,0 +1,10 @@
+"""The command line in this process."""
+
+import pytest
+
+from tests.program import Caller
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Caller:
+    return Caller(monkeypatch)
