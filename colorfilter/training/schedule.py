@@ -1,4 +1,4 @@
-"""The course of a training run: its phases and the rate at each step.
+"""The course of a training run: its phases, the rate at each step, and the order of sequences.
 
 The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With the first, one run
 has several end points for the price of their decays: the trunk at constant rate goes on, and each
@@ -12,6 +12,8 @@ where a branch starts from the trunk's last state.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from colorfilter.config.recipe import Training
 
@@ -62,3 +64,11 @@ def learning_rate(training: Training, step: int, first_end: int, end: int, branc
     if branch:
         rate *= (end - step) / (math.ceil(training.decay * end) + 1)
     return rate
+
+
+def training_order(seed: int, sequences: int) -> np.ndarray:
+    """The rows in the order in which they are trained on, int64 [sequences].
+
+    A run to an end point of n sequences has trained on the first n of these, each of them once.
+    """
+    return np.random.default_rng(seed).permutation(sequences)

@@ -11,8 +11,7 @@ import safetensors
 
 from colorfilter.config.recipe import Model, Training
 from colorfilter.data.tokens import open_tokens, real_tokens
-from colorfilter.training.order import training_order
-from colorfilter.training.schedule import Phase, phases
+from colorfilter.training.schedule import Phase, phases, training_order
 
 RUNNING = "running.safetensors"  # the state of a run that has not ended
 

@@ -30,10 +30,9 @@ from colorfilter.scoring.labels import IGNORED, shifted_labels
 from colorfilter.scoring.scoring import Scorer, sequence_losses
 from colorfilter.storage.files import require_space, write_atomically
 from colorfilter.training.objective import Objective
-from colorfilter.training.order import training_order
 from colorfilter.training.process_group import Single
 from colorfilter.training.rho_down import Chooser
-from colorfilter.training.schedule import Phase, learning_rate, phases
+from colorfilter.training.schedule import Phase, learning_rate, phases, training_order
 from colorfilter.training.spec import (
     RUNNING,
     Checkpoint,

@@ -19,7 +19,7 @@ from colorfilter.selection.select import SCORES, SHARDS, count_candidates
 from colorfilter.selection.sql import fetch, fetch_frame
 from colorfilter.stages import IN_CORPUS, ShardKind, Stage
 from colorfilter.storage.manifest import content, stands
-from colorfilter.training.order import training_order
+from colorfilter.training.schedule import training_order
 from resources.artifacts import ROWS, ArtifactStore
 from resources.ledger import Entry
 from resources.lineage import Lineage

@@ -4,7 +4,6 @@ A document is named by its doc_id, or by its line of a raw file (rejected lines 
 sequence by its shard and position. `commands.explain.dataset_changes` explains datasets.
 """
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -13,20 +12,16 @@ from colorfilter.selection.score_tables import EXCLUDED
 from colorfilter.stages import IN_CORPUS, ArtifactName, ShardKind, Stage
 from commands.explain.dataset_changes import explain_dataset
 from commands.explain.decisions import MINE, QUOTE, UNKNOWN, Facts, Records, checkpoints, standing
+from commands.names import AT_LINE, BY_ID, DOC_ID, DOCUMENTS, PLACE
 from resources.exclusions import tombstones
 from resources.ledger import Entry
 
-PLACE = re.compile(r"(.+):(\d+)")
-DOC_ID = re.compile(r"[0-9a-f]{6,20}")
 FORMS = "give a doc_id (at least 6 of its hex digits), SHARD:POSITION, FILE:LINE or <domain>/<arm>"
 SPLITS = {
     "down": "D_down, which the conditional learned from",
     "held_out": "held-out text, only ever evaluated on",
     "probe": "the probe, which is scored like corpus and never selected",
 }
-DOCUMENTS = "documents.parquet"
-AT_LINE = "source_line = $line AND ends_with('/' || source_file, '/' || $file)"
-BY_ID = "starts_with(doc_id, $doc_id)"
 DOCUMENT = (
     *("became", "doc_id", "shard", "source_file", "source_line", "source", "file_sha256"),
     *("sha256", "n_chars", "n_tokens", "extra", "text", "copies", "sequences"),

@@ -20,8 +20,8 @@ from colorfilter.errors import InputError
 from colorfilter.selection.sql import fetch, fetch_frame, fetch_row
 from colorfilter.stages import ArtifactName, Stage
 from colorfilter.storage.manifest import MANIFEST
-from colorfilter.training.order import training_order
-from commands.explain.documents import AT_LINE, BY_ID, DOC_ID, DOCUMENTS, PLACE
+from colorfilter.training.schedule import training_order
+from commands.names import AT_LINE, BY_ID, DOC_ID, DOCUMENTS, PLACE
 from resources.artifacts import ROWS, ArtifactStore, Work
 from resources.audit import Finding
 from resources.exclusions import EXCLUSION, SEQUENCES, tombstones

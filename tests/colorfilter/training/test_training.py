@@ -12,9 +12,8 @@ from colorfilter.data.tokens import Encoder, pack_examples, real_tokens
 from colorfilter.models import checkpoints
 from colorfilter.progress import silent
 from colorfilter.training import training
-from colorfilter.training.order import training_order
 from colorfilter.training.process_group import Single
-from colorfilter.training.schedule import learning_rate
+from colorfilter.training.schedule import learning_rate, training_order
 from colorfilter.training.spec import TrainSpec, planned_tokens
 from colorfilter.training.training import held_out_loss, train
 from tests.colorfilter.conftest import ENDPOINTS

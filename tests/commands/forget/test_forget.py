@@ -23,7 +23,7 @@ from colorfilter.storage import manifest
 from colorfilter.storage.files import lock
 from colorfilter.storage.remote import names
 from colorfilter.storage.staging import Shared
-from colorfilter.training.order import training_order
+from colorfilter.training.schedule import training_order
 from commands.backup.backup import back_up, restore
 from commands.forget import artifacts
 from commands.forget.forget import forget as take_out
