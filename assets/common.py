@@ -48,7 +48,7 @@ def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.Mat
 
 
 def identity(artifact: Artifact) -> dict[str, Any]:
-    """What an artefact is, what it was made from and where it lies, as metadata."""
+    """What an artifact is, what it was made from and where it lies, as metadata."""
     return {
         "fingerprint": artifact.fingerprint,
         "inputs": dg.MetadataValue.json(_inputs(artifact)),
@@ -99,13 +99,13 @@ def sharded_result(
 
 
 def data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
-    """Dagster's version of an asset's content: the hash of the fingerprints of its artefacts."""
+    """Dagster's version of an asset's content: the hash of the fingerprints of its artifacts."""
     fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
     return dg.DataVersion(hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
 
 
 def total(artifacts: Sequence[Artifact], fact: str) -> int:
-    """Sum of a fact over artefacts."""
+    """Sum of a fact over artifacts."""
     return sum(a.facts[fact] for a in artifacts)
 
 
@@ -160,7 +160,7 @@ def make_in_processes(
     progress: Progress,
     size: Callable[[str], int],
 ) -> list[Artifact]:
-    """Make artefacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
+    """Make artifacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
 
     A build says how far it is by `workers.report`; `size(partition)` is what it reports in all, and
     counts at once for what stands. It is about as many bytes as a build writes, at most. Raises

@@ -59,7 +59,7 @@ def load_recipe(recipe: str) -> "Recipe":
 
 
 def artifacts_of(place: "Home") -> "ArtifactStore":
-    """The artefacts of a home."""
+    """The artifacts of a home."""
     from resources.artifacts import ArtifactStore
 
     return ArtifactStore(home=str(place.root))

@@ -1,1 +1,1 @@
-"""What assets hold: the home with its ledger and artefacts, the score store, the GPU."""
+"""What assets hold: the home with its ledger and artifacts, the score store, the GPU."""

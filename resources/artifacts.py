@@ -1,6 +1,6 @@
-"""Artefacts and the ledger: what was made from what, exact per partition, and made only once.
+"""Artifacts and the ledger: what was made from what, exact per partition, and made only once.
 
-An artefact is a folder named by its key. It stands once its `manifest.json`, written last, is
+An artifact is a folder named by its key. It stands once its `manifest.json`, written last, is
 there; until then the same folder holds what an interrupted attempt left, and the next one goes on
 from that. The manifest says what it is and what it was made from; the ledger has the manifest's
 hash.
@@ -28,7 +28,7 @@ from resources.home import Home
 from resources.ledger import Entries, Entry, Ledger, ledger_at
 
 ROWS = "tokens/sequences.parquet"  # the table of a dataset's rows
-RECIPE = "recipe"  # the artefact that a run's recipe is kept as
+RECIPE = "recipe"  # the artifact that a run's recipe is kept as
 HELD = ("manifest", "bytes", "rows", "run")
 
 
@@ -154,9 +154,9 @@ class Attempt:
 
 
 class ArtifactStore(dg.ConfigurableResource):
-    """The artefacts of a home and the ledger over them.
+    """The artifacts of a home and the ledger over them.
 
-    `recipe` is the text of the recipe that runs go by: each keeps it, as an artefact of its own.
+    `recipe` is the text of the recipe that runs go by: each keeps it, as an artifact of its own.
     """
 
     home: str
@@ -212,7 +212,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return self.at.root / self.ledger.last_version(str(first.relative_to(self.at.root)))
 
     def make(self, work: Work, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """The artefact of this work: the standing one, or built now by `build(folder) -> facts`.
+        """The artifact of this work: the standing one, or built now by `build(folder) -> facts`.
 
         Two requests for the same key meet at a lease: the second waits and finds it standing. A
         build that raises InputError leaves nothing behind; any other failure leaves the folder
@@ -267,7 +267,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return artifact
 
     def current(self, asset: str, partition: str | None = None) -> Artifact:
-        """The current artefact of an asset's partition.
+        """The current artifact of an asset's partition.
 
         Raises InputError where it has not been made yet or its files are gone.
         """
@@ -293,7 +293,7 @@ class ArtifactStore(dg.ConfigurableResource):
     def current_from(
         self, asset: str, partition: str | None, inputs: Sequence[Artifact]
     ) -> Artifact:
-        """The current artefact, if it was made from exactly these inputs.
+        """The current artifact, if it was made from exactly these inputs.
 
         Raises InputError where it was made from something older.
         """
@@ -315,11 +315,11 @@ class ArtifactStore(dg.ConfigurableResource):
         return self.ledger.current()
 
     def is_behind(self, entry: Mapping[str, Any]) -> bool:
-        """Whether an artefact was made from something that has since been made anew."""
+        """Whether an artifact was made from something that has since been made anew."""
         return any(self._fingerprint(name) != was for name, was in entry["inputs"].items())
 
     def _fingerprint(self, name: str) -> str | None:
-        """The current fingerprint of an artefact, or of a part of one, by its name."""
+        """The current fingerprint of an artifact, or of a part of one, by its name."""
         asset, _, partition = name.removesuffix("]").partition("[")
         entry = self.entries().get((asset, partition or None))
         if entry:
@@ -332,7 +332,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return None
 
     def identity(self, work: Work, key: str) -> dict[str, Any]:
-        """What the manifest of an artefact has on record: what it is and what it is made from.
+        """What the manifest of an artifact has on record: what it is and what it is made from.
 
         `ledger` is the head of the ledger, with all that was entered before.
         """
@@ -427,7 +427,7 @@ class ArtifactStore(dg.ConfigurableResource):
         self.ledger.append(changed)
 
     def record(self, work: Work, artifact: Artifact) -> None:
-        """Enter an artefact in the ledger."""
+        """Enter an artifact in the ledger."""
         self.ledger.append(
             {
                 **asdict(artifact),

@@ -42,13 +42,13 @@ class Finding:
     """Something that does not hold; as a warning, something that cannot be shown to hold."""
 
     asset: str
-    artefact: str  # the file, table or entry in which it was found
+    artifact: str  # the file, table or entry in which it was found
     expected: str
     found: str
     warning: bool = False
 
     def __str__(self) -> str:
-        return f"{self.asset}: {self.artefact}: expected {self.expected}, found {self.found}"
+        return f"{self.asset}: {self.artifact}: expected {self.expected}, found {self.found}"
 
 
 class Record:
@@ -105,7 +105,7 @@ class Record:
                 yield Finding(name, "its entry", wanted, f"{entry['key'][:16]}, {entry['path']}")
 
     def reuse(self) -> Iterator[Finding]:
-        """Find artefacts that were taken up again with other content than was made."""
+        """Find artifacts that were taken up again with other content than was made."""
         for lines in self._by_path.values():
             _, made = lines[0]
             for number, entry in lines:
@@ -158,7 +158,7 @@ class Record:
         yield from self._contents(entry, manifest["files"], progress)
 
     def _contents(self, entry: Entry, files: list[Any], progress: Progress) -> Iterator[Finding]:
-        """Compare the files of an artefact with those that its manifest lists."""
+        """Compare the files of an artifact with those that its manifest lists."""
         name, path, folder = name_of(entry), entry["path"], self.home.root / entry["path"]
         listed = {file["path"]: file for file in files}
         there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}

@@ -3,7 +3,7 @@
 Its verbs hold alike locally and on a cluster. Locally the work is done in worker processes, one per
 CUDA device, or one per CPU core: a core each does more than all cores at one small matrix, and does
 not stand still when another program takes one of them. Every kernel run leaves lines in
-`kernel_runs.jsonl` of the home, with the folder of the artefact that it was for.
+`kernel_runs.jsonl` of the home, with the folder of the artifact that it was for.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from colorfilter.compute.local_pool import Call, Took, Workers
+from colorfilter.compute.local_pool import Call, Timing, Workers
 from colorfilter.compute.machine import TRAIN, Machine
 from colorfilter.data.tokens import open_tokens
 from colorfilter.progress import Progress, silent
@@ -28,7 +28,7 @@ from colorfilter.scoring.chunks import Chunk, Receipt, chunk_range, chunk_sequen
 from colorfilter.storage import manifest, remote
 from colorfilter.storage.files import append_line, require_space
 from colorfilter.storage.remote import Place
-from colorfilter.storage.staging import Alone, Shared
+from colorfilter.storage.staging import LocalStaging, RemoteStaging
 from colorfilter.training.spec import Checkpoint, TrainSpec, trained_tokens
 from resources.home import Home
 from resources.tally import Tally
@@ -53,7 +53,7 @@ SCORE, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
 class ScoreJob:
     """A folder of packed tokens to score by models: fingerprint -> checkpoint, and -> folder out.
 
-    `parameters` of the models decide the size of a chunk; `boundary` as in labels.shifted_labels.
+    `parameters` of the models decide the size of a chunk; `eot_id` as in labels.shifted_labels.
     """
 
     models: Mapping[str, Path]
@@ -62,7 +62,7 @@ class ScoreJob:
     tokens: Path
     shard: str
     precision: str
-    boundary: int | None = None
+    eot_id: int | None = None
 
     def read_for(self, models: Sequence[str]) -> list[Path]:
         """The folders that are read to score by some of the models."""
@@ -85,7 +85,7 @@ class ScoreJob:
             stop,
             {m: staged(self.outs[m]) for m in models},
             self.precision,
-            self.boundary,
+            self.eot_id,
         )
 
 
@@ -122,13 +122,13 @@ class Gpu(dg.ConfigurableResource):
         """
         if not jobs:  # nor is a cluster asked for then
             return
-        places, crew = self._places(), self._crew(begin_twice=True)
+        places, pool = self._places(), self._pool(begin_twice=True)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
         ranges: list[tuple[int, int, int, list[str]]] = []
         left: Counter[tuple[int, str]] = Counter()
         for i, job in enumerate(jobs):
             length = int(open_tokens(job.tokens).shape[1])
-            chunk = chunk_sequences(job.parameters, length, crew.kind)
+            chunk = chunk_sequences(job.parameters, length, pool.kind)
             for out in job.outs.values():
                 _take_over(places, out)
             there, missing = plan_chunks(job.tokens, job.outs, chunk)
@@ -151,7 +151,7 @@ class Gpu(dg.ConfigurableResource):
                 i, start, stop, models = ranges[n]
                 return (jobs[i].chunk(start, stop, models, shared, places.staged),)
 
-            for n, done in crew.run(SCORE, _Calls(call, len(ranges)), progress):
+            for n, done in pool.run(SCORE, _Calls(call, len(ranges)), progress):
                 i = ranges[n][0]
                 tally.add(jobs[i].shard, done[0].node)
                 for receipt in done:
@@ -181,21 +181,21 @@ class Gpu(dg.ConfigurableResource):
         if not specs:
             return
         alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
-        crew = self._crew(together=1 if alone else self.devices_per_model)
+        pool = self._pool(together=1 if alone else self.devices_per_model)
         places = self._places()
         standing(sum(trained_tokens(spec) for spec in specs))
         calls = [(spec, _lent(places, spec)) for spec in specs]
-        if isinstance(crew, Machine):
-            trained = crew.train(calls, share, progress)
+        if isinstance(pool, Machine):
+            trained = pool.train(calls, share, progress)
         else:
-            trained = crew.run(TRAIN, [(spec, 1, lent) for spec, lent in calls], progress)
+            trained = pool.run(TRAIN, [(spec, 1, lent) for spec, lent in calls], progress)
         for i, (checkpoints, took) in trained:
             places.take_all(specs[i].out)
             self._record("train", specs[i].out, took, {"seed": specs[i].seed})
             yield i, checkpoints
 
     def evaluate(self, checkpoints: Sequence[Path], tokens: Path, folder: Path) -> list["Losses"]:
-        """Losses of packed tokens by each checkpoint, for the artefact that is made in `folder`.
+        """Losses of packed tokens by each checkpoint, for the artifact that is made in `folder`.
 
         Each is float32 [n] nats per token, int32 [n] number of labels; computed in float32.
         """
@@ -226,7 +226,7 @@ class Gpu(dg.ConfigurableResource):
         checkpoints: Sequence[Path],
         tokens: "np.ndarray",
         folder: Path,
-        boundary: int | None = None,
+        eot_id: int | None = None,
     ) -> list["np.ndarray"]:
         """Losses of every token of a few sequences [N, T] by each checkpoint.
 
@@ -234,7 +234,7 @@ class Gpu(dg.ConfigurableResource):
         as in `evaluate`.
         """
         losses: list[np.ndarray] = self._evaluated(
-            "token_losses", folder, TOKEN_LOSSES, checkpoints, (tokens, boundary)
+            "token_losses", folder, TOKEN_LOSSES, checkpoints, (tokens, eot_id)
         )
         return losses
 
@@ -262,24 +262,26 @@ class Gpu(dg.ConfigurableResource):
         """What `work(checkpoint, *by)` gives of each checkpoint, in their order."""
         if not checkpoints:
             return []
-        crew, places = self._crew(), self._places()
+        pool, places = self._pool(), self._places()
         results: dict[int, Any] = {}
         shared = [places.share(b) if isinstance(b, Path) else b for b in by]
         calls = [(places.share(checkpoint), *shared) for checkpoint in checkpoints]
-        for i, (found, took) in crew.run(work, calls, progress):
+        for i, (found, took) in pool.run(work, calls, progress):
             model = checkpoints[i].relative_to(Home(self.home).root)
             self._record(verb, folder, took, {"model": str(model)})
             results[i] = found
         return [results[i] for i in range(len(calls))]
 
-    def _places(self) -> Alone:
+    def _places(self) -> LocalStaging:
         """Where the folders of the home lie for those that work."""
         if self.backend == "local":
-            return Alone()
+            return LocalStaging()
         home = Home(self.home)
-        return Shared(home.root, self.storage and f"{self.storage.rstrip('/')}/{home.identity()}")
+        return RemoteStaging(
+            home.root, self.storage and f"{self.storage.rstrip('/')}/{home.identity()}"
+        )
 
-    def _crew(self, *, begin_twice: bool = False, together: int = 1) -> "Machine | Cluster":
+    def _pool(self, *, begin_twice: bool = False, together: int = 1) -> "Machine | Cluster":
         """Who works. `begin_twice` where a call that takes long may be begun a second time,
         `together` devices of a cluster on each call.
         """
@@ -301,10 +303,10 @@ class Gpu(dg.ConfigurableResource):
             "kernel": receipt.kernel,
             "matrix_share": receipt.matrix_share,
         }
-        took = Took(receipt.tokens, receipt.seconds, str(receipt.device), str(receipt.node))
+        took = Timing(receipt.tokens, receipt.seconds, str(receipt.device), str(receipt.node))
         self._record("score", job.outs[receipt.model], took, facts)
 
-    def _record(self, verb: str, folder: Path, took: Took, facts: Mapping[str, Any]) -> None:
+    def _record(self, verb: str, folder: Path, took: Timing, facts: Mapping[str, Any]) -> None:
         home = Home(self.home)
         line = {
             "run_id": self._run_id,
@@ -344,7 +346,7 @@ class _Calls(Sequence[Any]):
         return self._call(n)
 
 
-def _take_over(places: Alone, out: Path) -> None:
+def _take_over(places: LocalStaging, out: Path) -> None:
     """Bring in the chunks that workers committed for a run which was killed."""
     staged = places.staged(out)
     if staged == out:
@@ -356,7 +358,7 @@ def _take_over(places: Alone, out: Path) -> None:
             there.add(chunk_range(name))
 
 
-def _lent(places: Alone, spec: TrainSpec) -> dict[Path, Place]:
+def _lent(places: LocalStaging, spec: TrainSpec) -> dict[Path, Place]:
     """Where the folders that a training reads and writes lie for those that work."""
     folders = [spec.tokens, spec.tokenizer]
     if spec.held_out:

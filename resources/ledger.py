@@ -74,7 +74,7 @@ class Ledger:
         return path
 
     def by_path(self) -> dict[str, Entry]:
-        """The last entry of every artefact's folder."""
+        """The last entry of every artifact's folder."""
         return {entry["path"]: entry for entry in self}
 
     def head(self) -> str:

@@ -1,4 +1,4 @@
-"""Which artefact was made from which, by the ledger."""
+"""Which artifact was made from which, by the ledger."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +10,7 @@ from resources.ledger import Entry, Ledger
 
 
 def name_of(entry: Mapping[str, Any]) -> str:
-    """An artefact's name: its asset, and in brackets its partition."""
+    """An artifact's name: its asset, and in brackets its partition."""
     partition = entry["partition"]
     return str(entry["asset"] if partition is None else f"{entry['asset']}[{partition}]")
 
@@ -33,7 +33,7 @@ class Lineage:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
 
     def current(self, shards: Collection[str]) -> list[Entry]:
-        """The current artefacts, where these are the corpus's shards: without the retired ones."""
+        """The current artifacts, where these are the corpus's shards: without the retired ones."""
         corpus = {partition for asset, partition in self._current if asset == "raw_corpus"}
         return [
             entry
@@ -42,7 +42,7 @@ class Lineage:
         ]
 
     def versions(self, name: str) -> list[Entry]:
-        """The last entry of every content that an artefact has had, oldest first."""
+        """The last entry of every content that an artifact has had, oldest first."""
         return sorted(self._made.get(name, {}).values(), key=lambda e: str(e["recorded"]))
 
     def of(self, asset: str) -> list[Entry]:

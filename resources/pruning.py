@@ -45,7 +45,7 @@ def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftove
 
 
 def folders(root: Path) -> Iterator[Path]:
-    """The folders of artefacts: named by a key, at any depth."""
+    """The folders of artifacts: named by a key, at any depth."""
     for folder, below, _ in os.walk(root):
         for name in list(below):
             if re.fullmatch("[0-9a-f]{16}", name):

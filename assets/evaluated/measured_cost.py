@@ -57,7 +57,7 @@ def kernel_runs(home: Home) -> list[dict[str, Any]]:
 
 
 def took_by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measured]:
-    """What stages took, by asset: that of the artefact in whose folder a record's run lies."""
+    """What stages took, by asset: that of the artifact in whose folder a record's run lies."""
     entries = ArtifactStore(home=str(home.root)).entries()
     assets = {e["path"]: asset for (asset, _), e in entries.items()}
     stages: dict[str, Measured] = {}

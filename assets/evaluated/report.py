@@ -17,7 +17,7 @@ from assets.evaluated.target_models import GROUP
 from assets.metadata import table
 from assets.scores.cutoff_confidence import flips
 from assets.scores.refined_scores import is_refined
-from assets.scores.scores import boundary, overlays, refined_of
+from assets.scores.scores import eot_id, overlays, refined_of
 from colorfilter.config.recipe import Arm, Domain, Recipe
 from colorfilter.evaluation import report
 from colorfilter.evaluation.report import COMPARISON_HEADER, arm_lines, comparison_rows
@@ -253,7 +253,7 @@ def _examples(
         [checkpoint(model) for model in read.models],
         examples.sequence_tokens(chosen, packed),
         folder,
-        boundary(artifacts, recipe.scoring),
+        eot_id(artifacts, recipe.scoring),
     )
     texts = examples.token_texts(chosen, documents, Encoder(encoder.path))
     return examples.examples(chosen, texts, prior, conditional)

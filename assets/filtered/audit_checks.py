@@ -42,7 +42,7 @@ def _checks(name: str) -> list[dg.AssetChecksDefinition]:
         record = Record(artifacts)
         made = record.lineage.ancestry([artifacts.entries()[name, None]])
         findings = [*record.chain(), *record.reuse(), *record.links(made.values())]
-        return _result(findings, f"{len(made):,} artefacts back to raw files, head {record.head}")
+        return _result(findings, f"{len(made):,} artifacts back to raw files, head {record.head}")
 
     @dg.asset_check(asset=key)
     def audit_contents(artifacts: ArtifactStore) -> dg.AssetCheckResult:

@@ -13,7 +13,7 @@ from assets.declaration import Declaration, Read, Shards, asset
 from assets.filtered.selection import GROUP
 from assets.metadata import curve_metadata
 from assets.scores.refined_scores import gathered
-from assets.scores.scores import boundary, losses_by
+from assets.scores.scores import eot_id, losses_by
 from colorfilter.config.recipe import Arm, Domain, Recipe
 from colorfilter.selection import select
 from colorfilter.training.spec import Online, TrainSpec, planned_tokens
@@ -82,7 +82,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         scored = [declared.current(artifacts, name, s) for name in losses for s in shards]
         made_from = [*packed.values(), *scored]
         tables = declared.current(artifacts, "score_tables", made_from=made_from)
-        behind = boundary(artifacts, recipe.scoring)
+        eot = eot_id(artifacts, recipe.scoring)
 
         def build(folder: Path) -> dict[str, Any]:
             pool = folder / "pool"
@@ -95,7 +95,7 @@ def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
                 seed=recipe.seed,
                 endpoints=(wanted,),
                 out=folder / "proxy",
-                online=Online(pool / CONDITIONAL, tau, behind),
+                online=Online(pool / CONDITIONAL, tau, eot),
             )
             progress = Progress(context, planned_tokens(spec), "tokens")
             for _ in gpu.train([spec], 1, progress, progress.stands):

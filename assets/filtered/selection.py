@@ -125,7 +125,7 @@ def origin_reads(arm: Arm) -> list[Read]:
 def origins(
     artifacts: ArtifactStore, declared: Declaration, chosen: Artifact, shards: list[str]
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
-    """Packed tokens and documents.parquet of each shard, and the artefacts that they lie in.
+    """Packed tokens and documents.parquet of each shard, and the artifacts that they lie in.
 
     DSIR's selection has sequences of its own, which lie beside it. `declared` declares the asset
     that reads them. Raises InputError where the corpus has since been packed anew.

@@ -13,7 +13,7 @@ from assets.common import Context, Progress, result
 from assets.declaration import Declaration, Read, Shards, asset
 from assets.metadata import table
 from assets.scores.refined_scores import gathered
-from assets.scores.scores import GROUP, boundary
+from assets.scores.scores import GROUP, eot_id
 from colorfilter.config.recipe import Domain, Recipe
 from resources.artifacts import Artifact, ArtifactStore
 from resources.gpu import Gpu, ScoreJob
@@ -87,10 +87,10 @@ def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             return trained(context, gpu, spec)
 
         second = artifacts.make(conditional.work([prior, encoder, packed], "conditional"), train)
-        behind = boundary(artifacts, recipe.scoring)
+        eot = eot_id(artifacts, recipe.scoring)
         made = artifacts.make(
             declared.work([second, *corpus.values()], settings=recipe.scoring.facts()),
-            lambda folder: score_sample(folder, context, gpu, recipe, second, corpus, behind),
+            lambda folder: score_sample(folder, context, gpu, recipe, second, corpus, eot),
         )
         rows = flips(artifacts, score_store, recipe, domain)
         return result([second, made], {**made.facts, "another seed would change": table(rows)})
@@ -105,11 +105,11 @@ def score_sample(
     recipe: Recipe,
     model: Artifact,
     corpus: Mapping[str, Artifact],
-    behind: int | None,
+    eot: int | None,
 ) -> dict[str, Any]:
     """Write losses of a random sample of the corpus by a model; facts for the manifest.
 
-    `corpus` is the packed tokens by shard, `behind` the token behind which labels are left out.
+    `corpus` is the packed tokens by shard, `eot` the end-of-text id, after which labels are left out.
     """
     from colorfilter.selection import refinement
 
@@ -125,7 +125,7 @@ def score_sample(
         tokens=rows,
         shard="sample",
         precision=recipe.scoring.precision,
-        boundary=behind,
+        eot_id=eot,
     )
     for _ in gpu.score([job], progress, progress.stands):
         pass

@@ -10,7 +10,7 @@ import dagster as dg
 from assets.auxiliary.models import checkpoint
 from assets.common import AnyContext, Context, Progress, result
 from assets.declaration import Declaration, Read, Shards, asset
-from assets.scores.scores import GROUP, REFINED, boundary, end_of_text_read
+from assets.scores.scores import GROUP, REFINED, end_of_text_read, eot_id
 from colorfilter.config.recipe import Arm, Domain, Recipe
 from colorfilter.progress import Progress as Counting
 from colorfilter.progress import silent
@@ -190,7 +190,7 @@ def score_places(
         tokens=tokens,
         shard=folder.name,
         precision=precision,
-        boundary=boundary(artifacts, recipe.scoring),
+        eot_id=eot_id(artifacts, recipe.scoring),
     )
     for _ in gpu.score([job], progress, progress):
         pass

@@ -157,12 +157,12 @@ def losses_by(recipe: Recipe, domain: Domain, roles: Set[str]) -> list[str]:
 
 
 def end_of_text_read(scoring: Scoring) -> list[Read]:
-    """The tokenizer, where labels are left out behind its end-of-text token."""
+    """The tokenizer, if labels that follow its end-of-text token are left out."""
     return [] if scoring.labels == "all" else [Read("tokenizer")]
 
 
-def boundary(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
-    """The token behind which labels are left out (labels.shifted_labels), if any are."""
+def eot_id(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
+    """End-of-text id; a label that follows it is ignored. None if all labels count."""
     if scoring.labels == "all":
         return None
     return int(artifacts.current("tokenizer").facts["end_of_text"])
@@ -179,14 +179,14 @@ def score_shards(
 
     Raises InputError where two of the models are the same.
     """
-    behind = boundary(artifacts, scoring)
+    eot = eot_id(artifacts, scoring)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
     models = {of.asset: it.current(artifacts, of.model) for of, it in asked.items()}
     refuse_same_models({of.model: models[of.asset] for of in asked})
     size = len(models) * total(list(packed.values()), "tokens")
     progress = Progress(context, size, "tokens")
     works = [
-        it.work([models[of.asset], source], shard, settings={"boundary": behind})
+        it.work([models[of.asset], source], shard, settings={"boundary": eot})
         for shard, source in packed.items()
         for of, it in asked.items()
     ]
@@ -207,7 +207,7 @@ def score_shards(
                         tokens=source.path,
                         shard=shard,
                         precision=scoring.precision,
-                        boundary=behind,
+                        eot_id=eot,
                     )
                 )
                 missing |= {(shard, name): a for name, a in wanted.items()}

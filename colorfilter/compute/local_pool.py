@@ -70,7 +70,7 @@ class Call:
         return pkgutil.resolve_name(self.name)(*arguments)
 
 
-class Took(NamedTuple):
+class Timing(NamedTuple):
     """What a piece of work took: tokens, seconds, on which kind of device, on which machine."""
 
     tokens: int

@@ -165,7 +165,7 @@ class _Member:
     """
 
     actor: Any
-    hello: Any
+    ready: Any
     node: str | None = None
     call: int | None = None
     work: Any = None
@@ -249,7 +249,7 @@ class _Run:
         self.progress = progress
         self.waiting = deque(range(len(arguments)))
         self.done: set[int] = set()
-        self.crew: list[_Member] = []
+        self.pool: list[_Member] = []
         self.lost: Counter[int] = Counter()
         self.failed: set[int] = set()
         self.failures = 0  # of workers that ended before they had begun
@@ -261,29 +261,29 @@ class _Run:
     def results(self) -> Iterator[tuple[int, Any]]:
         try:
             while len(self.done) < len(self.arguments):
-                self._hire()
+                self._scale_up()
                 self._hand_out()
                 yield from self._collect()
                 self._watch()
         finally:
-            for member in self.crew:
+            for member in self.pool:
                 ray.kill(member.actor)
 
-    def _hire(self) -> None:
+    def _scale_up(self) -> None:
         """Ask for workers, as many as there are devices for, and calls."""
         if time.monotonic() - self.looked < HIRE_SECONDS:
             return
         self.looked = time.monotonic()
         there = self._devices()
-        left_out = sum(member.left_out for member in self.crew)
+        left_out = sum(member.left_out for member in self.pool)
         wanted = self.cluster.most or there - left_out
         wanted = min(wanted, len(self.arguments) - len(self.done)) + left_out
         on_gpu = self.resource == "GPU"
         device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
-        for _ in range(wanted - len(self.crew)):
+        for _ in range(wanted - len(self.pool)):
             actor = _Actor.options(max_concurrency=AT_ONCE, **device).remote()
-            self.crew.append(_Member(actor, actor.where.remote()))
-        if any(member.node for member in self.crew):
+            self.pool.append(_Member(actor, actor.where.remote()))
+        if any(member.node for member in self.pool):
             self.waited = time.monotonic()
         elif time.monotonic() - self.waited > WAIT_SECONDS:
             self.waited = time.monotonic()
@@ -294,7 +294,7 @@ class _Run:
 
     def _hand_out(self) -> None:
         """Give every idle worker a call."""
-        for member in self.crew:
+        for member in self.pool:
             if member.node and member.call is None and not member.left_out:
                 call = self.waiting.popleft() if self.waiting else self._straggling()
                 if call is None:
@@ -308,8 +308,8 @@ class _Run:
         if not self.seconds or not self.cluster.begin_twice:
             return None
         limit = max(STRAGGLE_SECONDS, STRAGGLES * statistics.median(self.seconds))
-        at_work = Counter(m.call for m in self.crew if m.call is not None)
-        for member in sorted(self.crew, key=lambda m: m.begun):
+        at_work = Counter(m.call for m in self.pool if m.call is not None)
+        for member in sorted(self.pool, key=lambda m: m.begun):
             taken = time.monotonic() - member.begun
             call = member.call
             if call is None or call in self.done or at_work[call] > 1:
@@ -321,8 +321,8 @@ class _Run:
 
     def _collect(self) -> Iterator[tuple[int, Any]]:
         """What became of the calls at work, and of the workers that are starting."""
-        refs = {m.work: m for m in self.crew if m.call is not None}
-        refs |= {m.hello: m for m in self.crew if m.node is None}
+        refs = {m.work: m for m in self.pool if m.call is not None}
+        refs |= {m.ready: m for m in self.pool if m.node is None}
         if not refs:
             time.sleep(POLL_SECONDS)
             return
@@ -337,7 +337,7 @@ class _Run:
                 self._leave_out(member, error)
                 continue
             except RayError as error:  # it, its node, or what it gave is gone
-                self._mourn(member, error)
+                self._on_lost(member, error)
                 continue
             if member.node is None:
                 self._welcome(member, found)
@@ -369,21 +369,21 @@ class _Run:
         if call in self.done:  # the other one of two was first
             self._say(call, what)
             return
-        if call in self.failed or self._devices() <= sum(m.left_out for m in self.crew):
+        if call in self.failed or self._devices() <= sum(m.left_out for m in self.pool):
             raise error.cause from (None if isinstance(error.cause, InputError) else error)
         self.failed.add(call)
         self.looked = -HIRE_SECONDS
-        if all(m.call != call for m in self.crew):
+        if all(m.call != call for m in self.pool):
             self.waiting.appendleft(call)
         self._say(call, f"{what}; done again elsewhere")
 
-    def _mourn(self, member: _Member, error: RayError) -> None:
+    def _on_lost(self, member: _Member, error: RayError) -> None:
         """A worker is gone: what it had begun is to be done again."""
-        self.crew.remove(member)
+        self.pool.remove(member)
         ray.kill(member.actor)
         if member.node is None:
             self.failures += 1
-            if self.failures >= LOSSES and not any(m.node for m in self.crew):
+            if self.failures >= LOSSES and not any(m.node for m in self.pool):
                 raise RuntimeError(f"workers cannot start on the cluster: {one_line(error)}")
             self.cluster.notice(f"a worker did not start: {one_line(error)}")
             return
@@ -398,7 +398,7 @@ class _Run:
                 f"{self.arguments[call][0]}: its worker was lost {LOSSES} times, for want of "
                 "memory perhaps; run again to go on"
             )
-        if all(m.call != call for m in self.crew):
+        if all(m.call != call for m in self.pool):
             self.waiting.appendleft(call)
             self._say(call, f"lost with its worker on {member.node}; done again")
 
@@ -407,7 +407,7 @@ class _Run:
 
     def _watch(self) -> None:
         """Tell how far the calls at work are, and notice who is gone without one."""
-        for member in list(self.crew):
+        for member in list(self.pool):
             if member.node is None:
                 continue
             if member.watch is None:
@@ -418,7 +418,7 @@ class _Run:
                     call, counted = ray.get(answer)
                 except RayError as error:
                     if member.call is None:
-                        self._mourn(member, error)
+                        self._on_lost(member, error)
                     continue  # else its call tells
                 if member.call is not None and call == member.call and counted > member.told:
                     self.progress(counted - member.told)

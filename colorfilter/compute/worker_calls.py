@@ -13,13 +13,13 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from colorfilter.compute import local_pool
-from colorfilter.compute.local_pool import Took
+from colorfilter.compute.local_pool import Timing
 from colorfilter.data.tokens import Encoder, open_tokens, read_tokens, real_tokens
 from colorfilter.models import attention, checkpoints
 from colorfilter.scoring import scoring, token_losses
 from colorfilter.scoring.chunks import Chunk, Receipt
 from colorfilter.scoring.scoring import Losses, Scorer
-from colorfilter.storage.remote import Kept, Place, borrowed, here
+from colorfilter.storage.remote import MirroredFolder, Place, borrowed, here
 from colorfilter.storage.scratch import scratch
 from colorfilter.training import training
 from colorfilter.training.process_group import Group, Single
@@ -65,8 +65,8 @@ def own_device() -> torch.device:
     return torch.device(kind())
 
 
-def _took(tokens: int, begun: float) -> Took:
-    return Took(tokens, time.perf_counter() - begun, kind(), local_pool.node())
+def _took(tokens: int, begun: float) -> Timing:
+    return Timing(tokens, time.perf_counter() - begun, kind(), local_pool.node())
 
 
 def score(chunk: Chunk) -> list[Receipt]:
@@ -84,7 +84,7 @@ def score(chunk: Chunk) -> list[Receipt]:
         chunk.start,
         chunk.stop,
         chunk.outs,
-        chunk.boundary,
+        chunk.eot_id,
         exact=lambda model: scorer(model, paths[model], "float32", sample),
         progress=local_pool.report,
     )
@@ -99,7 +99,7 @@ def parameters(spec: TrainSpec) -> int:
 
 def train(
     spec: TrainSpec, threads: int, places: Mapping[Path, Place]
-) -> tuple[list[Checkpoint], Took]:
+) -> tuple[list[Checkpoint], Timing]:
     """Train as the spec says, on so many CPU threads; also what it took.
 
     `places` says where the spec's folders lie for all machines. Where torch has a process group,
@@ -140,7 +140,7 @@ def _on_this_machine(
         if not isinstance(out, Path):
             out = until_trained.enter_context(scratch())
             if first:
-                keep = Kept(out, places[spec.out]).push
+                keep = MirroredFolder(out, places[spec.out]).push
         start, online = spec.start, spec.online
         if isinstance(start, str) and Path(start) in places:
             start = str(lent(Path(start)))
@@ -159,7 +159,7 @@ def _on_this_machine(
         yield own, keep
 
 
-def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Took]:
+def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Timing]:
     """Losses of packed tokens by one checkpoint, in float32; also what it took."""
     torch.set_num_threads(1)
     scorers = [Scorer(_load(here(checkpoint), "float32"))]
@@ -169,7 +169,7 @@ def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Took]:
     return losses, _took(int(n_tokens.sum()), begun)
 
 
-def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], Took]:
+def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], Timing]:
     """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them; also what it
     took.
     """
@@ -186,15 +186,15 @@ def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], T
 
 
 def losses_by_token(
-    checkpoint: Place, tokens: np.ndarray, boundary: int | None
-) -> tuple[np.ndarray, Took]:
+    checkpoint: Place, tokens: np.ndarray, eot_id: int | None
+) -> tuple[np.ndarray, Timing]:
     """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses; also what it
     took.
     """
     torch.set_num_threads(1)
     model = checkpoints.to_device(checkpoints.load(here(checkpoint)), own_device())
     begun = time.perf_counter()
-    losses = token_losses.token_losses(model, tokens, boundary)
+    losses = token_losses.token_losses(model, tokens, eot_id)
     return losses, _took(tokens.size, begun)
 
 

@@ -12,7 +12,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def facts(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """The section as plain JSON values: what enters an artefact's key.
+        """The section as plain JSON values: what enters an artifact's key.
 
         Without what is at its default, so that keys stay when the recipe gains a field. Another
         default is another result: it wants a raised code number where the section is read.

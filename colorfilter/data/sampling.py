@@ -32,8 +32,8 @@ def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path)
     passed_over = 0
     for name, path in sorted(shards.items()):
         for row in read_documents(path / "documents.parquet", ["sha256", "n_chars"]):
-            lot = draw_lot(seed, row["sha256"])
-            drawn.setdefault(lot, _Drawn(name, row["sha256"], row["n_chars"]))
+            key = random_key(seed, row["sha256"])
+            drawn.setdefault(key, _Drawn(name, row["sha256"], row["n_chars"]))
         kept = _lowest(drawn, chars)
         passed_over += len(drawn) - len(kept)
         drawn = kept
@@ -59,17 +59,17 @@ class _Drawn(NamedTuple):
 
 
 def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
-    """The documents of lowest lot until they hold `chars` characters."""
+    """The documents of lowest key until they hold `chars` characters."""
     kept, held = {}, 0
-    for lot, document in sorted(drawn.items()):
+    for key, document in sorted(drawn.items()):
         if held >= chars:
             break
-        kept[lot] = document
+        kept[key] = document
         held += document.chars
     return kept
 
 
-def draw_lot(seed: int, sha256: str) -> bytes:
+def random_key(seed: int, sha256: str) -> bytes:
     """A document's place in a random order that the seed fixes."""
     return hashlib.sha256(f"{seed}|{sha256}".encode()).digest()[:8]
 
@@ -84,8 +84,8 @@ def split_domain(
     """
     table = pl.read_parquet(documents, columns=["sha256", "n_chars"])
     table = table.with_columns(
-        lot=pl.Series([draw_lot(seed, s) for s in table["sha256"]], dtype=pl.Binary)
-    ).sort("lot")
+        key=pl.Series([random_key(seed, s) for s in table["sha256"]], dtype=pl.Binary)
+    ).sort("key")
     before = table["n_chars"].cum_sum().shift(1, fill_value=0) / max(1, table["n_chars"].sum())
     split_of = {
         sha256: "held_out" if share < held_out else "probe" if share < held_out + probe else "down"

@@ -27,7 +27,7 @@ from colorfilter.data.documents import (
     text_sha256,
     write_contents,
 )
-from colorfilter.data.sampling import SPLITS, draw_lot
+from colorfilter.data.sampling import SPLITS, random_key
 from colorfilter.data.shards import InputFile
 from colorfilter.errors import InputError
 from colorfilter.progress import Progress, silent
@@ -186,7 +186,7 @@ class _Example:
     fields: dict[str, Any]
     file: InputFile
     line: int
-    lot: bytes
+    key: bytes
     sha256: str
 
     def reject(self, reason: str) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def _read(
     contents: Contents,
     progress: Progress,
 ) -> list[_Example]:
-    """The usable items of files, in the order of their lots."""
+    """The usable items of files, in the order of their random keys."""
     examples, refused = [], len(rejects)
     for file in files:
         source = Source.model_validate({"name": task, "files": file.uri})
@@ -306,7 +306,7 @@ def _read(
     if not examples:
         why = f" (the first: {rejects[refused]['reason']})" if len(rejects) > refused else ""
         raise InputError(f"task {task}: {files[0].uri} has no usable item{why}; name its own files")
-    return sorted(examples, key=lambda e: e.lot)
+    return sorted(examples, key=lambda e: e.key)
 
 
 def _example(task: str, file: InputFile, row: Row, seed: int) -> _Example | Reject:
@@ -317,7 +317,7 @@ def _example(task: str, file: InputFile, row: Row, seed: int) -> _Example | Reje
         excerpt = ascii(row.value)[:200]
         return Reject(file.uri, row.line, f"no item of {task}: {error}", excerpt)
     sha256 = text_sha256(item.text)
-    return _Example(task, item, fields, file, row.line, draw_lot(seed, sha256), sha256)
+    return _Example(task, item, fields, file, row.line, random_key(seed, sha256), sha256)
 
 
 def _reject(task: str, reject: Reject) -> dict[str, Any]:
@@ -332,8 +332,8 @@ def _reject(task: str, reject: Reject) -> dict[str, Any]:
 
 
 def _in_order(examples: Mapping[str, Sequence[_Example]]) -> Iterator[_Example]:
-    """The examples of all tasks in the order of their lots."""
-    yield from sorted((e for of_task in examples.values() for e in of_task), key=lambda e: e.lot)
+    """The examples of all tasks in the order of their random keys."""
+    yield from sorted((e for of_task in examples.values() for e in of_task), key=lambda e: e.key)
 
 
 def _each_once(

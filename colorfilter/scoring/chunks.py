@@ -26,7 +26,7 @@ Range = tuple[int, int]
 @dataclass(frozen=True)
 class Chunk:
     """Sequences [start, stop) of packed tokens, to score by models: fingerprint -> checkpoint, and
-    -> place of its losses. `boundary` as in labels.shifted_labels.
+    -> place of its losses. `eot_id` as in labels.shifted_labels.
     """
 
     models: Mapping[str, Place]
@@ -36,7 +36,7 @@ class Chunk:
     stop: int
     outs: Mapping[str, Place]
     precision: str
-    boundary: int | None
+    eot_id: int | None
 
     def __str__(self) -> str:
         return f"sequences {self.start:,} to {self.stop:,} of shard {self.shard}"

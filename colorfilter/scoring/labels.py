@@ -6,20 +6,20 @@ IGNORED = -100
 
 
 def shifted_labels(
-    tokens: torch.Tensor, n_tokens: torch.Tensor, boundary: int | None = None
+    tokens: torch.Tensor, n_tokens: torch.Tensor, eot_id: int | None = None
 ) -> torch.Tensor:
     """Labels of next-token prediction.
 
     tokens int64 [B, T], n_tokens int64 [B] real tokens at the front of each row -> int64 [B, T]:
     the token that follows each position, IGNORED where none does or it is padding. With
-    `boundary`, the token that closes a document, also IGNORED behind it: what follows there is
+    `eot_id`, the token that closes a document, also IGNORED behind it: what follows there is
     the beginning of another document, which the context says nothing of.
     """
     labels = tokens.roll(-1, dims=1)
     following = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     ignored = following >= n_tokens[:, None]
-    if boundary is not None:
-        ignored |= tokens == boundary
+    if eot_id is not None:
+        ignored |= tokens == eot_id
     return labels.masked_fill(ignored, IGNORED)
 
 

@@ -80,12 +80,12 @@ def sequence_losses(
     scorers: Sequence[Scorer],
     tokens: np.ndarray,
     n_tokens: np.ndarray,
-    boundary: int | None = None,
+    eot_id: int | None = None,
     progress: Progress = silent,
 ) -> list[Losses]:
     """Losses of many sequences by several models on one device, in one pass over them.
 
-    tokens integer [N, T], n_tokens int64 [N] of them real, `boundary` as in labels.shifted_labels
+    tokens integer [N, T], n_tokens int64 [N] of them real, `eot_id` as in labels.shifted_labels
     -> by model: float32 [N] nats per token (NaN where a sequence has no label), int32 [N] number of
     labels. `progress` is called with sequence tokens done, per model.
     """
@@ -105,7 +105,7 @@ def sequence_losses(
     for start in range(0, size, step):
         rows = slice(start, start + step)
         batch = tokens_NxT[rows].long()
-        labels = shifted_labels(batch, n_tokens_N[rows], boundary)
+        labels = shifted_labels(batch, n_tokens_N[rows], eot_id)
         for i, scorer in enumerate(scorers):
             nll[i, rows], n[i, rows] = scorer.losses(batch, labels)
         progress(len(scorers) * int(n_tokens[rows].sum()))
@@ -119,7 +119,7 @@ def score_shard(
     shard: str,
     outs: Mapping[str, Path],
     chunk: int,
-    boundary: int | None = None,
+    eot_id: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, list[Receipt]]:
     """Score a folder of packed tokens, into chunks of so many sequences in a folder per model.
@@ -131,7 +131,7 @@ def score_shard(
     for (start, stop), models in missing.items():
         wanted = {m: scorers[m] for m in models}
         for receipt in score_chunk(
-            wanted, tokens, shard, start, stop, outs, boundary, progress=progress
+            wanted, tokens, shard, start, stop, outs, eot_id, progress=progress
         ):
             receipts[receipt.model].append(receipt)
     return {m: sorted(done, key=lambda r: r.start) for m, done in receipts.items()}
@@ -144,7 +144,7 @@ def score_chunk(
     start: int,
     stop: int,
     outs: Mapping[str, Place],
-    boundary: int | None = None,
+    eot_id: int | None = None,
     exact: Callable[[str], Scorer] | None = None,
     progress: Progress = silent,
 ) -> list[Receipt]:
@@ -153,19 +153,19 @@ def score_chunk(
     It lies in the model's folder of `outs` and holds `model, shard, position, loss, n_tokens,
     precision`; `loss` is float32 nats per token, `n_tokens` the labels it is the mean of. A
     sequence without labels, such as one of a single token, gets no row. What comes out not finite
-    is scored again by `exact(model)`, the same model in float32, and says so. `boundary` and
+    is scored again by `exact(model)`, the same model in float32, and says so. `eot_id` and
     `progress` as in sequence_losses.
     """
     begun = time.perf_counter()
     rows = read_tokens(tokens, start, stop)
     n_tokens = real_tokens(tokens)[start:stop]
     tables = []
-    losses = sequence_losses(list(scorers.values()), rows, n_tokens, boundary, progress)
+    losses = sequence_losses(list(scorers.values()), rows, n_tokens, eot_id, progress)
     for model, (nll, n) in zip(scorers, losses, strict=True):
         precision = np.full(len(rows), scorers[model].precision, dtype=object)
         bad = np.flatnonzero((n > 0) & ~np.isfinite(nll))
         if len(bad) and exact and scorers[model].precision != "float32":
-            ((nll[bad], _),) = sequence_losses([exact(model)], rows[bad], n_tokens[bad], boundary)
+            ((nll[bad], _),) = sequence_losses([exact(model)], rows[bad], n_tokens[bad], eot_id)
             precision[bad] = "float32"
         table = pl.DataFrame(
             {

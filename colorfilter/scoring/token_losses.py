@@ -15,11 +15,11 @@ from colorfilter.scoring.labels import IGNORED, shifted_labels
 
 @torch.inference_mode()
 def token_losses(
-    model: PreTrainedModel, tokens: np.ndarray, boundary: int | None = None
+    model: PreTrainedModel, tokens: np.ndarray, eot_id: int | None = None
 ) -> np.ndarray:
     """Nats that each token costs, given those before it in its sequence.
 
-    tokens integer [N, T], all of them real, `boundary` as in labels.shifted_labels -> float32
+    tokens integer [N, T], all of them real, `eot_id` as in labels.shifted_labels -> float32
     [N, T], NaN for tokens that are no label, such as the first. The mean over the others is the
     sequence's loss.
     """
@@ -27,7 +27,7 @@ def token_losses(
     n_tokens = torch.tensor([tokens.shape[1]], device=model.device)
     for row, nll_T in zip(tokens, nll_NxT, strict=True):
         tokens_1xT = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
-        labels_T = shifted_labels(tokens_1xT, n_tokens, boundary)[0]
+        labels_T = shifted_labels(tokens_1xT, n_tokens, eot_id)[0]
         logits_TxV = model(input_ids=tokens_1xT, use_cache=False).logits[0].float()
         nll = functional.cross_entropy(
             logits_TxV, labels_T, ignore_index=IGNORED, reduction="none"

@@ -37,12 +37,12 @@ KEYS = """
 """
 _STATE = _modulo_2_64(f"key::UHUGEINT + (position + 1)::UHUGEINT * {GOLDEN}::UHUGEINT")
 # A number in [0, 1) from the sequence's place and the seed.
-LOT = f"({_mixed(_STATE)} >> 11)::DOUBLE / {2**53}"
+RANDOM_KEY = f"({_mixed(_STATE)} >> 11)::DOUBLE / {2**53}"
 
 DRAWN = f"""
     {KEYS},
     scores AS NOT MATERIALIZED (
-        SELECT shard, position, {LOT} AS score FROM sequences JOIN keys USING (shard)
+        SELECT shard, position, {RANDOM_KEY} AS score FROM sequences JOIN keys USING (shard)
         WHERE {IN_CORPUS}
     )
 """
@@ -84,10 +84,10 @@ BEST = f"""
     )
 """
 
-# By batch the candidates are cut into pools in the order of their lots, the last one perhaps
+# By batch the candidates are cut into pools in the order of their random keys, the last one perhaps
 # smaller. No table or order is made of them all, as DuckDB would of what two parts of one query
-# have in common; so these are statements. They are counted by ranges of lots and by steps of the
-# score in one pass; in a second one only contenders are taken.
+# have in common; so these are statements. They are counted by ranges of random keys and by steps of
+# the score in one pass; in a second one only contenders are taken.
 RANGES_OF_A_POOL = 16
 MOST_RANGES = 2**20
 
@@ -100,7 +100,8 @@ NUMBERED = """
 
 DRAWN_CANDIDATES = f"""
     drawn AS NOT MATERIALIZED (
-        SELECT number, position, score, {LOT} AS lot, floor(lot * $ranges)::INTEGER AS range
+        SELECT number, position, score, {RANDOM_KEY} AS random_key,
+            floor(random_key * $ranges)::INTEGER AS range
         FROM (SELECT number, key, position, score FROM scores JOIN numbered USING (shard))
         ANTI JOIN (SELECT number, position FROM excluded JOIN numbered USING (shard))
             USING (number, position)
@@ -150,7 +151,7 @@ LOW = """
         * least(1, (1 + 5 / sqrt($batch)) / $tau)
 """
 
-# Contenders: what lies low, and all of a range that is cut, for which alone lots are sorted.
+# Contenders: what lies low, and all of a range that is cut, of which alone random keys are sorted.
 POOLED = """
     CREATE OR REPLACE TEMP TABLE pools AS
     WITH {scores},
@@ -163,7 +164,7 @@ POOLED = """
     FROM contenders JOIN ranges USING (range) WHERE NOT cut
     UNION ALL
     SELECT number, position, score,
-        (before - ahead + row_number() OVER (ORDER BY lot, number, position) - 1) // $pool
+        (before - ahead + row_number() OVER (ORDER BY random_key, number, position) - 1) // $pool
     FROM contenders JOIN ranges USING (range) WHERE cut
 """
 

@@ -161,7 +161,7 @@ def borrowed(place: Place) -> Iterator[Path]:
         yield folder
 
 
-class Kept:
+class MirroredFolder:
     """A folder of this machine whose files are kept in a place too: what was there is here."""
 
     def __init__(self, folder: Path, place: Place) -> None:

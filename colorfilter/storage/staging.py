@@ -25,7 +25,7 @@ COPIES = 2  # at a time, each by many parts at a time where the filesystem's lib
 WHOLE = ".whole"  # of a folder that was copied, written last
 
 
-class Alone:
+class LocalStaging:
     """A home that one machine works in: what it reads and writes lies where it belongs."""
 
     def check(self) -> None: ...
@@ -53,7 +53,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Shared(Alone):
+class RemoteStaging(LocalStaging):
     """What of a home the machines of a cluster read and write, as the one that has it sees it.
 
     With `storage`, a URI or a folder that all see, folders are copied there before they are read.

@@ -44,7 +44,7 @@ class Chooser:
             [self._scorer],
             self._tokens[seen],
             self._n_tokens[seen],
-            self._online.boundary,
+            self._online.eot_id,
             self._progress,
         )
         model.train(training)

@@ -20,12 +20,12 @@ RUNNING = "running.safetensors"  # the state of a run that has not ended
 class Online:
     """What is chosen by: `conditional` is a .npy of a loss per candidate, nats per token.
 
-    `boundary` is that of its labels (labels.shifted_labels).
+    `eot_id` is that of its labels (labels.shifted_labels).
     """
 
     conditional: Path
     tau: float
-    boundary: int | None = None
+    eot_id: int | None = None
 
     def candidates(self, chosen: int) -> int:
         """How many candidates have been seen when so many are chosen."""

@@ -49,7 +49,7 @@ class Audit:
 
     subject: str
     head: str
-    artefacts: int
+    artifacts: int
     begun: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     findings: list[Finding] = field(default_factory=list)
     checked: dict[str, bool] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def audit(
     again: bool = False,
     sample: int | None = None,
 ) -> Audit:
-    """Check all that is current in a home, or one artefact, back to the raw files.
+    """Check all that is current in a home, or one artifact, back to the raw files.
 
     `head` is a hash that the ledger must have; with `again` selections are made again, and `sample`
     sequences of every shard scored again. Raises InputError where there is nothing to audit.
@@ -102,7 +102,7 @@ def audit(
     show("ledger", 0)
     found.look("chain of the ledger", record.chain(head))
     found.look("what was taken up again", record.reuse())
-    found.look("links from each artefact to its inputs", record.links(entries))
+    found.look("links from each artifact to its inputs", record.links(entries))
     found.look("folders without an entry", record.orphans())
     hashed = show("files", sum(entry.get("bytes") or 0 for entry in entries))
     found.look("sha256 of every file", record.files(entries, hashed))
@@ -143,7 +143,7 @@ def _subject(artifacts: ArtifactStore, current: list[Entry], what: str | None) -
     of_folder = [e for e in artifacts.ledger if artifacts.at.root / e["path"] == folder]
     if not named and not of_folder:
         names = ", ".join(sorted({e["asset"] for e in current}))
-        raise InputError(f"{what}: is no artefact of this home; give the folder of one, or {names}")
+        raise InputError(f"{what}: is no artifact of this home; give the folder of one, or {names}")
     return named or of_folder[-1:]
 
 
@@ -196,7 +196,7 @@ def print_audit(console: Console, found: Audit) -> None:
         console.print("[green]passed[/]" if holds else "[red]failed[/]", name, highlight=False)
     failed = sum(not finding.warning for finding in found.findings)
     words = f"{failed:,} things do not hold" if failed else "all holds"
-    console.print(f"{found.subject}, {found.artefacts:,} artefacts: {words}", highlight=False)
+    console.print(f"{found.subject}, {found.artifacts:,} artifacts: {words}", highlight=False)
     if found.rescored:
         console.print(f"{found.rescored} (seed {found.seed})", highlight=False)
     console.print(f"ledger    {found.head}", highlight=False)
@@ -211,7 +211,7 @@ def write_page(found: Audit, recipe: Recipe, home: Home, path: Path) -> None:
         "recipe": recipe.name,
         "on": found.begun,
         "head of the ledger": found.head,
-        "artefacts": f"{found.artefacts:,}",
+        "artifacts": f"{found.artifacts:,}",
         "scored again": again,
     }
     verdict = "All of it holds." if found.passed else "Not all of it holds."
@@ -222,6 +222,6 @@ def write_page(found: Audit, recipe: Recipe, home: Home, path: Path) -> None:
     ]
     for title, warning in (("What does not hold", False), ("What cannot be shown", True)):
         rows = [astuple(f)[:4] for f in found.findings if f.warning == warning]
-        table = html.Table(["asset", "artefact", "expected", "found"], rows) if rows else None
+        table = html.Table(["asset", "artifact", "expected", "found"], rows) if rows else None
         sections.append(html.Section(title, "" if rows else "Nothing.", table))
     write_text_atomically(path, html.html(f"Audit of {recipe.name}", sections))

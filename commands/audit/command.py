@@ -20,7 +20,7 @@ def audit(
         str | None,
         typer.Argument(
             help="An asset such as reference/color_tau16/filtered_dataset, one partition of it in "
-            "brackets, or an artefact's folder; by default all that is current."
+            "brackets, or an artifact's folder; by default all that is current."
         ),
     ] = None,
     head: Annotated[
@@ -41,7 +41,7 @@ def audit(
 ) -> None:
     """Check that what lies in the home is what the ledger says was made, back to the raw files.
 
-    Reads every byte of what the artefact was made from. A line for each thing that does not hold:
+    Reads every byte of what the artifact was made from. A line for each thing that does not hold:
     asset, where, what was expected and what was found. Exit code 0: all holds; 1: not all does.
     """
     from commands.audit.audit import audit as run_audit

@@ -60,7 +60,7 @@ class Copying:
     @property
     def summary(self) -> str:
         return (
-            f"{self.copied} artefacts copied, {self.there} already there; "
+            f"{self.copied} artifacts copied, {self.there} already there; "
             f"{self.done / 1e6:,.1f} MB copied"
         )
 

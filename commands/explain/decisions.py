@@ -26,7 +26,7 @@ from resources.lineage import Lineage
 
 PLACE = ["shard", "position"]
 QUOTE = 200  # characters of a text that are shown
-DRAWN = ("random", "full")  # methods whose score is a lot
+DRAWN = ("random", "full")  # methods whose score is a random key
 Facts = dict[str, Any]  # an object of the JSON that `colorfilter explain --json` prints
 # Stands for an artifact that is not in the ledger: it has no inputs, no facts and no files.
 UNKNOWN: Entry = {"path": "gone", "inputs": {}, "sources": {}, "recipe": {}, "facts": {}}

@@ -43,6 +43,6 @@ def openlineage(
     console.print(f"{len(found)} events {'written' if file else 'sent'}", highlight=False)
     if without_run:
         console.print(
-            f"{without_run} artefacts left out: no run is on record for them",
+            f"{without_run} artifacts left out: no run is on record for them",
             highlight=False,
         )

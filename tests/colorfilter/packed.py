@@ -89,7 +89,7 @@ def score(
     scorer: Scorer,
     tokens: Path,
     out: Path,
-    boundary: int | None = None,
+    eot_id: int | None = None,
     progress: Progress = silent,
 ) -> list[Receipt]:
-    return score_shard({"m": scorer}, tokens, "s", {"m": out}, CHUNK, boundary, progress)["m"]
+    return score_shard({"m": scorer}, tokens, "s", {"m": out}, CHUNK, eot_id, progress)["m"]

@@ -280,7 +280,7 @@ def test_a_backup_is_restored_to_another_home(
         done = call(verb, folder, "--home", place)
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.strip().splitlines()
-        assert line.startswith(f"{made - there} artefacts copied, {there} already there; ")
+        assert line.startswith(f"{made - there} artifacts copied, {there} already there; ")
         assert not done.stderr.strip()
     shown = [
         call("status", "--recipe", str(finished.path), "--home", place).stdout

@@ -175,7 +175,7 @@ def test_entries_that_somebody_goes_through_stay_as_they_are(store: ArtifactStor
         assert store.entries().keys() == {("one", None), ("two", None)}
 
 
-def test_a_part_of_an_artefact_is_an_input_that_does_not_know_the_rest(
+def test_a_part_of_an_artifact_is_an_input_that_does_not_know_the_rest(
     store: ArtifactStore,
 ) -> None:
     def build(number: int, note: str, folder: Path) -> dict[str, int]:

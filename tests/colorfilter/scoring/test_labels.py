@@ -37,5 +37,5 @@ def test_the_mean_is_over_the_labels_alone_whatever_stands_beside_them() -> None
 def test_labels_behind_the_end_of_a_document_can_be_left_out() -> None:
     end, x = 9, IGNORED
     tokens = torch.tensor([[5, end, 7, 8], [end, end, 6, end], [end, 9, 0, 0]])
-    labels = shifted_labels(tokens, torch.tensor([4, 4, 2]), boundary=end)
+    labels = shifted_labels(tokens, torch.tensor([4, 4, 2]), eot_id=end)
     assert labels.tolist() == [[end, x, 8, x], [x, x, end, x], [x, x, x, x]]

@@ -47,10 +47,10 @@ def test_a_token_costs_minus_the_logarithm_of_its_probability(
 def test_their_mean_is_the_sequences_loss(
     model: torch.nn.Module, tokens: np.ndarray, encoder: Encoder, masked: bool
 ) -> None:
-    boundary = encoder.end_of_text if masked else None
+    eot_id = encoder.end_of_text if masked else None
     n_tokens = np.full(len(tokens), LENGTH)
-    ((expected, n),) = sequence_losses([Scorer(model)], tokens, n_tokens, boundary)
-    losses = token_losses(model, tokens, boundary)
+    ((expected, n),) = sequence_losses([Scorer(model)], tokens, n_tokens, eot_id)
+    losses = token_losses(model, tokens, eot_id)
     assert np.nanmean(losses, axis=1) == pytest.approx(expected, abs=1e-5)
     assert (~np.isnan(losses)).sum(axis=1).tolist() == n.tolist()
     behind = np.zeros(tokens.shape, dtype=bool)

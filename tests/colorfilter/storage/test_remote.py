@@ -15,8 +15,8 @@ from upath import UPath
 from colorfilter.data.tokens import read_tokens, real_tokens
 from colorfilter.errors import InputError
 from colorfilter.storage import remote, staging
-from colorfilter.storage.remote import Kept, Place, borrowed, here, names
-from colorfilter.storage.staging import Shared
+from colorfilter.storage.remote import MirroredFolder, Place, borrowed, here, names
+from colorfilter.storage.staging import RemoteStaging
 
 
 @pytest.fixture(params=["folder", "uri"])
@@ -47,7 +47,7 @@ def read(place: Place, name: str) -> bytes:
 
 
 def test_a_folder_is_shared_once_and_anew_when_it_has_changed(home: Path, root: str) -> None:
-    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    shared, folder = RemoteStaging(home, root), home / "artifacts" / "model" / "abc"
     place = shared.share(folder)
     assert isinstance(place, Path) == root.startswith("/")
     assert names(place) == [".whole", "config.json", "down/tokens.npy"]
@@ -60,7 +60,7 @@ def test_a_folder_is_shared_once_and_anew_when_it_has_changed(home: Path, root: 
 
 
 def test_a_folder_that_was_shared_in_part_is_shared_again(home: Path, root: str) -> None:
-    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    shared, folder = RemoteStaging(home, root), home / "artifacts" / "model" / "abc"
     place = shared.share(folder)
     (place / ".whole").unlink()
     (place / "config.json").unlink()
@@ -77,7 +77,7 @@ def folders(home: Path, count: int) -> list[Path]:
 
 
 def test_folders_are_shared_beside_other_work(home: Path, root: str) -> None:
-    shared, wanted = Shared(home, root), folders(home, 5)
+    shared, wanted = RemoteStaging(home, root), folders(home, 5)
     with shared.sharing(wanted) as place:
         found = [place(folder) for folder in reversed(wanted)]
     assert found == [shared.share(folder) for folder in reversed(wanted)]
@@ -87,7 +87,7 @@ def test_folders_are_shared_beside_other_work(home: Path, root: str) -> None:
 def test_no_more_is_shared_when_the_other_work_ends(
     home: Path, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, copied = Shared(home, root), []
+    shared, copied = RemoteStaging(home, root), []
 
     def put(path: Path, place: Place, name: str) -> None:
         time.sleep(0.05)
@@ -105,7 +105,7 @@ def test_no_more_is_shared_when_the_other_work_ends(
 def test_a_folder_that_cannot_be_shared_is_told_to_who_waits_for_it(
     home: Path, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, (first, second) = Shared(home, root), folders(home, 2)
+    shared, (first, second) = RemoteStaging(home, root), folders(home, 2)
 
     def put(path: Path, place: Place, name: str) -> None:
         if path.parent == second:
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_shared_is_told_to_who_waits_for_it(
 
 
 def test_discarded_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, root: str) -> None:
-    shared, model = Shared(home, root), home / "artifacts" / "model"
+    shared, model = RemoteStaging(home, root), home / "artifacts" / "model"
     (model / "abcd").mkdir()
     (model / "abcd" / "config.json").write_text("{}")
     copies = [shared.share(model / "abc"), shared.share(model / "abc" / "down")]
@@ -132,7 +132,7 @@ def test_discarded_is_every_copy_of_a_folder_and_nothing_beside_it(home: Path, r
 
 
 def test_what_was_committed_is_taken_and_cleared(home: Path, root: str, tmp_path: Path) -> None:
-    shared, folder = Shared(home, root), home / "artifacts" / "model" / "abc"
+    shared, folder = RemoteStaging(home, root), home / "artifacts" / "model" / "abc"
     staged = shared.staged(folder)
     with remote.temporary_file(staged) as temporary:
         temporary.write_bytes(b"losses")
@@ -146,7 +146,7 @@ def test_what_was_committed_is_taken_and_cleared(home: Path, root: str, tmp_path
 
 
 def test_what_is_not_committed_is_not_there(home: Path, root: str, tmp_path: Path) -> None:
-    staged = Shared(home, root).staged(home / "artifacts" / "model" / "abc")
+    staged = RemoteStaging(home, root).staged(home / "artifacts" / "model" / "abc")
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(remote.temporary_file(staged))
         temporary.write_bytes(b"half")
@@ -157,7 +157,7 @@ def test_what_is_not_committed_is_not_there(home: Path, root: str, tmp_path: Pat
 
 def test_a_copy_on_this_machine_is_made_once_and_kept_a_day(home: Path) -> None:
     fsspec.filesystem("memory").store.clear()
-    shared, folder = Shared(home, "memory://bucket"), home / "artifacts" / "model" / "abc"
+    shared, folder = RemoteStaging(home, "memory://bucket"), home / "artifacts" / "model" / "abc"
     place = shared.share(folder)
     copy = here(place)
     assert (copy / "down" / "tokens.npy").read_bytes() == b"1234"
@@ -173,7 +173,7 @@ def test_a_copy_on_this_machine_is_made_once_and_kept_a_day(home: Path) -> None:
 
 def test_borrowed_is_a_copy_for_as_long_as_it_is_needed(home: Path) -> None:
     fsspec.filesystem("memory").store.clear()
-    place = Shared(home, "memory://bucket").share(home / "artifacts" / "model" / "abc")
+    place = RemoteStaging(home, "memory://bucket").share(home / "artifacts" / "model" / "abc")
     with borrowed(place) as folder:
         assert (folder / "config.json").read_text() == "{}"
         with borrowed(place) as another:
@@ -189,7 +189,7 @@ def test_what_is_half_fetched_is_in_no_folder(
 ) -> None:
     filesystem = fsspec.filesystem("memory")
     filesystem.store.clear()
-    shared, out = Shared(home, "memory://bucket"), home / "artifacts" / "out"
+    shared, out = RemoteStaging(home, "memory://bucket"), home / "artifacts" / "out"
     remote.write_file(b"1", shared.begun(out), "curve.parquet")
 
     def lost(_self: object, _name: str, path: str) -> None:
@@ -207,10 +207,10 @@ def test_what_is_half_fetched_is_in_no_folder(
 
 
 def test_a_kept_folder_comes_back_on_another_machine(root: str, tmp_path: Path) -> None:
-    place = Shared(tmp_path, root).begun(tmp_path / "out")
+    place = RemoteStaging(tmp_path, root).begun(tmp_path / "out")
     one = tmp_path / "one"
     one.mkdir()
-    kept = Kept(one, place)
+    kept = MirroredFolder(one, place)
     (one / "state").write_text("1")
     (one / "trunk").write_text("1")
     (one / "half.tmp").write_text("-")
@@ -221,9 +221,9 @@ def test_a_kept_folder_comes_back_on_another_machine(root: str, tmp_path: Path) 
     kept.push()
     two = tmp_path / "two"
     two.mkdir()
-    Kept(two, place)
+    MirroredFolder(two, place)
     assert {p.name: p.read_text() for p in two.iterdir()} == {"state": "22"}
-    Shared(tmp_path, root).take_all(tmp_path / "out")
+    RemoteStaging(tmp_path, root).take_all(tmp_path / "out")
     assert (tmp_path / "out" / "state").read_text() == "22"
     assert names(place) == []
 
@@ -232,10 +232,10 @@ def test_what_says_that_all_is_there_is_kept_last(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a node is lost in the middle, another must not take it for whole."""
-    place = Shared(tmp_path, root).begun(tmp_path / "out")
+    place = RemoteStaging(tmp_path, root).begun(tmp_path / "out")
     one = tmp_path / "one"
     one.mkdir()
-    kept = Kept(one, place)
+    kept = MirroredFolder(one, place)
     for age, name in enumerate(("model", "curve")):
         (one / name).write_text(name)
         os.utime(one / name, (1e9 + age, 1e9 + age))
@@ -256,7 +256,7 @@ def test_what_says_that_all_is_there_is_kept_last(
 def test_states_of_a_training_that_was_begun_here_do_not_stay_beside_it(
     root: str, tmp_path: Path
 ) -> None:
-    shared, out = Shared(tmp_path, root), tmp_path / "out"
+    shared, out = RemoteStaging(tmp_path, root), tmp_path / "out"
     out.mkdir()
     (out / "running.safetensors").touch()
     remote.write_file(b"", shared.begun(out), "curve.parquet")
@@ -306,7 +306,7 @@ def test_a_storage_that_cannot_be_written_is_refused_in_a_line(tmp_path: Path) -
     (tmp_path / "file").touch()
     for wrong in (str(tmp_path / "file"), "nosuch://bucket"):
         with pytest.raises(InputError, match=r"compute\.storage: cannot write to") as caught:
-            Shared(tmp_path, wrong).check()
+            RemoteStaging(tmp_path, wrong).check()
         assert "\n" not in str(caught.value)
-    Shared(tmp_path, str(tmp_path / "shared")).check()
+    RemoteStaging(tmp_path, str(tmp_path / "shared")).check()
     assert names(tmp_path / "shared") == []

@@ -72,8 +72,8 @@ def test_current_losses_are_over_the_labels_of_the_conditional(spec: TrainSpec) 
     """Behind the token that ends a document no label counts, for either."""
     assert spec.online is not None
     tokens = np.load(spec.tokens / "tokens.npy")
-    boundary = int(np.bincount(tokens.ravel().astype(np.int64)).argmax())
-    spec = replace(spec, online=replace(spec.online, boundary=boundary))
+    eot_id = int(np.bincount(tokens.ravel().astype(np.int64)).argmax())
+    spec = replace(spec, online=replace(spec.online, eot_id=eot_id))
     train(spec)
     assert isinstance(spec.start, Model)
     model = checkpoints.build(spec.start, 280, T, spec.seed).eval().double()
@@ -81,7 +81,7 @@ def test_current_losses_are_over_the_labels_of_the_conditional(spec: TrainSpec) 
     with torch.no_grad():
         logits = model(input_ids=rows).logits[:, :-1]
     nll = functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-    counts = rows[:, :-1] != boundary
+    counts = rows[:, :-1] != eot_id
     current = ((nll * counts).sum(1) / counts.sum(1)).numpy()
     chosen = chosen_rows(spec.out)
     assert not counts.all()

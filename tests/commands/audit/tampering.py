@@ -22,7 +22,7 @@ def lines(project: Project, **how: object) -> list[str]:
 
 
 def folder(project: Project, asset: str) -> Path:
-    """Of the last artefact of an asset, in the order of partitions."""
+    """Of the last artifact of an asset, in the order of partitions."""
     return (
         project.home.root
         / max(
@@ -55,7 +55,7 @@ def close(place: Path) -> dict[str, object]:
 
 
 def forge(project: Project, asset: str, change: Callable[[Path], None]) -> None:
-    """Change an artefact, its manifest and its entry, and make the ledger's chain anew."""
+    """Change an artifact, its manifest and its entry, and make the ledger's chain anew."""
     place = folder(project, asset)
     change(place)
     made = close(place)

@@ -46,7 +46,7 @@ def test_a_finished_home_holds(project: Project) -> None:
             project.home.ledger.read_bytes().splitlines(keepends=True)[-1]
         ).hexdigest()
     )
-    assert done.artefacts == len({e["path"] for e in project.ledger()})
+    assert done.artifacts == len({e["path"] for e in project.ledger()})
     assert done.rescored is not None
     shards = len(project.home.shards()) + 1  # the probe's too
     assert done.rescored.losses == 2 * 3 * shards  # by two models
@@ -164,7 +164,7 @@ def test_a_raw_file_is_changed_or_gone(
 def test_what_a_changed_file_was_and_a_recipe_that_came_back_are_no_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard that was retired, artefacts taken up again by another recipe."""
+    """A shard that was retired, artifacts taken up again by another recipe."""
     write_corpus(tmp_path / "corpus", MODULES[:4])
     facts = recipe_facts(tmp_path / "corpus")
     facts["target"]["training_tokens"] = 800
@@ -180,7 +180,7 @@ def test_what_a_changed_file_was_and_a_recipe_that_came_back_are_no_failures(
     done = audited(project, again=True)
     assert [str(f) for f in done.findings if not f.warning] == []
     changed, of_an_arm_that_was = done.findings
-    assert changed.artefact.endswith(f"{MODULES[0]}.jsonl")
+    assert changed.artifact.endswith(f"{MODULES[0]}.jsonl")
     assert of_an_arm_that_was.asset == "reference/color_tau3/selection"
 
 
@@ -262,9 +262,9 @@ def test_the_command_says_what_does_not_hold(
     assert not facts["passed"]
     (told,) = [f for f in facts["findings"] if not f["warning"]]
     assert told["asset"] == "tokenizer"
-    assert told["artefact"].endswith("tokenizer.json")
+    assert told["artifact"].endswith("tokenizer.json")
     done = call("audit", *where, "nothing")
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "error: nothing: is no artefact of this home; give the folder of one"
+        "error: nothing: is no artifact of this home; give the folder of one"
     )

@@ -205,7 +205,7 @@ def test_the_ledger_is_changed(
     there = lines(project)
     if chained:
         later = [line for line in there if "expected the entry before it" in line]
-        assert len(later) > 5  # every artefact made after has the head that was
+        assert len(later) > 5  # every artifact made after has the head that was
     else:
         broken = (
             i + 1 if change is not edit else i + 2

@@ -45,13 +45,13 @@ def make(store: ArtifactStore, asset: str, text: str, shard: str | None = None) 
 
 
 def saved(store: ArtifactStore, folder: Path) -> tuple[int, int]:
-    """Back up; how many artefacts were copied, and how many were there."""
+    """Back up; how many artifacts were copied, and how many were there."""
     done = back_up(store.at, folder, unheard)
     return done.copied, done.there
 
 
 def restored(folder: Path) -> ArtifactStore:
-    """The artefacts of a new home made of a backup."""
+    """The artifacts of a new home made of a backup."""
     home = Home(folder.parent / f"restored-{len(list(folder.parent.iterdir()))}")
     restore(folder, home, unheard)
     assert home.owner() == "tests"
@@ -289,7 +289,7 @@ def test_what_was_made_again_takes_the_place_of_its_copy(
     assert text_of(restored(folder), "books/model") == "two"
 
 
-def test_an_artefact_that_is_damaged_is_not_backed_up(store: ArtifactStore, folder: Path) -> None:
+def test_an_artifact_that_is_damaged_is_not_backed_up(store: ArtifactStore, folder: Path) -> None:
     made = make(store, "books/model", "one")
     (made / "below" / "file.txt").write_text("two")
     with pytest.raises(InputError, match=f"{made}: is damaged"):

@@ -22,7 +22,7 @@ from colorfilter.errors import InputError, UnreachableError
 from colorfilter.storage import manifest
 from colorfilter.storage.files import lock
 from colorfilter.storage.remote import names
-from colorfilter.storage.staging import Shared
+from colorfilter.storage.staging import RemoteStaging
 from colorfilter.training.schedule import training_order
 from commands.backup.backup import back_up, restore
 from commands.forget import artifacts
@@ -205,7 +205,7 @@ def test_a_document_of_d_prior_taught_every_model(
     of_plan = {(name.partition("[")[0], made) for name, made in found.learned}
     assert taught <= of_plan
     root, storage = project.home.root, str(tmp_path / "shared")
-    shared = Shared(root, f"{storage}/{project.home.identity()}")
+    shared = RemoteStaging(root, f"{storage}/{project.home.identity()}")
     copies = [shared.share(root / held.path) for held in found.holdings]
     gathered = store(project).current("prior_model").path / "gathered"  # as for a sample's losses
     gathered.mkdir()

@@ -85,9 +85,9 @@ def test_events_say_what_the_ledger_says(finished: Project, exported: list[Event
         for event in (start, complete):
             assert event["run"]["runId"] == start["run"]["runId"]
             assert event["job"]["namespace"] == "colorfilter.tests"
-            artefacts = [d for d in event["inputs"] if d["namespace"] == "colorfilter.tests"]
-            assert {version(d) for d in artefacts} == inputs
-            assert len(artefacts) == len(inputs)
+            artifacts = [d for d in event["inputs"] if d["namespace"] == "colorfilter.tests"]
+            assert {version(d) for d in artifacts} == inputs
+            assert len(artifacts) == len(inputs)
             assert [version(d) for d in event["outputs"]] == [
                 (name(entry), entry["fingerprint"]) for entry in made
             ]
@@ -169,7 +169,7 @@ def test_what_was_taken_up_again_or_has_no_run_is_left_out(
     ledger.append({**last, "run": None})
     file = tmp_path / "events.jsonl"
     done = colorfilter("openlineage", "--home", str(copied_ledger.root), "--file", str(file))
-    assert "1 artefacts left out" in done.stdout
+    assert "1 artifacts left out" in done.stdout
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [e["eventTime"] for e in found] == [e["eventTime"] for e in exported]
 
