@@ -230,8 +230,8 @@ FAULTS = [
     Fault(
         "what was forgotten stays a candidate",
         "assets/declaration.py",
-        "return tombstones_of_sequences(artifacts)",
-        "return tombstones_of_sequences(artifacts)[:0]",
+        "return exclusions(artifacts)",
+        "return exclusions(artifacts)[:0]",
         "tests/commands/forget/test_forget.py",
     ),
     Fault(

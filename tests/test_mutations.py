@@ -24,7 +24,7 @@ def test_every_fault_fits_and_names_tests_that_are_there(mutations: ModuleType) 
     assert len(mutations.FAULTS) >= 25
     assert len({fault.name for fault in mutations.FAULTS}) == len(mutations.FAULTS)
     assert {fault.path.split("/")[0] for fault in mutations.FAULTS} == {
-        *("assets", "colorfilter", "pipelines", "resources"),
+        *("assets", "colorfilter", "commands", "pipelines", "resources"),
     }
     for fault in mutations.FAULTS:
         text = (ROOT / fault.path).read_text(encoding="utf-8")

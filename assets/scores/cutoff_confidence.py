@@ -109,7 +109,7 @@ def score_sample(
 ) -> dict[str, Any]:
     """Write losses of a random sample of the corpus by a model; facts for the manifest.
 
-    `corpus` is the packed tokens by shard, `eot` the end-of-text id, after which labels are left out.
+    `corpus` is the packed tokens by shard. A label after `eot`, the end-of-text id, is ignored.
     """
     from colorfilter.selection import refinement
 
