@@ -1,6 +1,7 @@
 """The command line: run the pipeline, see what stands, open the web UI."""
 
 import gc
+import json
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from colorfilter.errors import InputError
+from colorfilter.storage.files import write_text_atomically
 from commands.audit.command import audit
 from commands.backup.command import backup, restore
 from commands.explain.command import explain
@@ -244,7 +246,8 @@ def ui(
     os.environ["PYTHONWARNINGS"] = (
         "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
     )
-    workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
+    workspace = place.dagster / "workspace.yaml"
+    write_text_atomically(workspace, json.dumps({"load_from": [{"python_file": _definitions()}]}))
     console.print(
         "starting Dagster's code server, web server and daemon: 15 s, on a busy machine "
         f"a minute; then: http://127.0.0.1:{port}  (Ctrl-C ends it)",
@@ -255,6 +258,16 @@ def ui(
     command += ["-h", "127.0.0.1", "-p", str(port)]
     os.chdir(place.root)  # away from the checkout's dagster.yaml, which is not this instance's
     os.execv(sys.executable, command)  # noqa: S606
+
+
+def _definitions() -> dict[str, str]:
+    """Where the web server finds the assets, in a checkout and in an installed package alike."""
+    root = Path(__file__).resolve().parent.parent
+    return {
+        "relative_path": str(root / "pipelines" / "definitions.py"),
+        "working_directory": str(root),
+        "location_name": "colorfilter",
+    }
 
 
 def _refuse_taken(port: int) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +208,23 @@ def test_a_checkout_that_cannot_be_written_is_told(
     monkeypatch.setattr(install.os, "access", lambda *_: False)
     assert (install.main(tmp_path / "venv") or "").startswith(f"{ROOT}: cannot be written; clone")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wheel_has_all_packages_and_their_files() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        setuptools = tomllib.load(stream)["tool"]["setuptools"]
+    found = [
+        file
+        for top in ("assets", "colorfilter", "commands", "pipelines", "resources")
+        for file in (ROOT / top).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
+    folders = {file.parent.relative_to(ROOT) for file in found if file.name == "__init__.py"}
+    assert set(setuptools["packages"]) == {".".join(folder.parts) for folder in folders}
+    data = {
+        file
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for file in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert data == {file for file in found if file.suffix != ".py"}
