@@ -57,7 +57,7 @@ FAULTS = [
         "colorfilter/scoring/kernels/triton.py",
         'logits = tl.where(column[None, :] < vocab, logits, float("-inf"))',
         "logits = tl.where(column[None, :] < vocab, logits, 0.0)",
-        "tests/colorfilter/kernels",
+        "tests/colorfilter/scoring/kernels",
     ),
     Fault(
         "a chunk that stands is scored again",
