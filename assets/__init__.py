@@ -1,1 +1,1 @@
-"""What exists: the lineage, one module per stage, built from a recipe by factories."""
+"""The assets and asset checks of every stage, built from a recipe by factory functions."""

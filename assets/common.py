@@ -1,4 +1,4 @@
-"""What the stages share: the partitions, names, progress, and how a result is shown."""
+"""Shared by all stages: partitions, names, progress, and metadata of results."""
 
 import hashlib
 import time
@@ -24,31 +24,31 @@ AnyContext = dg.AssetExecutionContext | dg.OpExecutionContext
 
 
 def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
-    """All shards, the reserved ones last. Raises InputError where none are planned."""
+    """Return the names of all shards, reserved ones last. Raises InputError if none are planned."""
     planned = [s.name for s in store.at.shards()]
     if not planned:
         raise InputError(
-            "no shards are planned yet; the sensor `arrivals` plans them within a minute, and so "
-            "does `colorfilter run`"
+            "no shards are planned yet; wait a minute for the sensor `arrivals` to plan them, or "
+            "start `colorfilter run`"
         )
     return planned + [ShardKind.PROBE.named(d.name) for d in recipe.domains]
 
 
 def result(artifacts: Sequence[Artifact], metadata: Mapping[str, Any]) -> dg.MaterializeResult:
-    """What an unsharded asset returns: its data version is the hash of its fingerprints."""
+    """Return an unsharded asset's result; its data version is the hash of its fingerprints."""
     shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in metadata.items()}
     if len(artifacts) == 1:
         shown |= identity(artifacts[0])
     else:
         shown["fingerprints"] = dg.MetadataValue.json({a.name: a.fingerprint for a in artifacts})
-    standing = sum(a.reused for a in artifacts)
-    shown["computed"] = len(artifacts) - standing
-    shown["found standing"] = standing
+    reused = sum(a.reused for a in artifacts)
+    shown["computed"] = len(artifacts) - reused
+    shown["reused"] = reused
     return dg.MaterializeResult(metadata=shown, data_version=data_version(artifacts))
 
 
 def identity(artifact: Artifact) -> dict[str, Any]:
-    """What an artifact is, what it was made from and where it lies, as metadata."""
+    """Return an artifact's fingerprint, inputs and folder as metadata."""
     return {
         "fingerprint": artifact.fingerprint,
         "inputs": dg.MetadataValue.json(_inputs(artifact)),
@@ -57,7 +57,7 @@ def identity(artifact: Artifact) -> dict[str, Any]:
 
 
 def _inputs(artifact: Artifact) -> dict[str, str]:
-    """Fingerprints of inputs by name; of many the first, the ledger has them all."""
+    """Return fingerprints of inputs by name, at most INPUTS_SHOWN; the ledger has them all."""
     names = list(artifact.inputs)
     shown = {name: artifact.inputs[name][:16] for name in names[:INPUTS_SHOWN]}
     more = len(names) - len(shown)
@@ -71,11 +71,11 @@ def sharded_result(
     facts: Sequence[str],
     rows: str,
 ) -> dg.MaterializeResult:
-    """What a sharded asset returns: each shard's own facts, totals in the run's log.
+    """Return a sharded asset's result; add each shard's facts as metadata and log the totals.
 
-    Dagster gives all partitions of a run one data version. It is the hash over all the asset's
-    shards, in this run or not, so that it only changes when one of them does. `rows` names the
-    fact that counts rows.
+    Dagster gives all partitions of a run the same data version. The version is the hash over all
+    shards of the asset, in this run or not, so that it changes only when a shard changes. `rows`
+    names the fact that counts rows.
     """
     asset = made[0].asset
     key = dg.AssetKey(asset.split("/"))
@@ -87,8 +87,8 @@ def sharded_result(
         context.add_asset_metadata(shown, asset_key=key, partition_key=artifact.partition)
     summed = [name for name in facts if not name.endswith("_per_second")]
     totals = ", ".join(f"{total(made, name):,} {name}" for name in summed)
-    standing = sum(a.reused for a in made)
-    context.log.info(f"{asset}: {len(made)} shards, {standing} of them found standing: {totals}")
+    reused = sum(a.reused for a in made)
+    context.log.info(f"{asset}: {len(made)} shards, {reused} of them reused: {totals}")
     wanted = {s.name for s in store.at.shards()} | {str(a.partition) for a in made}
     others = [
         store.current(asset, partition)
@@ -99,24 +99,24 @@ def sharded_result(
 
 
 def data_version(artifacts: Sequence[Artifact]) -> dg.DataVersion:
-    """Dagster's version of an asset's content: the hash of the fingerprints of its artifacts."""
+    """Return Dagster's data version: the hash of the artifacts' names and fingerprints."""
     fingerprints = sorted(f"{a.name}={a.fingerprint}" for a in artifacts)
     return dg.DataVersion(hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
 
 
 def total(artifacts: Sequence[Artifact], fact: str) -> int:
-    """Sum of a fact over artifacts."""
+    """Return the sum of a fact over artifacts."""
     return sum(a.facts[fact] for a in artifacts)
 
 
 # Called with step, done, total, unit and units per second.
 Listener = Callable[[str, int, int, str, float], None]
-# What the command line draws progress by, for steps that it runs itself.
+# Set by the command line, which draws progress bars for the steps that it runs in its process.
 LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 class Progress:
-    """Counts work done. Writes rate and time left to the run's log, and calls `LISTENER`."""
+    """Count completed work, log the rate and the time left, and call `LISTENER`."""
 
     log_seconds = 10.0
 
@@ -143,7 +143,7 @@ class Progress:
             )
 
     def stands(self, amount: int) -> None:
-        """Count what was done by an earlier run: it says nothing of how fast this one is."""
+        """Count work that an earlier run completed, without including it in the rate."""
         self._stood += amount
         self(amount)
 
@@ -160,12 +160,12 @@ def make_in_processes(
     progress: Progress,
     size: Callable[[str], int],
 ) -> list[Artifact]:
-    """Make artifacts in parallel: `build(folder, *arguments(work)) -> facts`, in other processes.
+    """Build artifacts in worker processes by `build(folder, *arguments(work)) -> facts`.
 
-    A build says how far it is by `workers.report`; `size(partition)` is what it reports in all, and
-    counts at once for what stands. It is about as many bytes as a build writes, at most. Raises
-    what a build raises, and OSError where the disk has no room for that; after an InputError
-    nothing of what was not finished is left.
+    A build reports its progress with `workers.report`. `size(partition)` is the total that it
+    reports, and is counted at once for an artifact that exists. It is also the upper limit, in
+    bytes, of what a build is expected to write. Raises the errors of builds, and OSError if the
+    disk has too little free space. After an InputError the unfinished folders are removed.
     """
     with store.attempts(works) as attempts:
         missing = [a for a in attempts if not a.standing]

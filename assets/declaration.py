@@ -1,4 +1,4 @@
-"""What an asset reads and what decides its content, stated once for Dagster and the ledger."""
+"""What an asset reads and what determines its content, declared once for Dagster and the ledger."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -15,7 +15,7 @@ from resources.exclusions import EXCLUSION, exclusions
 
 
 class Shards(Enum):
-    """Which shards of a sharded asset another asset reads."""
+    """Which shards of a sharded input an asset reads."""
 
     SAME = "same"
     ALL = "all"
@@ -29,26 +29,26 @@ MAPPINGS: dict[Shards, dg.PartitionMapping] = {
 
 @dataclass(frozen=True)
 class Read:
-    """An asset that another one reads; of a sharded one, which of its shards."""
+    """An asset that another asset reads and, if it is sharded, which of its shards."""
 
     asset: str
     shards: Shards | None = None
 
     @property
     def dependency(self) -> dg.AssetDep:
-        """Dagster's form of it."""
+        """The read as a Dagster dependency."""
         mapping = MAPPINGS[self.shards] if self.shards else None
         return dg.AssetDep(self.asset.split("/"), partition_mapping=mapping)
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What an asset reads, and what of the recipe decides its content.
+    """What an asset reads, and which settings of the recipe determine its content.
 
-    `inputs` enter the ledger's key. What the asset `consults` does not: it decides how the result
-    is published or shown, or its content follows from that of the inputs. `settings` are the facts
-    of the recipe that decide the content. Raise `code` by hand when the code makes something else
-    of the same inputs.
+    `inputs` are part of the ledger's key. Assets in `consults` are not: they only affect how the
+    result is published or shown, or their content follows from that of the inputs. `settings` are
+    the settings of the recipe that determine the content. Increase `code` by hand when the code
+    computes a different result from the same inputs.
     """
 
     name: str
@@ -68,19 +68,19 @@ class Declaration:
 
     @property
     def reads(self) -> list[Read]:
-        """All that the asset reads."""
+        """Everything that the asset reads: inputs and consulted assets."""
         return [*self.inputs, *self.consults]
 
     @property
     def code_version(self) -> str:
-        """Dagster's code version: `code`, and a hash of what else decides the content."""
+        """Dagster's code version: `code` and a hash of input names, settings, seed, precision."""
         names = [read.asset for read in self.inputs]
-        decides = manifest.canonical_json([names, self.settings, self.seed, self.precision])
-        return f"{self.code}-{hashlib.sha256(decides.encode()).hexdigest()[:10]}"
+        text = manifest.canonical_json([names, self.settings, self.seed, self.precision])
+        return f"{self.code}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     @property
     def for_dagster(self) -> dict[str, Any]:
-        """Arguments that `dagster.asset` and `dagster.AssetSpec` have in common."""
+        """The arguments that `dagster.asset` and `dagster.AssetSpec` share."""
         return {
             "deps": [read.dependency for read in self.reads],
             "description": self.description,
@@ -94,7 +94,7 @@ class Declaration:
 
     @property
     def spec(self) -> dg.AssetSpec:
-        """The asset as one of a multi-asset."""
+        """The asset's spec, for use in a multi-asset."""
         return dg.AssetSpec(self.name.split("/"), **self.for_dagster)
 
     def current(
@@ -104,10 +104,10 @@ class Declaration:
         partition: str | None = None,
         made_from: Sequence[Artifact] = (),
     ) -> Artifact:
-        """The current artifact of a declared read.
+        """Return the current artifact of a declared read.
 
-        Raises InputError where it has not been made, or from something older than `made_from`;
-        ValueError where it is not declared.
+        Raises InputError if it does not exist or was built from other versions of the artifacts
+        in `made_from`, and ValueError if the read is not declared.
         """
         self._require(asset)
         return artifacts.current_from(asset, partition, made_from)
@@ -121,10 +121,11 @@ class Declaration:
         seed: int | None = None,
         sources: Sequence[Artifact] = (),
     ) -> Work:
-        """The piece of work that the ledger identifies by its key.
+        """Return the work that builds an artifact; the ledger identifies it by its key.
 
-        `settings` and `seed` replace the declared ones in the key: settings that depend on what is
-        read, a seed that differs by partition. Raises ValueError for an input that is not declared.
+        `settings` and `seed` replace the declared ones in the key: use them for settings that
+        depend on what is read and for a seed that differs by partition. Raises ValueError for an
+        input that is not declared.
         """
         for artifact in (*inputs, *sources):
             self._require(artifact.asset)
@@ -140,20 +141,20 @@ class Declaration:
         )
 
     def exclusions(self, artifacts: ArtifactStore) -> list[Artifact]:
-        """What must never be selected: an input of every asset that selects."""
+        """Return the tombstones of forgotten documents, an input of every asset that selects."""
         return exclusions(artifacts)
 
     def _require(self, asset: str) -> None:
-        # Part of an artifact is named by its asset and a folder; an exclusion is no asset.
+        # A part of an artifact is named by its asset and a folder. An exclusion is not an asset.
         declared = {read.asset for read in self.reads} | {EXCLUSION, self.name}
         if asset not in declared and asset.rpartition("/")[0] not in declared:
-            raise ValueError(f"{self.name} reads {asset}, which its declaration does not name")
+            raise ValueError(f"{self.name} reads {asset}, which is not in its declaration")
 
 
 def asset(declared: Declaration) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
-    """Decorate the function that makes a declared asset, as `dagster.asset` does.
+    """Decorate the function that materializes a declared asset, like `dagster.asset`.
 
-    Without a description in the declaration the function's docstring is the asset's.
+    If the declaration has no description, the docstring of the function is the description.
     """
     *prefix, name = declared.name.split("/")
     decorate: Callable[[Callable[..., Any]], dg.AssetsDefinition] = dg.asset(

@@ -1,4 +1,4 @@
-"""Pictures and tables for the web UI."""
+"""Metadata for the web UI: pictures and tables."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from colorfilter.evaluation.figures import Picture, training_curve
 
 
 def curve_metadata(folder: Path) -> dict[str, Any]:
-    """The learning curve of a training run: its picture, and the points with a held-out loss."""
+    """Return a training run's learning curve as a picture, and its held-out losses as a table."""
     path = folder / "curve.parquet"
     if not path.exists():
         return {}
@@ -23,17 +23,17 @@ def curve_metadata(folder: Path) -> dict[str, Any]:
 
 
 def picture(drawn: Picture) -> dg.MarkdownMetadataValue:
-    """A picture, which the web UI shows in a dialog."""
+    """Return a picture as Markdown metadata, which the web UI shows in a dialog."""
     encoded = base64.b64encode(drawn.light).decode()
     return dg.MetadataValue.md(f"![{drawn.words}](data:image/svg+xml;base64,{encoded})")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Rows as a table, perhaps none; floats to four places."""
+    """Return rows, possibly none, as table metadata; floats are rounded to four decimals."""
     return dg.MetadataValue.table(
         [
             dg.TableRecord({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
             for row in rows
         ],
-        schema=None if rows else dg.TableSchema(columns=[]),  # of rows it is read off them
+        schema=None if rows else dg.TableSchema(columns=[]),  # Dagster infers it from rows
     )

@@ -1,1 +1,1 @@
-"""Tokenizer, prior and conditional models."""
+"""Stage 2: the prior, conditional and domain-only models."""

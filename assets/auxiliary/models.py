@@ -1,4 +1,4 @@
-"""Stage 2: the two auxiliary models, prior and conditional."""
+"""Stage 2: the auxiliary models: prior, conditional and, for RHO-down, domain-only."""
 
 import math
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ GROUP = "auxiliary"
 
 
 def checkpoint(model: Artifact) -> Path:
-    """The folder of an auxiliary model's checkpoint, in Hugging Face form."""
+    """Return the folder of an auxiliary model's checkpoint in Hugging Face format."""
     return model.path / str(model.facts["checkpoint"])
 
 
 def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """The prior, and per domain the conditional and, where asked for, the domain-only model."""
+    """Return the prior and, per domain, the conditional and any domain-only model."""
     assets = [prior_asset(recipe), *(conditional_asset(recipe, d) for d in recipe.domains)]
     if recipe.has_domain_only_model:
         assets += [domain_only_asset(recipe, d) for d in recipe.domains]
@@ -34,7 +34,7 @@ def auxiliary_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 
 def prior_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`prior_model`."""
+    """Return the asset `prior_model`."""
     given = recipe.prior.path is not None
     declared = Declaration(
         "prior_model",
@@ -51,7 +51,9 @@ def prior_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @asset(declared)
     def prior_model(context: Context, artifacts: ArtifactStore, gpu: Gpu) -> dg.MaterializeResult:
-        """The prior: a small causal LM trained on D_prior, or the one the recipe names."""
+        """The prior: a small causal language model trained on D_prior (`sample_plan`), or the
+        checkpoint given in the recipe.
+        """
         encoder = declared.current(artifacts, "tokenizer")
         if recipe.prior.path:
             path = recipe.prior.path
@@ -74,7 +76,7 @@ def prior_asset(recipe: Recipe) -> dg.AssetsDefinition:
 def train_prior(
     folder: Path, context: Context, gpu: Gpu, recipe: Recipe, plan: Artifact, encoder: Artifact
 ) -> Mapping[str, Any]:
-    """Train the prior on D_prior, one epoch; facts for the manifest."""
+    """Train the prior for one epoch on D_prior; return facts for the manifest."""
     assert recipe.prior.model is not None
     assert recipe.prior.training is not None
     packed = folder / "d_prior"
@@ -94,9 +96,9 @@ def train_prior(
 def copy_prior(
     folder: Path, path: str, encoder: Artifact, sequence_length: int
 ) -> Mapping[str, Any]:
-    """Copy the prior that the recipe names; facts for the manifest.
+    """Copy the prior that the recipe gives; return facts for the manifest.
 
-    Raises InputError where it does not fit the tokenizer or the sequence length.
+    Raises InputError if it does not fit the tokenizer or the sequence length.
     """
     from colorfilter.models import checkpoints
 
@@ -107,7 +109,7 @@ def copy_prior(
 
 
 def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/conditional_model`."""
+    """Return the asset `<domain>/conditional_model`."""
     tokens = f"{domain.name}/domain_tokens"
     declared = Declaration(
         f"{domain.name}/conditional_model",
@@ -123,7 +125,9 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     def conditional_model(
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> dg.MaterializeResult:
-        """The conditional: a copy of the prior after one epoch over D_down."""
+        """The conditional: a copy of the prior, trained for one epoch on D_down, the training
+        split of the domain's text.
+        """
         prior = declared.current(artifacts, "prior_model")
         encoder = declared.current(artifacts, "tokenizer")
         packed = declared.current(artifacts, tokens)
@@ -144,7 +148,7 @@ def conditional_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 def held_out_losses(
     gpu: Gpu, prior: Path, conditional: Path, packed: Artifact, folder: Path
 ) -> dict[str, float]:
-    """Mean losses of a domain's held-out text by both models, and mean color, nats per token."""
+    """Return both models' mean losses on held-out text and the mean color, in nats per token."""
     from colorfilter.evaluation.metrics import mean_loss
 
     before, after = gpu.evaluate([prior, conditional], packed.path / "held_out", folder)
@@ -164,7 +168,10 @@ def domain_epoch(
     seed: int,
     out: Path,
 ) -> TrainSpec:
-    """One epoch over D_down of a fresh model or from a checkpoint, in the order of a seed."""
+    """Return the spec of one epoch over D_down, from a new model or a checkpoint.
+
+    `seed` determines the order of the sequences.
+    """
     return TrainSpec(
         start=str(start) if isinstance(start, Path) else start,
         tokens=packed.path / "down",
@@ -178,7 +185,7 @@ def domain_epoch(
 
 
 def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/domain_only_model`."""
+    """Return the asset `<domain>/domain_only_model`."""
     model, training = recipe.prior.model, recipe.prior.training
     assert model is not None
     assert training is not None
@@ -197,7 +204,9 @@ def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
     def domain_only_model(
         context: Context, artifacts: ArtifactStore, gpu: Gpu
     ) -> dg.MaterializeResult:
-        """RHO-down's conditional: of the prior's kind, fresh, after one epoch over D_down alone."""
+        """The reference model of RHO-down: a new model of the prior's architecture, trained for
+        one epoch on D_down alone.
+        """
         encoder = declared.current(artifacts, "tokenizer")
         packed = declared.current(artifacts, tokens)
 
@@ -212,21 +221,22 @@ def domain_only_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
 
 def auxiliary_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """`conditional_beats_prior` for every domain."""
+    """Return the check `conditional_beats_prior` of every domain."""
     return [_conditional_beats_prior(d.name) for d in recipe.domains]
 
 
 def _conditional_beats_prior(domain: str) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=dg.AssetKey([domain, "conditional_model"]), blocking=True)
     def conditional_beats_prior(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """On held-out text of the domain the conditional's loss is below the prior's."""
+        """The conditional's loss on held-out text of the domain is below the prior's."""
         facts = artifacts.current(f"{domain}/conditional_model").facts
         prior, conditional = facts["prior_held_out_loss"], facts["held_out_loss"]
         passed = math.isfinite(conditional) and conditional < prior
-        words = "below" if passed else "not below; look at the domain's training"
+        found = "below" if passed else "not below"
+        fix = "" if passed else "; adjust the domain's training settings in the recipe"
         return dg.AssetCheckResult(
             passed=passed,
-            description=f"held-out loss {conditional:.3f}, {words} the prior's {prior:.3f}",
+            description=f"held-out loss {conditional:.3f} is {found} the prior's {prior:.3f}{fix}",
             metadata={"prior": prior, "conditional": conditional},
         )
 
@@ -234,7 +244,7 @@ def _conditional_beats_prior(domain: str) -> dg.AssetChecksDefinition:
 
 
 def trained(context: Context, gpu: Gpu, spec: TrainSpec) -> dict[str, Any]:
-    """Train to the one end point of a spec; facts for the manifest."""
+    """Train to the only end point of a spec; return facts for the manifest."""
     progress = Progress(context, planned_tokens(spec), "tokens")
     ((_, ends),) = gpu.train([spec], 1, progress, progress.stands)
     done = ends[-1]

@@ -1,1 +1,1 @@
-"""Sources, shards, the sample and domains as text and as packed tokens."""
+"""Stage 1: sources, shards, the sample of the corpus, and text packed into tokens."""

@@ -1,4 +1,4 @@
-"""Stage 1: raw text to packed tokens."""
+"""Stage 1: the corpus, from raw text to packed tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,13 +32,15 @@ GROUP = "corpus"
 
 
 class Sampling(dg.Config):
-    """How D_prior is chosen."""
+    """Configuration of `sample_plan`."""
 
-    draw_anew: bool = Field(False, description="draw from the corpus as it is now")
+    draw_anew: bool = Field(
+        False, description="draw a new sample from the current corpus instead of keeping the last"
+    )
 
 
 def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`raw_corpus`, `sample_plan`, `tokenizer`, `corpus_tokens`."""
+    """Return the assets `raw_corpus`, `sample_plan`, `tokenizer` and `corpus_tokens`."""
     return [
         raw_corpus_asset(recipe),
         sample_plan_asset(recipe),
@@ -48,20 +50,21 @@ def corpus_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 
 def raw_corpus_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`raw_corpus`."""
+    """Return the asset `raw_corpus`."""
     declared = raw_corpus_declaration(recipe)
 
     @asset(declared)
     def raw_corpus(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """Documents of every shard, with their place, sha256 and other fields.
+        """Documents of every shard, each with its source file and line, sha256 and other fields.
 
-        Exact duplicates within a shard and what could not be read stand in `rejects.parquet` with
-        the reason. A domain's reserved shard holds its probe documents.
+        Exact duplicates within a shard and records that could not be read are in
+        `rejects.parquet` with the reason. Each domain has a reserved shard with its probe
+        documents.
         """
         made = read_shards(context, artifacts, recipe)
         _refuse_empty_sources(recipe, artifacts, made)
         for reason, count in _reject_reasons(made):
-            context.log.warning(f"{count:,} rejected: {reason}")
+            context.log.warning(f"{count:,} records rejected: {reason}")
         facts = ("documents", "chars", "duplicates", "rejects")
         return sharded_result(context, artifacts, made, facts, "documents")
 
@@ -69,9 +72,9 @@ def raw_corpus_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> list[Artifact]:
-    """Make the run's shards of `raw_corpus`.
+    """Read the run's shards of `raw_corpus`.
 
-    Raises InputError for a shard that is not planned, and for what a reader refuses.
+    Raises InputError for a shard that is not planned and for input that a reader refuses.
     """
     declared = raw_corpus_declaration(recipe)
     planned = {s.name: s for s in artifacts.at.shards()}
@@ -90,7 +93,7 @@ def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> l
             )
         else:
             raise InputError(
-                f"no shard named '{name}' is planned; shards come from the recipe's sources"
+                f"shard {name}: is not planned; shards are planned from the recipe's sources"
             )
     size = sum(f.size for w in works for f in planned[str(w.partition)].files)
     sources = {s.name: s for s in recipe.corpus.sources}
@@ -107,7 +110,7 @@ def read_shards(context: Context, artifacts: ArtifactStore, recipe: Recipe) -> l
 
 
 def sample_plan_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`sample_plan`."""
+    """Return the asset `sample_plan`."""
     declared = Declaration(
         "sample_plan",
         GROUP,
@@ -119,10 +122,10 @@ def sample_plan_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @asset(declared)
     def sample_plan(config: Sampling, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """D_prior: a random sample of the corpus, drawn once and frozen.
+        """D_prior: a random sample of the corpus, drawn once and then kept.
 
-        It stays as shards arrive, so that a new shard costs its own scoring and nothing else. Only
-        where the configuration asks for it (the job `retrain` does) it is drawn anew.
+        It does not change when shards arrive, so a new shard costs only its own scoring. A new
+        sample is drawn only if the configuration sets `draw_anew`, as the job `retrain` does.
         """
         raw = [declared.current(artifacts, "raw_corpus", s.name) for s in artifacts.at.shards()]
         last = artifacts.entries().get(("sample_plan", None))
@@ -145,7 +148,7 @@ def sample_plan_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def tokenizer_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`tokenizer`."""
+    """Return the asset `tokenizer`."""
     given = recipe.tokenizer.path
     declared = Declaration(
         "tokenizer",
@@ -157,7 +160,7 @@ def tokenizer_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @asset(declared)
     def tokenizer(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """The tokenizer: trained on D_prior, or the one the recipe names."""
+        """The tokenizer: trained on D_prior (`sample_plan`), or the one given in the recipe."""
         if given:
             content = {**declared.settings, "content": checkpoint_content(given)}
             work = declared.work([], settings=content)
@@ -174,14 +177,14 @@ def tokenizer_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def train_tokenizer(folder: Path, plan: Artifact, vocab_size: int) -> dict[str, int | None]:
-    """Train a tokenizer on D_prior; facts for the manifest."""
+    """Train a tokenizer on D_prior; return facts for the manifest."""
     rows = documents.read_documents(plan.path / "documents.parquet", ["text"])
     tokens.train_tokenizer((row["text"] for row in rows), vocab_size, folder)
     return _encoder_facts(folder)
 
 
 def copy_tokenizer(folder: Path, path: str) -> dict[str, int | None]:
-    """Copy the tokenizer that the recipe names; facts for the manifest."""
+    """Copy the tokenizer that the recipe gives; return facts for the manifest."""
     tokens.copy_tokenizer(path, folder)
     return _encoder_facts(folder)
 
@@ -192,12 +195,12 @@ def _encoder_facts(folder: Path) -> dict[str, int | None]:
 
 
 def plan_read(recipe: Recipe) -> list[Read]:
-    """D_prior, whose documents are left out unless the recipe has them scored too."""
+    """Return the read of D_prior; empty if the recipe scores its documents too."""
     return [] if recipe.prior.score_sample else [Read("sample_plan")]
 
 
 def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`corpus_tokens`."""
+    """Return the asset `corpus_tokens`."""
     left_out = plan_read(recipe)
     declared = Declaration(
         "corpus_tokens",
@@ -210,9 +213,11 @@ def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
     @asset(declared)
     def corpus_tokens(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """Sequences of T tokens per shard, memory-mapped, with spans back to documents.
+        """Sequences of T tokens per shard, in a memory-mapped array, with spans that map them to
+        documents.
 
-        The documents of D_prior are left out, unless the recipe has them scored too.
+        The documents of D_prior (`sample_plan`) are excluded, unless the recipe sets
+        `prior.score_sample`.
         """
         plans = [declared.current(artifacts, read.asset) for read in left_out]
         encoder = declared.current(artifacts, "tokenizer")
@@ -242,14 +247,14 @@ def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """What must hold of the corpus before anything is trained on it."""
+    """Return the check `no_shared_documents`: must pass before anything is trained."""
 
     @dg.asset_check(asset="raw_corpus", blocking=True)
     def no_shared_documents(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """Corpus, D_down, held-out and probe share no document, by sha256.
+        """No document, by sha256, is in more than one of corpus, D_down, held-out text and probe.
 
-        As far as they have been read, for the web UI can materialize one shard before all else;
-        what is not read yet is a warning.
+        Compares what has been read so far. Shards and domains that are not read yet give a
+        warning, because the web UI can materialize a single shard first.
         """
         entries = artifacts.entries()
         planned = [s.name for s in artifacts.at.shards()]
@@ -267,20 +272,23 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
         for name, path in texts.items():
             others = {n: p for n, p in texts.items() if n != name}
             shared += sampling.shared_documents({name: path}, others)
-        whole = (len(read), len(domains)) == (len(planned), len(recipe.domains))
-        description = "no document stands in two places"
+        all_read = (len(read), len(domains)) == (len(planned), len(recipe.domains))
+        description = "no document is in more than one place"
         if len(read) < len(planned):
-            description += f"; {len(planned) - len(read)} of {len(planned)} shards not read yet"
+            description += f"; {len(planned) - len(read)} of {len(planned)} shards are not read yet"
         if len(domains) < len(recipe.domains):
-            description += f"; text of {len(recipe.domains) - len(domains)} domains not read yet"
+            description += (
+                f"; the text of {len(recipe.domains) - len(domains)} domains is not read yet"
+            )
         if shared:
             first = shared[0]
             description = (
-                f"{len(shared)} documents stand both in {first['text']} and elsewhere, the first "
-                f"at {first['source_file']} line {first['source_line']}; take them out of one"
+                f"{len(shared)} documents are in more than one place, the first in "
+                f"{first['text']} and at {first['source_file']} line {first['source_line']}; "
+                "remove each from all places but one"
             )
         return dg.AssetCheckResult(
-            passed=not shared and whole,
+            passed=not shared and all_read,
             severity=dg.AssetCheckSeverity.ERROR if shared else dg.AssetCheckSeverity.WARN,
             metadata={"shared": len(shared), "shards not read": len(planned) - len(read)},
             description=description,
@@ -290,7 +298,7 @@ def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
 
 
 def _probe_documents(text: Artifact, folder: Path) -> dict[str, int]:
-    """Write a domain's probe documents as a shard; facts for the manifest."""
+    """Write a domain's probe documents as a shard; return facts for the manifest."""
     counts = {"documents": 0, "chars": 0, "bytes": 0, "duplicates": 0, "rejects": 0}
     with TableWriter(folder / "documents.parquet", documents.DOCUMENTS) as writer:
         path = text.path / "probe" / "documents.parquet"
@@ -305,19 +313,19 @@ def _probe_documents(text: Artifact, folder: Path) -> dict[str, int]:
 def _refuse_empty_sources(
     recipe: Recipe, artifacts: ArtifactStore, made: Sequence[Artifact]
 ) -> None:
-    """Raise InputError for a source all of whose shards are here and hold no document."""
+    """Raise InputError for a source if all its shards are in `made` and none has a document."""
     documents_of = {str(a.partition): a.facts["documents"] for a in made}
     for source in recipe.corpus.sources:
         shards = [s for s in artifacts.at.shards() if s.files[0].source == source.name]
         if all(documents_of.get(s.name) == 0 for s in shards):
             raise InputError(
-                f"source {source.name}: {source.files} holds no usable document; look at the "
+                f"source {source.name}: {source.files} holds no usable document; see the "
                 f"rejects in {artifacts.at.artifacts / 'raw_corpus'} or correct `text_field`"
             )
 
 
 def _reject_reasons(made: Sequence[Artifact]) -> list[tuple[str, int]]:
-    """Reasons for rejects with their counts, most frequent first, of what was made just now."""
+    """Return the reasons for rejects in newly built shards with counts, most frequent first."""
     files = [a.path / "rejects.parquet" for a in made if not a.reused]
     there = [f for f in files if f.exists()]
     if not there:

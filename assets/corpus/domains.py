@@ -1,4 +1,4 @@
-"""Stage 1 for the domains: text split once into D_down, held-out and probe, and its tokens."""
+"""Stage 1: domains, their text split into D_down, held-out and probe, and its tokens."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +18,13 @@ from resources.exclusions import unwanted_texts
 
 
 def domain_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`domain_text` and `domain_tokens` for every domain."""
+    """Return the assets `domain_text` and `domain_tokens` of every domain."""
     makers = (domain_text_asset, domain_tokens_asset)
     return [make(recipe, domain) for domain in recipe.domains for make in makers]
 
 
 def domain_text_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/domain_text`."""
+    """Return the asset `<domain>/domain_text`."""
     splits = {"held_out": domain.held_out, "probe": domain.probe}
     if domain.test_items is not None:
         splits["test_items"] = domain.test_items
@@ -42,9 +42,11 @@ def domain_text_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
     @asset(declared)
     def domain_text(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """The domain's documents, split once into D_down, held-out and probe.
+        """The domain's documents, split once into D_down (for training), held-out text (for
+        evaluation) and the probe (scored with the corpus).
 
-        Of tasks a document is an item's question and correct answer; `tasks/` holds the test items.
+        For a domain of tasks, a document is the question and correct answer of an item, and
+        `tasks/` holds the test items.
         """
         if domain.tasks:
             reads, build = _split_tasks(context, domain, recipe.seed)
@@ -58,7 +60,7 @@ def domain_text_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
 
 def domain_tokens_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/domain_tokens`."""
+    """Return the asset `<domain>/domain_tokens`."""
     declared = Declaration(
         f"{domain.name}/domain_tokens",
         GROUP,
@@ -69,9 +71,10 @@ def domain_tokens_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
     @asset(declared)
     def domain_tokens(artifacts: ArtifactStore) -> dg.MaterializeResult:
-        """Sequences of D_down and of held-out text; of tasks, an example each.
+        """Packed sequences of D_down and of held-out text. For a domain of tasks, each sequence
+        is one item.
 
-        The probe's are a shard of the corpus, packed as it is.
+        The probe is not here: it is packed as a reserved shard of `corpus_tokens`.
         """
         text = declared.current(artifacts, f"{domain.name}/domain_text")
         encoder = declared.current(artifacts, "tokenizer")
@@ -87,9 +90,9 @@ def domain_tokens_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 def pack_splits(
     folder: Path, domain: Domain, text: Artifact, encoder: Artifact, sequence_length: int
 ) -> dict[str, int]:
-    """Pack D_down and held-out text into sequences; facts for the manifest.
+    """Pack D_down and held-out text into sequences; return facts for the manifest.
 
-    Raises InputError where a split has less than one sequence.
+    Raises InputError if a split has less than one sequence.
     """
     facts: dict[str, int] = {}
     for split in ("down", "held_out"):
@@ -104,7 +107,7 @@ def pack_splits(
             )
         if counts["tokens"] < sequence_length:
             raise InputError(
-                f"domain {domain.name}: its {split} split has {counts['tokens']} tokens, "
+                f"domain {domain.name}: the {split} split has {counts['tokens']} tokens, "
                 f"fewer than one sequence of {sequence_length}; add documents"
             )
         facts |= {f"{split}_{unit}": counts[unit] for unit in ("tokens", "sequences")}
@@ -115,7 +118,7 @@ Split = tuple[dict[str, Any], Callable[[Path], dict[str, int]]]
 
 
 def _split_text(context: Context, domain: Domain, seed: int, unwanted: Mapping[str, str]) -> Split:
-    """What the split of a domain of text reads, as facts, and how it is made in a folder.
+    """Return what the split of a text domain reads, as facts, and a function that builds it.
 
     Texts whose sha256 is in `unwanted` are rejected.
     """
@@ -140,7 +143,7 @@ def _split_text(context: Context, domain: Domain, seed: int, unwanted: Mapping[s
 
 
 def _split_tasks(context: Context, domain: Domain, seed: int) -> Split:
-    """The same of a domain of tasks."""
+    """Return what the split of a domain of tasks reads, as facts, and a function to build it."""
     tasks.refuse_without_harness()
     train, test = _task_files(domain, "train"), _task_files(domain, "test")
 
@@ -162,6 +165,6 @@ def _split_tasks(context: Context, domain: Domain, seed: int) -> Split:
 def _task_files(
     domain: Domain, part: Literal["train", "test"]
 ) -> dict[str, list[shards.InputFile]]:
-    """The files of a part of every task that has it."""
+    """Return the train or test files of every task that has them, by task."""
     sources = [source for task in domain.tasks if (source := task.source(part))]
     return {source.name: shards.list_files([source]) for source in sources}

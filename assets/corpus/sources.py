@@ -1,4 +1,4 @@
-"""What the sources hold, planned into shards: at first, and again as data arrives."""
+"""Plan shards for the files of the sources, initially and whenever data arrives."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from resources.artifacts import ArtifactStore, Work
 
 
 def raw_corpus_declaration(recipe: Recipe) -> Declaration:
-    """Declare `raw_corpus`; a domain's reserved shard is read from its text."""
+    """Declare `raw_corpus`; a domain's reserved shard is read from its `domain_text`."""
     return Declaration(
         "raw_corpus",
         "corpus",
@@ -26,7 +26,7 @@ def raw_corpus_declaration(recipe: Recipe) -> Declaration:
 
 
 def reading(recipe: Recipe, shard: Shard) -> Work:
-    """What is to be done to read a shard.
+    """Return the work that reads a shard.
 
     Raises InputError for a shard of a source that the recipe no longer has.
     """
@@ -34,8 +34,8 @@ def reading(recipe: Recipe, shard: Shard) -> Work:
     source = next((s for s in recipe.corpus.sources if s.name == name), None)
     if source is None:
         raise InputError(
-            f"shard {shard.name}: is of the source '{name}', which the recipe no longer has; "
-            "`colorfilter run` retires it, and so does the sensor `arrivals`"
+            f"shard {shard.name}: the recipe no longer has its source '{name}'; start "
+            "`colorfilter run` or switch on the sensor `arrivals` to retire the shard"
         )
     read = source.model_dump(include={"name", "format", "text_field"})
     files = [[f.path, f.size, f.version] for f in shard.files]
@@ -43,63 +43,63 @@ def reading(recipe: Recipe, shard: Shard) -> Work:
 
 
 class Arrivals(NamedTuple):
-    """What planning found: all shards, the reserved ones last, and what has changed."""
+    """The result of planning: names of all shards, reserved ones last, and what has changed."""
 
     shards: list[str]
     new: list[str]
     retired: list[str]
-    vanished: list[str]  # files whose text is kept
-    lost: list[str]  # files whose text leaves the corpus
-    waiting: bool  # something has changed, and is planned when the run at work has ended
+    vanished: list[str]  # missing files whose text is kept
+    lost: list[str]  # missing files whose text is removed from the corpus
+    waiting: bool  # changes exist that are planned when the current run has finished
 
 
 def arrive(artifacts: ArtifactStore, recipe: Recipe, *, keep_vanished: bool = True) -> Arrivals:
-    """Plan shards for what the sources hold now.
+    """Plan shards for the current files of the sources.
 
-    New and changed files become new shards. A file that has vanished stays in the corpus if it was
-    read, as long as its shard need not be read again and `keep_vanished`. While a run is at work
-    the plan stays as it is: every step of a run has to find the same shards.
+    New and changed files become new shards. With `keep_vanished`, the text of a file that has
+    disappeared stays in the corpus if it was read and its shard need not be read again. The plan
+    does not change during a run, because all steps of a run must see the same shards.
     """
     home = artifacts.at
     with lock(home.leases / "shards"):
-        standing = home.shards()
-        read = [s for s in standing if ("raw_corpus", s.name) in artifacts.entries()]
+        existing = home.shards()
+        read = [s for s in existing if ("raw_corpus", s.name) in artifacts.entries()]
         listed = list_files(recipe.corpus.sources)
         files = listed
         if keep_vanished:
             files = with_vanished(listed, recipe.corpus.sources, read)
-        planned = plan_shards(files, recipe.corpus.shard_bytes, standing)
-        waiting = planned != standing and home.is_at_work()
+        planned = plan_shards(files, recipe.corpus.shard_bytes, existing)
+        waiting = planned != existing and home.is_at_work()
         if waiting:
-            planned, files = standing, [f for s in standing for f in s.files]
-        elif planned != standing:
+            planned, files = existing, [f for s in existing for f in s.files]
+        elif planned != existing:
             home.write_shards(planned)
-    before, after = {s.name for s in standing}, {s.name for s in planned}
+    before, after = {s.name for s in existing}, {s.name for s in planned}
     return Arrivals(
         shards=[s.name for s in planned] + [ShardKind.PROBE.named(d.name) for d in recipe.domains],
         new=sorted(after - before),
         retired=sorted(before - after),
         vanished=[f.name for f in files if f.vanished],
-        lost=sorted({f.name for s in standing for f in s.files} - {f.name for f in files}),
+        lost=sorted({f.name for s in existing for f in s.files} - {f.name for f in files}),
         waiting=waiting,
     )
 
 
 def arrival_checks() -> list[dg.AssetChecksDefinition]:
-    """What is worth knowing about the sources."""
+    """Return the check `sources_present`."""
 
     @dg.asset_check(asset="raw_corpus")
     def sources_present(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """The files that the corpus was read from are still where they were."""
+        """The files that the corpus was read from still exist at the sources."""
         files = [file for shard in artifacts.at.shards() for file in shard.files]
         gone = [f.name for f in files if f.vanished]
         return dg.AssetCheckResult(
             passed=not gone,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"{len(gone)} files have vanished, their text is kept, the first "
-            f"{gone[0]}; `colorfilter prune --vanished` takes it out"
+            description=f"{len(gone)} files have disappeared, the first {gone[0]}; their text is "
+            "kept until you run `colorfilter prune --vanished`"
             if gone
-            else "every file is there",
+            else "all files exist",
             metadata={"vanished": len(gone), "files": gone[:20]},
         )
 

@@ -1,1 +1,1 @@
-"""Target models, their evaluation and the report."""
+"""Stage 5: target models, their evaluation and the report."""

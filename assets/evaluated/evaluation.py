@@ -1,4 +1,4 @@
-"""Stage 5: every target model on the domain's held-out text and tasks."""
+"""Stage 5: evaluate every target model on the domain's held-out text and tasks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from resources.gpu import Gpu
 
 
 def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """The models and the `evaluation` of every domain and arm, and the `report` of every domain."""
+    """Return models and `evaluation` of every domain and arm, and `report` of every domain."""
     arms = [
         made
         for domain in recipe.domains
@@ -28,7 +28,7 @@ def evaluated_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 
 def evaluation_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/evaluation`."""
+    """Return the asset `<domain>/<arm>/evaluation`."""
     name = f"{domain.name}/{arm.name}"
     stages = ["target_model", *(["finetuned_model"] if recipe.evaluation.finetune else [])]
     declared = Declaration(
@@ -42,8 +42,8 @@ def evaluation_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefin
         ],
         pool="gpu",
         arm=arm.name,
-        description=f"{arm.name} for {domain.name}: held-out loss and bits per byte of every "
-        "target model, and its accuracies and losses on the domain's tasks.",
+        description=f"{arm.name} for {domain.name}: loss and bits per byte of every target model "
+        "on held-out text and, for a domain of tasks, accuracy and loss on each task.",
     )
 
     @asset(declared)
@@ -77,18 +77,18 @@ def evaluate(
     packed: Artifact,
     text: Artifact,
 ) -> dict[str, int]:
-    """Write the metrics of every checkpoint of the models of each stage; facts for the manifest."""
+    """Write metrics of all checkpoints of `models`, by stage; return facts for the manifest."""
     from colorfilter.evaluation.metrics import FINETUNED
     from colorfilter.evaluation.report import EVALUATIONS
 
     ends = [
-        (FINETUNED if stage == "finetuned_model" else "", model, int(tokens), model.path / place)
+        (FINETUNED if stage == "finetuned_model" else "", model, int(tokens), model.path / name)
         for stage, found in models.items()
         for model in found
-        for tokens, place in model.facts["checkpoints"].items()
+        for tokens, name in model.facts["checkpoints"].items()
     ]
-    places = [place for *_, place in ends]
-    measured = _metrics(context, gpu, domain, packed, text, places, folder)
+    paths = [path for *_, path in ends]
+    measured = _metrics(context, gpu, domain, packed, text, paths, folder)
     rows: list[tuple[str, str, int | None, int | None, str, float]] = []
     for (suffix, model, tokens, _), values in zip(ends, measured, strict=True):
         where = (domain.name, arm.name, model.facts["seed"], tokens)
@@ -107,7 +107,7 @@ def _metrics(
     checkpoints: Sequence[Path],
     folder: Path,
 ) -> list[dict[str, float]]:
-    """What is measured of checkpoints on the domain's held-out text and tasks."""
+    """Return each checkpoint's metrics on the domain's held-out text and tasks."""
     from colorfilter.evaluation import metrics
 
     if domain.tasks:
@@ -115,7 +115,7 @@ def _metrics(
     else:
         path = text.path / "held_out" / "documents.parquet"
         texts = pl.read_parquet(path, columns=["text"])["text"]
-        # The first token of a sequence is no label, so its share of the bytes does not count.
+        # The first token of a sequence is not a label: exclude its share of the bytes.
         n_tokens = packed.facts["held_out_tokens"]
         labels = n_tokens - packed.facts["held_out_sequences"]
         n_bytes = round(int(texts.str.len_bytes().sum()) * labels / n_tokens)

@@ -1,4 +1,4 @@
-"""What stages of the lineage took, from the records of the loss kernel's runs."""
+"""The measured cost of each stage, from the records of kernel runs."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ NOT_CURRENT = "no longer current"
 
 
 def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[dict[str, Any]]:
-    """Every stage of a domain predicted from the sizes of its data, and what it took."""
+    """Return a row per stage of a domain: cost predicted from data sizes, and measured cost."""
     shards = [s.name for s in artifacts.at.shards()]
     corpus = sum(artifacts.current("corpus_tokens", s).facts["tokens"] for s in shards)
     packed = artifacts.current(f"{domain.name}/domain_tokens").facts
     probe = artifacts.current("corpus_tokens", ShardKind.PROBE.named(domain.name)).facts["tokens"]
     text = Text(packed["down_tokens"], packed["held_out_tokens"], probe)
-    sample = artifacts.current("prior_model").facts.get("tokens", 0)  # none where it was given
-    with Workers(1) as one:  # which has loaded torch, that takes seconds
+    sample = artifacts.current("prior_model").facts.get("tokens", 0)  # a given prior has none
+    with Workers(1) as one:  # a worker, as importing torch into this process takes seconds
         ((_, sizes),) = one.run(cost.sizes_of, [(recipe, corpus)])
     sizes = replace(sizes, sample=sample, domains={domain.name: text})
     took = took_by_stage(artifacts.at, kernel_runs(artifacts.at))
@@ -47,7 +47,7 @@ def cost_rows(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> list[
 
 
 def kernel_runs(home: Home) -> list[dict[str, Any]]:
-    """Runs of the kernel, oldest first. A line cut off by a crash is passed over."""
+    """Return the records of kernel runs, oldest first. A line cut off by a crash is skipped."""
     records = []
     if home.kernel_runs.exists():
         for line in home.kernel_runs.read_text(encoding="utf-8").splitlines():
@@ -57,15 +57,15 @@ def kernel_runs(home: Home) -> list[dict[str, Any]]:
 
 
 def took_by_stage(home: Home, records: Iterable[dict[str, Any]]) -> dict[str, Measured]:
-    """What stages took, by asset: that of the artifact in whose folder a record's run lies."""
+    """Return measured tokens and seconds by asset; a record's folder identifies its artifact."""
     entries = ArtifactStore(home=str(home.root)).entries()
     assets = {e["path"]: asset for (asset, _), e in entries.items()}
     stages: dict[str, Measured] = {}
     for record in records:
         folder = PurePath(record.get("folder") or "")
-        around = [str(place) for place in (folder, *folder.parents) if str(place) in assets]
-        asset = assets[around[0]] if around else NOT_CURRENT
-        name = ArtifactName.parse(asset) if around else None
+        known = [str(path) for path in (folder, *folder.parents) if str(path) in assets]
+        asset = assets[known[0]] if known else NOT_CURRENT
+        name = ArtifactName.parse(asset) if known else None
         if name and name.stage is Stage.EVALUATION:
             asset = f"{name.domain}/*/{name.stage}"
         so_far = stages.get(asset, Measured(0, 0.0))

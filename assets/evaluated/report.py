@@ -1,4 +1,4 @@
-"""Stage 5, its end: all arms compared, for people and as tables."""
+"""Stage 5: compare all arms, in a human-readable report and as tables."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -61,13 +61,15 @@ def report_declaration(recipe: Recipe, domain: Domain) -> Declaration:
 
 
 def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/report`."""
+    """Return the asset `<domain>/report`."""
 
     @asset(report_declaration(recipe, domain))
     def report(artifacts: ArtifactStore, gpu: Gpu, score_store: ScoreStore) -> dg.MaterializeResult:
-        """All arms compared, for people (`report.html`) and as tables (`results.duckdb`).
+        """Comparison of all arms, as a page to read (`report.html`) and as tables
+        (`results.duckdb`).
 
-        tokens-to-match above 1: random needs that many times the tokens for the same loss.
+        tokens-to-match is how many times as many tokens random needs for the same loss; above 1
+        the arm is better than random.
         """
         read = read_for_report(artifacts, recipe, domain)
         rows = pl.concat([*read.evaluations(), _probed(domain, read.selected)])
@@ -95,19 +97,19 @@ def report_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What a report is made from; of arms, by their names."""
+    """The artifacts that a report is built from; those of arms are keyed by arm name."""
 
     evaluated: Mapping[str, Artifact]
     selected: Mapping[str, Artifact]
     leaking: Mapping[str, Artifact]
-    confidence: Sequence[Artifact]  # none, or one
+    confidence: Sequence[Artifact]  # at most one
     models: Sequence[Artifact]  # prior and conditional
     tables: Artifact
-    refined: Sequence[Artifact]  # none, or one
+    refined: Sequence[Artifact]  # at most one
 
     @property
     def inputs(self) -> list[Artifact]:
-        """All of them."""
+        """All the artifacts, as a list."""
         of_arms = (self.evaluated, self.selected, self.leaking)
         return [
             *(made for by_arm in of_arms for made in by_arm.values()),
@@ -118,14 +120,14 @@ class ReportInputs:
         ]
 
     def evaluations(self) -> list[pl.DataFrame]:
-        """The evaluations of every arm."""
+        """Return the evaluations of every arm, a table each."""
         return [pl.read_parquet(a.path / "evaluations.parquet") for a in self.evaluated.values()]
 
 
 def read_for_report(artifacts: ArtifactStore, recipe: Recipe, domain: Domain) -> ReportInputs:
-    """The current artifacts that a domain's report is made from.
+    """Return the current artifacts that a domain's report is built from.
 
-    Raises InputError where one has not been made, or the score tables are older than the models.
+    Raises InputError if one does not exist or the score tables are older than the models.
     """
     declared = report_declaration(recipe, domain)
 
@@ -164,16 +166,16 @@ def write_report(
     read: ReportInputs,
     rows: pl.DataFrame,
 ) -> dict[str, int]:
-    """Write a domain's report and its evaluations; facts for the manifest.
+    """Write a domain's report and its evaluations; return facts for the manifest.
 
-    `rows` are the evaluations of all arms, without tokens-to-match, which is added.
+    `rows` are the evaluations of all arms. tokens-to-match is added to them.
     """
     cutoffs = {
         arm.name: float(read.selected[arm.name].facts["cutoff"])
         for arm in recipe.arms_with_one_cutoff()
         if arm.method == "color"
     }
-    sure = flips(artifacts, score_store, recipe, domain) if read.confidence else []
+    confidence = flips(artifacts, score_store, recipe, domain) if read.confidence else []
     sections = report.sections(
         rows,
         recipe.arms,
@@ -181,7 +183,7 @@ def write_report(
         _colors(score_store, domain, read),
         cutoffs,
         _examples(artifacts, gpu, score_store, recipe, domain, read, cutoffs, folder),
-        confidence=sure,
+        confidence=confidence,
         leakage=[{"arm": arm, **_leaks(made)} for arm, made in read.leaking.items()],
         cost=cost_rows(artifacts, recipe, domain),
     )
@@ -192,7 +194,7 @@ def write_report(
 
 
 def _probed(domain: Domain, selected: Mapping[str, Artifact]) -> pl.DataFrame:
-    """Where the probe ranks by the arms that losses rank, as evaluations."""
+    """Return the probe's AUC and recall for arms that rank by losses, as evaluations."""
     rows = [
         (domain.name, arm, None, None, metric, made.facts[metric])
         for arm, made in selected.items()
@@ -208,7 +210,7 @@ def _leaks(made: Artifact) -> dict[str, Any]:
 
 
 def _with_pictures(folder: Path) -> str:
-    """The report's Markdown with its pictures within it, for the web UI."""
+    """Return the report's Markdown with its pictures embedded, for the web UI."""
     text = (folder / "report.md").read_text(encoding="utf-8")
     for picture in folder.glob("*.svg"):
         encoded = base64.b64encode(picture.read_bytes()).decode()
@@ -234,7 +236,7 @@ def _examples(
     cutoffs: Mapping[str, float],
     folder: Path,
 ) -> list["Example"]:
-    """Sequences from the best to the worst with the losses of their tokens, prior's first."""
+    """Return example sequences, best to worst, with each token's prior and conditional losses."""
     from colorfilter.data.tokens import Encoder
     from colorfilter.evaluation import examples
 
@@ -260,7 +262,7 @@ def _examples(
 
 
 def _colors(score_store: ScoreStore, domain: Domain, read: ReportInputs) -> dict[str, list[float]]:
-    """Color of a sample of the corpus and of the probe, for the histogram."""
+    """Return the color of samples of the corpus and of the probe, for the histogram."""
     query = (
         "SELECT color FROM color WHERE domain = $domain AND {} "
         "USING SAMPLE reservoir(20000 ROWS) REPEATABLE (0)"

@@ -1,4 +1,4 @@
-"""Stage 5: target models trained on what each arm selected, and fine-tuned where asked for."""
+"""Stage 5: train target models on each arm's dataset and, if requested, fine-tune them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +19,13 @@ GROUP = "evaluated"
 
 
 def target_assets(recipe: Recipe, domain: Domain, arm: Arm) -> list[dg.AssetsDefinition]:
-    """`target_model` of an arm and, where asked for, `finetuned_model`."""
+    """Return an arm's asset `target_model` and, if the recipe requests it, `finetuned_model`."""
     finetuned = [finetuned_asset(recipe, domain, arm)] if recipe.evaluation.finetune else []
     return [target_asset(recipe, domain, arm), *finetuned]
 
 
 def learned(recipe: Recipe) -> dict[str, Any]:
-    """The model and the training of every target model, as facts."""
+    """Return the model and training settings that all target models share."""
     return {
         "model": recipe.target.model.facts(),
         "training": recipe.target.training.facts(),
@@ -52,14 +52,14 @@ def target_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
         },
         pool="gpu",
         arm=arm.name,
-        description=f"{arm.name} for {domain.name}: a fresh model per seed, trained in a single "
-        "pass over the filtered dataset. Of several end points each is a branch of one trunk, "
-        "with a full decay.",
+        description=f"{arm.name} for {domain.name}: one new model per seed, trained in a single "
+        "pass over the filtered dataset. An arm with several training lengths has one run per "
+        "seed that branches for each length, with a full learning-rate decay in every branch.",
     )
 
 
 def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/target_model`, a partition of the ledger per seed."""
+    """Return the asset `<domain>/<arm>/target_model`; each seed is a partition in the ledger."""
     declared = target_declaration(recipe, domain, arm)
 
     @asset(declared)
@@ -84,7 +84,7 @@ def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinitio
 
         works = {
             seed: declared.work(
-                # A color that changes beside the tokens does not train random's models again.
+                # Only the tokens: a change of color alone does not retrain random's models.
                 [tokens, held_out, encoder],
                 f"seed_{seed}",
                 settings={**learned(recipe), "endpoints": ends},
@@ -98,7 +98,7 @@ def target_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinitio
 
 
 def finetuned_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/finetuned_model`, a partition of the ledger per seed."""
+    """Return the asset `<domain>/<arm>/finetuned_model`; each seed is a partition in the ledger."""
     name = f"{domain.name}/{arm.name}"
     declared = Declaration(
         f"{name}/finetuned_model",
@@ -112,9 +112,9 @@ def finetuned_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefini
         settings=domain.training.facts(),
         pool="gpu",
         arm=arm.name,
-        description=f"{arm.name} for {domain.name}: every target model after one epoch over "
-        "D_down, as the conditional is trained. The gain of choosing shrinks there (the paper, "
-        "section 5).",
+        description=f"{arm.name} for {domain.name}: every target model after one epoch of "
+        "fine-tuning on D_down, with the training settings of the conditional. Fine-tuning "
+        "reduces the benefit of data selection (section 5 of the CoLoR-Filter paper).",
     )
 
     @asset(declared)
@@ -136,7 +136,7 @@ def finetuned_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefini
             seed: declared.work([target, packed, encoder], target.partition, seed=seed)
             for seed, target in targets.items()
         }
-        # A fine-tuned model stands where its target did: at the tokens that were chosen for it.
+        # Label a fine-tuned model with its target's training tokens, without those of D_down.
         return _trained(
             context, artifacts, gpu, works, spec, lambda s, _: _at_equal_tokens(targets[s])[0]
         )
@@ -145,7 +145,7 @@ def finetuned_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefini
 
 
 def _at_equal_tokens(target: Artifact) -> tuple[str, Path]:
-    """The end point that all arms have, in tokens, and its checkpoint."""
+    """Return the end point that all arms share, in tokens, and its checkpoint."""
     tokens = min(target.facts["checkpoints"], key=int)
     return tokens, target.path / target.facts["checkpoints"][tokens]
 
@@ -158,7 +158,10 @@ def _trained(
     spec: Callable[[int, Path], TrainSpec],
     label: Callable[[int, Checkpoint], str],
 ) -> dg.MaterializeResult:
-    """Train a model per seed, by `spec(seed, folder)`; `label(seed, checkpoint)` is its tokens."""
+    """Train a model per seed as `spec(seed, folder)` says.
+
+    `label(seed, checkpoint)` is the number of training tokens under which a checkpoint is stored.
+    """
     with artifacts.attempts(list(works.values())) as attempts:
         missing = [(s, a) for s, a in zip(works, attempts, strict=True) if not a.standing]
         specs = [spec(seed, attempt.folder) for seed, attempt in missing]

@@ -1,1 +1,1 @@
-"""Selections, contamination and filtered datasets, and the checks of both."""
+"""Stage 4: selections, leakage of held-out text, filtered datasets, and their checks."""

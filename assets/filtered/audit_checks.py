@@ -1,4 +1,4 @@
-"""Tokens, losses, selections and datasets against their inputs, and an audit's asset checks."""
+"""Compare tokens, losses, selections and datasets with their inputs; asset checks of an audit."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,15 +20,15 @@ from resources.ledger import Entry
 from resources.lineage import name_of
 
 SCORES = (Stage.PRIOR_SCORES, Stage.CONDITIONAL_SCORES, Stage.DOMAIN_ONLY_SCORES)
-SLICE = 65_536  # sequences of a dataset that are held at once
+SLICE = 65_536  # sequences of a dataset that are in memory at once
 
-# What is compared, what is expected of it, and what was found.
+# What is compared, the expected value, and the value found.
 Compared = Iterator[tuple[str, object, object]]
 Sources = dict[str, Path]  # folders of inputs by name
 
 
 def audit_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """`audit_lineage` and `audit_contents` for every domain and arm."""
+    """Return the checks `audit_lineage` and `audit_contents` of every domain and arm."""
     names = [f"{d.name}/{a.name}/filtered_dataset" for d in recipe.domains for a in recipe.arms]
     return [check for name in names for check in _checks(name)]
 
@@ -38,39 +38,46 @@ def _checks(name: str) -> list[dg.AssetChecksDefinition]:
 
     @dg.asset_check(asset=key)
     def audit_lineage(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """The ledger's chain holds, and links the dataset to all that it was made from."""
+        """The ledger's hash chain is intact and links the dataset to everything it was built
+        from.
+        """
         record = Record(artifacts)
         made = record.lineage.ancestry([artifacts.entries()[name, None]])
         findings = [*record.chain(), *record.reuse(), *record.links(made.values())]
-        return _result(findings, f"{len(made):,} artifacts back to raw files, head {record.head}")
+        return _result(
+            findings,
+            f"{len(made):,} artifacts traced back to raw files; ledger head {record.head}",
+        )
 
     @dg.asset_check(asset=key)
     def audit_contents(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """The dataset's files hash to what is on record, and hold what was selected."""
+        """The dataset's files match their recorded hashes and contain exactly the selected
+        sequences.
+        """
         record, entry = Record(artifacts), artifacts.entries()[name, None]
         findings = [*record.files([entry]), *counts(record, [entry])]
-        return _result(findings, f"{entry['facts']['sequences']:,} sequences as selected")
+        return _result(findings, f"{entry['facts']['sequences']:,} sequences match the selection")
 
     return [audit_lineage, audit_contents]
 
 
-def _result(findings: Iterable[Finding], holds: str) -> dg.AssetCheckResult:
+def _result(findings: Iterable[Finding], passed: str) -> dg.AssetCheckResult:
     broken = [str(finding) for finding in findings if not finding.warning]
-    words = f"{len(broken)} things do not hold, the first: {broken[0]}" if broken else holds
+    words = f"{len(broken)} findings, the first: {broken[0]}" if broken else passed
     metadata = {"findings": dg.MetadataValue.json(broken[:20])} if broken else {}
     return dg.AssetCheckResult(passed=not broken, description=words, metadata=metadata)
 
 
 def counts(record: Record, entries: Iterable[Entry]) -> Iterator[Finding]:
-    """Find tokens, losses, selections and datasets that do not agree with what they are made of."""
+    """Find tokens, losses, selections and datasets that do not match their inputs."""
     for entry in entries:
         name, path = name_of(entry), entry["path"]
         check, folder = CHECKS.get(ArtifactName.parse(name).stage), record.home.root / path
         if check is None or not stands(folder):
             continue
         made = {source: record.lineage.find(source, f) for source, f in entry["inputs"].items()}
-        places = {s: record.home.root / found[0]["path"] for s, found in made.items() if found}
-        sources = {source: place for source, place in places.items() if stands(place)}
+        paths = {s: record.home.root / found[0]["path"] for s, found in made.items() if found}
+        sources = {source: made_path for source, made_path in paths.items() if stands(made_path)}
         try:
             for what, expected, found in check(folder, entry, sources):
                 if expected != found:
@@ -80,11 +87,11 @@ def counts(record: Record, entries: Iterable[Entry]) -> Iterator[Finding]:
 
 
 def _source(sources: Sources, stage: Stage) -> Path:
-    """Return the folder of the one input of a stage. Raises KeyError where it does not exist."""
+    """Return the folder of the only input of a stage. Raises KeyError if it does not exist."""
     for name, path in sources.items():
         if ArtifactName.parse(name).stage is stage:
             return path
-    raise KeyError(f"its {stage} does not exist")
+    raise KeyError(f"the input {stage} does not exist")
 
 
 def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
@@ -97,10 +104,10 @@ def _tokens(folder: Path, entry: Entry, sources: Sources) -> Compared:
     yield "tokens", facts["tokens"], sequences["n_tokens"].sum()
     yield "tokens of the spans", facts["tokens"], spans["n_tokens"].sum()
     yield "documents of the spans", facts["documents"], spans["doc_id"].n_unique()
-    # A document that has no text by now may have been left out, or have had none when packed.
+    # A document whose text is empty now may have been excluded, or was empty when packed.
     empty = documents.filter(pl.col("n_chars") == 0).join(spans, on="doc_id", how="anti")
     packed, read = facts["documents"] + facts["left_out"], len(documents)
-    yield "documents read and left out", min(max(packed, read - len(empty)), read), packed
+    yield "documents packed and excluded", min(max(packed, read - len(empty)), read), packed
 
 
 def _losses(folder: Path, entry: Entry, sources: Sources) -> Compared:
@@ -129,7 +136,7 @@ def _selection(folder: Path, entry: Entry, _sources: Sources) -> Compared:
     yield "ranks", True, (rows["rank"] == pl.int_range(1, len(rows) + 1, eager=True)).all()
     yield "sequences selected once", len(rows), rows.select("shard", "position").n_unique()
     if recipe.get("method") in SCORED and not recipe.get("batch"):
-        yield "scores in order of rank", True, rows["score"].is_sorted()
+        yield "scores sorted by rank", True, rows["score"].is_sorted()
         yield "cutoff", facts["cutoff"], rows["score"][-1]
 
 
@@ -151,8 +158,8 @@ def _dataset(folder: Path, entry: Entry, sources: Sources) -> Compared:
         real = (row[:n].astype("<u4") for row, n in zip(here, part["n_tokens"], strict=True))
         hashes = (hashlib.sha256(row.tobytes()).hexdigest() for row in real)
         unlike += sum(h != was for h, was in zip(hashes, part["sha256"], strict=True))
-    yield "sequences with other tokens than the corpus has there", 0, others
-    yield "sequences of another sha256 than is on record", 0, unlike
+    yield "sequences whose tokens differ from the corpus", 0, others
+    yield "sequences whose sha256 differs from the recorded one", 0, unlike
 
 
 CHECKS: dict[Stage, Callable[[Path, Entry, Sources], Compared]] = {

@@ -1,7 +1,7 @@
-"""Stage 4, between selection and dataset: what a new selection changes against the published one.
+"""Stage 4: compare a new selection with the last published one before its dataset is written.
 
-A selection that is too far from the last one is told, or stopped before a dataset is made of it, as
-the recipe's `refresh.limits` have it. The last dataset stands until then.
+A selection that differs more than the recipe's `refresh.limits` allow gives a warning, or blocks
+the dataset. The last dataset stays current until a new one is written.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,7 @@ CHECK = "changes_within_limits"
 
 
 class Published(NamedTuple):
-    """A selection that a dataset was made of: its fingerprint, arm, conditional, and when."""
+    """A published selection: its fingerprint, arm, conditional's fingerprint, and time."""
 
     selection: str
     arm: str
@@ -36,7 +36,10 @@ class Published(NamedTuple):
 def last_published(
     connection: "duckdb.DuckDBPyConnection", domain: Domain, arm: Arm
 ) -> Published | None:
-    """The arm's current version; where it has none, the latest by its method at another tau."""
+    """Return the arm's current selection, or else the latest by its method at another tau.
+
+    Returns None if there is neither.
+    """
     found = fetch(
         connection,
         """
@@ -52,7 +55,10 @@ def last_published(
 def in_and_out(
     connection: "duckdb.DuckDBPyConnection", chosen: pl.DataFrame, last: Published
 ) -> dict[str, Any]:
-    """Sequences that enter and that leave, and the share of the smaller of the two both hold."""
+    """Return the numbers of entering and leaving sequences, and the overlap.
+
+    The overlap is the number of sequences in both selections, divided by the size of the smaller.
+    """
     connection.register("chosen", chosen.select("shard", "position").to_arrow())
     before, both = fetch_row(
         connection,
@@ -73,22 +79,22 @@ def in_and_out(
 def shares(
     connection: "duckdb.DuckDBPyConnection", chosen: pl.DataFrame, last: Published
 ) -> list[dict[str, Any]]:
-    """Each source's share of the tokens that are selected now, and that were.
+    """Return each source's share of the selected tokens, now and in the last selection.
 
-    Of what was, only what the corpus still holds.
+    Tokens of the last selection count only if the corpus still contains them.
     """
     connection.register("chosen", chosen.select("shard", "position").to_arrow())
     rows = fetch(
         connection,
         """
-        WITH both_of_them AS (
+        WITH both_selections AS (
             SELECT shard, position, true AS now FROM chosen
             UNION ALL
             SELECT shard, position, false FROM selected.selections WHERE selection = ?
         ),
         tokens AS (
             SELECT source, now, sum(spans.n_tokens) AS n
-            FROM both_of_them JOIN spans USING (shard, position)
+            FROM both_selections JOIN spans USING (shard, position)
             JOIN documents USING (shard, doc_id) GROUP BY ALL
         )
         SELECT source,
@@ -102,7 +108,7 @@ def shares(
 
 
 def change_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """What must hold of a new selection before a dataset is made of it."""
+    """Return the check `changes_within_limits` of every arm that selects by scores."""
     return [
         _changes_within_limits(recipe, domain, arm)
         for domain in recipe.domains
@@ -119,9 +125,14 @@ def _changes_within_limits(recipe: Recipe, domain: Domain, arm: Arm) -> dg.Asset
         asset=dg.AssetKey([domain.name, arm.name, "selection"]),
         name=CHECK,
         blocking=True,
-        description="What is selected against what was published last: overlap, shares of the "
-        "sources, and how the scores of new shards lie against the others'. "
-        + ("Beyond the recipe's limits the last dataset stands." if blocks else ""),
+        description="The selection differs from the last published one by no more than the "
+        "recipe's `refresh.limits`: overlap, shares of the sources, and drift of the scores of "
+        "new shards against the other shards. "
+        + (
+            "A failure blocks the new dataset, and the last one stays current."
+            if blocks
+            else "A failure is a warning; the new dataset is written."
+        ),
     )
     def changes_within_limits(
         artifacts: ArtifactStore, score_store: ScoreStore
@@ -130,16 +141,19 @@ def _changes_within_limits(recipe: Recipe, domain: Domain, arm: Arm) -> dg.Asset
         with score_store.read() as connection:
             last = last_published(connection, domain, arm)
             if last is None or last.arm != arm.name:
-                return dg.AssetCheckResult(passed=True, description="the first of this arm")
+                return dg.AssetCheckResult(passed=True, description="first selection of this arm")
             if last.selection == chosen.fingerprint:
-                return dg.AssetCheckResult(passed=True, description="as published last")
+                return dg.AssetCheckResult(
+                    passed=True, description="identical to the last published selection"
+                )
             found, shown = _compare(connection, artifacts, domain, arm, chosen, last)
         beyond = _beyond(found, limits)
         words = "; ".join(beyond) or "within the limits"
         if beyond and blocks:
             words += (
-                f". The dataset of {last.created} stands; to have this one, raise refresh.limits "
-                "in the recipe, or materialize what follows by itself in the web UI"
+                f". The dataset of {last.created} stays current. To publish this selection, relax "
+                "refresh.limits in the recipe, or materialize only the assets after it in the web "
+                "UI"
             )
         return dg.AssetCheckResult(
             passed=not beyond,
@@ -159,7 +173,7 @@ def _compare(
     selection: Artifact,
     last: Published,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures that have limits, and what else to show."""
+    """Return the figures that have limits, and further metadata to show."""
     chosen = pl.read_parquet(selection.path / "selection.parquet")
     by_source = shares(connection, chosen, last)
     found = {
@@ -169,14 +183,14 @@ def _compare(
     }
     shown: dict[str, Any] = {"last published": last.created, "shares of tokens": table(by_source)}
     new = _new_shards(artifacts, selection, last)
-    scored_alike = artifacts.current(f"{domain.name}/conditional_model").fingerprint
-    if new and last.conditional == scored_alike:
+    conditional = artifacts.current(f"{domain.name}/conditional_model").fingerprint
+    if new and last.conditional == conditional:
         drifted = drift(connection, arm.method, domain.name, new)
         found["drift"] = drifted.size
         shown["new shards"] = len(new)
-        shown["sequences in them"] = drifted.new
-        shown["mean score in them"] = drifted.mean_new
-        shown["mean score of the others"] = drifted.mean_others
+        shown["sequences in new shards"] = drifted.new
+        shown["mean score in new shards"] = drifted.mean_new
+        shown["mean score in other shards"] = drifted.mean_others
         counts, low, high = histogram(connection, arm.method, domain.name, new)
         sides = dict(zip(("other shards", "new shards"), counts.tolist(), strict=True))
         shown["scores of new shards"] = picture(binned_scores(sides, low, high))
@@ -184,7 +198,7 @@ def _compare(
 
 
 def _new_shards(artifacts: ArtifactStore, selection: Artifact, last: Published) -> list[str]:
-    """Shards of the corpus that the last selection was not made from, as the ledger has it."""
+    """Return the corpus's shards that, by the ledger, the last selection was not built from."""
     made = {(e["asset"], e["fingerprint"]): e["inputs"] for e in artifacts.ledger}
     before = made.get((selection.asset, last.selection), {}).get("score_tables")
     known = made.get(("score_tables", before), {}).items()
@@ -195,7 +209,7 @@ def _new_shards(artifacts: ArtifactStore, selection: Artifact, last: Published) 
 
 
 def _beyond(found: dict[str, Any], limits: Limits) -> list[str]:
-    """What is beyond its limit, in words."""
+    """Describe each figure that is beyond its limit."""
     words = []
     if found["overlap"] < limits.overlap:
         words.append(f"overlap {found['overlap']:.3f} is below {limits.overlap}")

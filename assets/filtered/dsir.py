@@ -1,4 +1,4 @@
-"""Stage 4 for DSIR: documents are drawn, then packed in the order in which they were."""
+"""Stage 4 for DSIR: draw documents by importance and pack them in the order drawn."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,15 +38,16 @@ def dsir_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
         consults=[Read("score_tables")],
         settings={"needed": needed, "sequence_length": recipe.sequence_length},
         seed=recipe.seed,
-        description=f"{arm.name} for {domain.name}: documents drawn by the importance of their "
-        "n-grams, by the package data-selection, and packed in that order; lower is better. Its "
-        f"sequences are its own (`{PACKED}/`), not the corpus's.",
+        description=f"{arm.name} for {domain.name}: documents drawn by the importance weights of "
+        "their n-grams, with the package data-selection, and packed in the order drawn. A lower "
+        f"score is better. The selection contains its own sequences (`{PACKED}/`) instead of "
+        "those of the corpus.",
         arm=arm.name,
     )
 
 
 def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/dsir/selection`: sequences of its own, packed of the documents that are drawn."""
+    """Return the asset `<domain>/dsir/selection`, with sequences packed from drawn documents."""
     declared = dsir_declaration(recipe, domain, arm)
 
     @asset(declared)
@@ -73,8 +74,8 @@ def dsir_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinit
             ranked = dsir.rank_documents(raw, down, left_out, recipe.seed, progress)
             if ranked.is_empty():
                 raise InputError(
-                    f"{domain.name}/{arm.name}: dsir considers documents of 100 words and more, "
-                    "and the corpus has none; leave the arm out"
+                    f"{domain.name}/{arm.name}: dsir considers only documents of at least 100 "
+                    "words, and the corpus has none; remove the arm from the recipe"
                 )
             with score_store.read() as connection:
                 sizes = select.document_tokens(connection)
@@ -97,10 +98,10 @@ def pack_drawn(
     raw: Mapping[str, Path],
     encoder: Artifact,
 ) -> dict[str, Any]:
-    """Pack as many ranked documents as an arm needs, in their order; facts for the manifest.
+    """Pack as many ranked documents as an arm needs, in order; return facts for the manifest.
 
-    `ranked` has their `n_tokens`; `raw` is documents.parquet by shard. Raises InputError where all
-    documents together are too few.
+    `ranked` includes each document's `n_tokens`; `raw` maps shards to documents.parquet. Raises
+    InputError if all documents together have too few tokens.
     """
     (needed,) = recipe.endpoints(arm, 0)
     before = pl.col("n_tokens").cum_sum() - pl.col("n_tokens")
@@ -112,10 +113,10 @@ def pack_drawn(
     counts = pack_shard(own, own, encoder.path, [], recipe.sequence_length)
     if counts["tokens"] < needed * recipe.sequence_length:
         raise InputError(
-            f"target.training_tokens: dsir considers documents of 100 words and more, "
-            f"{counts['tokens']} tokens in all; lower training_tokens or add to the corpus"
+            "target.training_tokens: dsir considers only documents of at least 100 words, which "
+            f"have {counts['tokens']} tokens in total; lower training_tokens or add to the corpus"
         )
-    # A sequence goes by the first document in it: the scores rise with the ranks.
+    # A sequence has the score of the first document in it, so that scores rise with ranks.
     spans = pl.read_parquet(own / "spans.parquet").join(drawn, on="doc_id")
     chosen = (
         spans.group_by("position")

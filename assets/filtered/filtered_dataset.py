@@ -1,4 +1,4 @@
-"""Stage 4, its end: the dataset made of what each arm selects."""
+"""Stage 4: the filtered dataset, written from each arm's selection."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -24,9 +24,9 @@ from colorfilter.storage.files import require_space
 from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import PublishedSelection, ScoreStore
 
-# How an arm's `selection` is made. A further method is a line here, one in recipe.Arm and one in
-# cost.METHODS; if a query on the score tables decides it, one in selection.SCORES instead of a
-# module of its own.
+# The factory of `selection` by method. To add a method, add a line here, one in recipe.Arm and one
+# in cost.METHODS. A method that selects by a query on the score tables needs a line in
+# selection.SCORES; any other needs a module.
 SELECTIONS = {
     "color": queried_selection,
     "conditional_only": queried_selection,
@@ -39,7 +39,7 @@ SELECTIONS = {
 
 
 def filtered_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`selection` and `filtered_dataset` for every domain and arm."""
+    """Return the assets `selection` and `filtered_dataset` of every domain and arm."""
     return [
         made
         for domain in recipe.domains
@@ -62,15 +62,16 @@ def dataset_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration
         consults=[Read("score_tables")],
         settings={**recipe.filtered.facts(), "leaks": arm.leaks},
         seed=recipe.seed,
-        description=f"{arm.name} for {domain.name}: what the target model trains on (`tokens/`), "
-        "and the same as text (`documents/`), without what leaks unless the arm keeps it.",
+        description=f"{arm.name} for {domain.name}: the data that the target model trains on "
+        "(`tokens/`), and the same data as text (`documents/`). Sequences that quote held-out "
+        "text are excluded, unless the arm sets `leaks: keep`.",
         arm=arm.name,
         freshness=_freshness(recipe.refresh),
     )
 
 
 def dataset_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/filtered_dataset`."""
+    """Return the asset `<domain>/<arm>/filtered_dataset`."""
 
     @asset(dataset_declaration(recipe, domain, arm))
     def filtered_dataset(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
@@ -89,14 +90,14 @@ def _freshness(refresh: Refresh) -> dg.FreshnessPolicy | None:
 def make_dataset(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
-    """Make an arm's `filtered_dataset`, and publish its selection with it.
+    """Build an arm's `filtered_dataset` and publish its selection.
 
-    Raises InputError where too little is left to train on.
+    Raises InputError if too few sequences remain for training.
     """
     declared = dataset_declaration(recipe, domain, arm)
     name = f"{domain.name}/{arm.name}"
     chosen = declared.current(artifacts, f"{name}/selection")
-    # What excluded sequences from the selection: the score tables, or itself.
+    # The artifact that took forgotten documents into account: the score tables or the selection.
     decided = "score_tables" if "score_tables" in chosen.inputs else chosen.asset
     declared.current(artifacts, decided, made_from=declared.exclusions(artifacts))
     leaking = declared.current(artifacts, f"{name}/leakage", made_from=[chosen])
@@ -110,19 +111,19 @@ def make_dataset(
     if len(kept) < needed:
         raise InputError(
             f"{name}: {selected - len(kept)} of {selected} selected sequences quote "
-            f"held-out text and are left out, but training needs {needed}; lower "
-            "target.training_tokens or tau, or write `leaks: keep` for this arm"
+            f"held-out text and are excluded, but training needs {needed}; lower "
+            "target.training_tokens or tau, or set `leaks: keep` for this arm"
         )
     tokens, texts, made_from = origins(artifacts, declared, chosen, shards)
 
     def build(folder: Path) -> dict[str, Any]:
-        # Tokens of two bytes or four, and as text about two more.
+        # Per token: two or four bytes in tokens/, and about two in documents/.
         require_space(folder, 6 * len(kept) * recipe.sequence_length, declared.name)
         counts = dataset.write_tokens(kept.drop("color"), tokens, recipe.seed, folder / "tokens")
         counts["left_out"] = selected - len(kept)
-        about = f"{counts['left_out']:,} sequences that quote held-out text were left out."
+        about = f"{counts['left_out']:,} sequences that quote held-out text were excluded."
         if arm.leaks == "keep":
-            about = f"{leaking.facts['sequences']:,} sequences of it quote held-out text."
+            about = f"{leaking.facts['sequences']:,} of its sequences quote held-out text."
         counts |= dataset.write_selected_text(
             kept,
             tokens,
@@ -153,7 +154,7 @@ def _publish(
 ) -> None:
     """Publish a selection as the current one of its domain and arm.
 
-    `scored_by` are the fingerprints of the models that the tables have the losses of, by asset.
+    `scored_by` maps assets to the fingerprints of the models whose losses are in the score tables.
     """
     published = PublishedSelection(
         selection.fingerprint,
@@ -168,7 +169,7 @@ def _publish(
 
 
 def _sample(folder: Path) -> dg.TableMetadataValue:
-    """The texts of lowest color of a filtered dataset, cut short."""
+    """Return the beginnings of the texts with the lowest color in a filtered dataset."""
     files = sorted((folder / "documents").glob("*.parquet"))
     best = (
         pl.scan_parquet(files)

@@ -1,4 +1,4 @@
-"""Stage 4, between selection and dataset: what was selected that quotes the held-out text."""
+"""Stage 4: find selected text that quotes held-out text, before the dataset is written."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from resources.artifacts import Artifact, ArtifactStore
 
 
 def leakage_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`leakage` for every domain and arm."""
+    """Return the asset `leakage` of every domain and arm."""
     return [leakage_asset(recipe, domain, arm) for domain in recipe.domains for arm in recipe.arms]
 
 
 def leakage_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """What must hold of every filtered dataset before anything is trained on it."""
+    """Return the check `leakage_removed` of every domain and arm."""
     return [_leakage_removed(domain, arm) for domain in recipe.domains for arm in recipe.arms]
 
 
 def held_out(text: Artifact) -> decontamination.Protected:
-    """The held-out documents of a domain, each by its file and line."""
+    """Return the held-out documents of a domain, each identified by file and line."""
     path = text.path / "held_out" / "documents.parquet"
     rows = read_documents(path, ["source_file", "source_line", "text"])
     return decontamination.Protected(
@@ -49,15 +49,15 @@ def leakage_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration
         ],
         consults=[Read("score_tables")] if origin_reads(arm) else [],
         settings={"whole_documents": recipe.filtered.whole_documents_from is not None},
-        description=f"{arm.name} for {domain.name}: selected text that has 13 words in a row in "
-        "common with held-out text, the longest match first, and the sequences that carry it. A "
-        "copy of D_down is no leak.",
+        description=f"{arm.name} for {domain.name}: selected text that has 13 consecutive words "
+        "in common with held-out text, longest match first, and the sequences that contain it. "
+        "Text in common with D_down is not a leak.",
         arm=arm.name,
     )
 
 
 def leakage_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/leakage`."""
+    """Return the asset `<domain>/<arm>/leakage`."""
 
     @asset(leakage_declaration(recipe, domain, arm))
     def leakage(context: Context, artifacts: ArtifactStore) -> dg.MaterializeResult:
@@ -70,14 +70,14 @@ def leakage_asset(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefiniti
 def find_leakage(
     context: AnyContext, artifacts: ArtifactStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
-    """Make an arm's `leakage`: what of its selection quotes held-out text."""
+    """Build an arm's `leakage`: the matches between its selection and held-out text."""
     declared = leakage_declaration(recipe, domain, arm)
     chosen = declared.current(artifacts, f"{domain.name}/{arm.name}/selection")
     text = declared.current(artifacts, f"{domain.name}/domain_text")
     rows = pl.read_parquet(chosen.path / "selection.parquet")
     shards = sorted(rows["shard"].unique())
     tokens, texts, made_from = origins(artifacts, declared, chosen, shards)
-    whole = bool(declared.settings["whole_documents"])
+    whole_documents = bool(declared.settings["whole_documents"])
 
     def build(folder: Path) -> dict[str, Any]:
         progress = Progress(context, len(rows), "sequences")
@@ -85,11 +85,11 @@ def find_leakage(
         tables, n_texts = [], 0
         for shard in shards:
             mine = rows.filter(pl.col("shard") == shard)
-            found, looked_through = decontamination.find_leaks(
-                protected, shard, mine, tokens[shard], texts[shard], whole
+            found, n_searched = decontamination.find_leaks(
+                protected, shard, mine, tokens[shard], texts[shard], whole_documents
             )
             tables.append(found)
-            n_texts += looked_through
+            n_texts += n_searched
             progress(len(mine))
         leaks = pl.concat(tables).sort(
             "n_words", "shard", "doc_id", "char_start", descending=[True, False, False, False]
@@ -127,7 +127,7 @@ def _leakage_removed(domain: Domain, arm: Arm) -> dg.AssetChecksDefinition:
         asset=dg.AssetKey([*prefix, "filtered_dataset"]), name="leakage_removed", blocking=True
     )
     def leakage_removed(artifacts: ArtifactStore) -> dg.AssetCheckResult:
-        """The dataset as written has no 13 words in a row in common with held-out text."""
+        """No text of the written dataset has 13 consecutive words in common with held-out text."""
         found, description = leaks_in(artifacts, domain, arm)
         return dg.AssetCheckResult(
             passed=not found,
@@ -140,16 +140,16 @@ def _leakage_removed(domain: Domain, arm: Arm) -> dg.AssetChecksDefinition:
 
 
 def leaks_in(artifacts: ArtifactStore, domain: Domain, arm: Arm) -> tuple[int, str]:
-    """Quotes of held-out text in an arm's dataset as written: how many, and in words."""
+    """Search an arm's written dataset for held-out text; return the match count and a summary."""
     dataset = artifacts.current(f"{domain.name}/{arm.name}/filtered_dataset")
     protected = held_out(artifacts.current(f"{domain.name}/domain_text"))
     files = sorted((dataset.path / "documents").glob("*.parquet"))
     rows = (row for file in files for row in read_documents(file, ["doc_id", "text"]))
     found = sorted(decontamination.search(protected, rows), key=lambda f: -f[1].n_words)
     if not found:
-        return 0, f"no text of {dataset.facts['texts']:,} quotes held-out text"
+        return 0, f"none of {dataset.facts['texts']:,} texts quotes held-out text"
     row, match = found[0]
     return len(found), (
-        f"{len(found):,} quotes of held-out text, the longest in document {row['doc_id']}, of "
-        f"{match.protected}, {match.n_words} words: {match.quote[:200]}"
+        f"{len(found):,} quotes of held-out text, the longest in document {row['doc_id']}: "
+        f"{match.n_words} words of {match.protected}: {match.quote[:200]}"
     )

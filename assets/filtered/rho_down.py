@@ -1,4 +1,4 @@
-"""Stage 4 for RHO-down: what a proxy chooses for itself while it learns is the selection."""
+"""Stage 4 for RHO-down: select the sequences that a proxy model chooses while it is trained."""
 
 import shutil
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ from resources.gpu import Gpu
 from resources.score_store import ScoreStore
 
 ROLES = {"rho_down": "domain_only", "rho_down_prior": "conditional"}
-CONDITIONAL = "conditional.npy"  # losses of the candidates by the conditional, in the pool
+CONDITIONAL = "conditional.npy"  # the candidates' losses with the conditional, in the pool
 
 
 def losses_read(recipe: Recipe, domain: Domain, arm: Arm) -> list[str]:
-    """The assets with the losses that decide what an arm selects."""
+    """Return the assets with the losses that determine what an arm selects."""
     return losses_by(recipe, domain, {"prior", "conditional", ROLES[arm.method]})
 
 
 def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
-    """Declare `<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    """Declare `<domain>/<arm>/selection` for methods that select while a proxy is trained."""
     model, training = recipe.prior.model, recipe.prior.training
     assert model is not None
     assert training is not None
@@ -40,7 +40,7 @@ def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
         f"{domain.name}/{arm.name}/selection",
         GROUP,
         {"pytorch", "duckdb"},
-        # Not the whole tables: another domain's scores decide nothing here.
+        # Not `score_tables`: other domains' scores do not affect this selection.
         inputs=[
             Read("tokenizer"),
             Read("corpus_tokens", Shards.ALL),
@@ -55,16 +55,17 @@ def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
             "training": training.facts(),
         },
         seed=recipe.seed,
-        description=f"{arm.name} for {domain.name}: a fresh proxy of the prior's kind learns from "
-        f"what it chooses, of {arm.tau:g} random candidates for each sequence those with the "
-        f"lowest loss by {ROLES[arm.method]}_model minus its own; lower is better.",
+        description=f"{arm.name} for {domain.name}: sequences that a new proxy model with the "
+        f"prior's architecture chooses while it is trained on them. Out of {arm.tau:g} random "
+        "candidates per sequence it takes those with the lowest loss of "
+        f"{ROLES[arm.method]}_model minus its own current loss.",
         pool="gpu",
         arm=arm.name,
     )
 
 
 def online_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/selection` for the methods that choose while a proxy learns."""
+    """Return `<domain>/<arm>/selection` for methods that select while a proxy is trained."""
     declared = online_declaration(recipe, domain, arm)
     model, training, tau = recipe.prior.model, recipe.prior.training, arm.tau
     assert model is not None
@@ -120,10 +121,10 @@ def draw_pool(
     arm: Arm,
     packed: Mapping[str, Artifact],
 ) -> int:
-    """Draw an arm's candidates into `pool/tokens`; returns how many are to be chosen of them.
+    """Draw an arm's candidates into `pool/tokens`; return how many of them to select.
 
-    The conditional's losses of them are written beside. Raises InputError where the corpus has too
-    few.
+    The candidates' losses with the conditional are written to `pool/conditional.npy`. Raises
+    InputError if the corpus has too few candidates.
     """
     import numpy as np
 
@@ -143,12 +144,12 @@ def draw_pool(
 
 
 def write_chosen(folder: Path, candidates: Path) -> dict[str, Any]:
-    """Write the selection that the proxy in `folder` made; facts for the manifest."""
+    """Write the selection that the proxy in `folder` made; return facts for the manifest."""
     from colorfilter.training.rho_down import chosen_rows
 
-    places = pl.read_parquet(candidates / "sequences.parquet")
+    sequences = pl.read_parquet(candidates / "sequences.parquet")
     rows = chosen_rows(folder / "proxy")
-    chosen = places[rows["row"]].select(
+    chosen = sequences[rows["row"]].select(
         "shard",
         "position",
         "color",
@@ -157,7 +158,7 @@ def write_chosen(folder: Path, candidates: Path) -> dict[str, Any]:
     )
     select.write_selection(chosen, folder)
     return {
-        "candidates": len(places),
+        "candidates": len(sequences),
         "selected": len(chosen),
         "cutoff": chosen["score"].max(),
         "mean_color": chosen["color"].mean(),

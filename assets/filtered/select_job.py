@@ -1,4 +1,4 @@
-"""Select once, at any tau: what would change, and then the dataset of it."""
+"""The job `select`: a single selection at any tau, compared with the last one, and its dataset."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,31 +30,38 @@ SELECT_OP = "select_once"
 
 
 class Choice(dg.Config):
-    """What to select, and how far to go."""
+    """Configuration of the job `select`."""
 
     domain: str
     method: str = Field("color", description="color or conditional_only")
     tau: float = Field(description="keep the best 1/tau")
-    batch: int | None = Field(None, description="the best so many of every random tau * batch")
+    batch: int | None = Field(
+        None, description="keep the best `batch` of every tau * batch random sequences"
+    )
     tokens: int | None = Field(
-        None, description="refuse if it selects fewer (default: the recipe's training_tokens)"
+        None,
+        description="fail if fewer tokens are selected (default: the recipe's training_tokens)",
     )
     refine: bool = Field(
-        False, description="score what lies near the cutoff again in float32; loads models"
+        False,
+        description="score sequences near the cutoff again in float32, which loads models",
     )
-    dry_run: bool = Field(False, description="say what would change, and write nothing")
+    dry_run: bool = Field(False, description="only report what would change; write nothing")
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> tuple[Recipe, Domain, Arm]:
-    """The recipe with the choice as its only arm. Raises InputError for what cannot be."""
+    """Return the recipe with the choice as its only arm, the domain and the arm.
+
+    Raises InputError for an invalid choice.
+    """
     domain = next((d for d in recipe.domains if d.name == choice.domain), None)
     if domain is None:
         names = ", ".join(d.name for d in recipe.domains)
-        raise InputError(f"domain: the recipe has none named '{choice.domain}'; give {names}")
+        raise InputError(f"domain: the recipe has no domain '{choice.domain}'; give one of {names}")
     if choice.method not in SCORED:
         raise InputError(
-            f"method: '{choice.method}' is not selected by scores alone; give "
-            f"{' or '.join(SCORED)}, or write an arm into the recipe"
+            f"method: '{choice.method}' does not select by scores alone; give "
+            f"{' or '.join(SCORED)}, or add an arm to the recipe"
         )
     arm = {"method": choice.method, "tau": choice.tau, "batch": choice.batch}
     target = recipe.target.model_dump()
@@ -74,7 +81,10 @@ def what_would_change(
     arm: Arm,
     refined: list[Artifact],
 ) -> dict[str, Any]:
-    """A selection in figures, and beside the last one by its method. Writes nothing."""
+    """Return figures of a selection, also compared with the last one by its method.
+
+    Writes nothing.
+    """
     chosen = choose(connection, recipe, domain, arm)
     return {
         "arm": arm.name,
@@ -103,13 +113,17 @@ def select(
     recipe: Recipe,
     choice: Choice,
 ) -> tuple[dict[str, Any], list[Artifact]]:
-    """What would change and, unless it is a dry run, what was made: selection, leaks, dataset."""
+    """Select by a choice; return what changes and the artifacts: selection, leakage, dataset.
+
+    A dry run builds nothing and returns no artifacts, unless `refine` is set, which builds
+    `refined_scores`. Raises InputError if the written dataset quotes held-out text.
+    """
     narrowed, domain, arm = with_choice(recipe, choice)
     tables = artifacts.current("score_tables")
     if choice.refine and recipe.scoring.precision != "float32":
         others = [other for other in recipe.arms if other.name != arm.name]
-        every = recipe.model_copy(update={"arms": [*others, arm]})
-        refine(context, artifacts, gpu, score_store, every, domain)
+        with_arm = recipe.model_copy(update={"arms": [*others, arm]})
+        refine(context, artifacts, gpu, score_store, with_arm, domain)
     refined = refined_of(artifacts, domain.name, tables.fingerprint)
     with score_store.read(overlays(refined)) as connection:
         changes = what_would_change(connection, narrowed, domain, arm, refined)
@@ -128,13 +142,13 @@ def select(
 
 
 def select_job(recipe: Recipe) -> dg.JobDefinition:
-    """The job `select`, configured by a Choice."""
+    """Return the job `select`, configured by a Choice."""
 
     @dg.op(
         name=SELECT_OP,
         pool="scores",
-        description="Select by the standing scores, compare with the last selection, and write the "
-        "dataset.",
+        description="Select by the existing scores, compare with the last selection, and write "
+        "the dataset.",
     )
     def select_op(
         context: dg.OpExecutionContext,
@@ -155,9 +169,10 @@ def select_job(recipe: Recipe) -> dg.JobDefinition:
     @dg.job(
         name="select",
         config={"ops": {SELECT_OP: {"config": example}}},
-        description="One selection at any tau, without the recipe. Says what enters and leaves "
-        "against the last one, then writes the dataset beside it. Costs seconds: no model is "
-        "loaded, unless `refine` asks for it. Leaves alone: scores, models, the recipe's arms.",
+        description="Makes one selection at any tau, without a change to the recipe: reports which "
+        "sequences enter and leave compared with the last selection, then writes the dataset next "
+        "to the existing ones. Cost: seconds, as no model is loaded unless `refine` is set. "
+        "Unchanged: scores, models, the recipe's arms.",
         executor_def=dg.in_process_executor,
     )
     def job() -> None:

@@ -1,4 +1,4 @@
-"""Stage 4, its beginning: what an arm selects by a query on the score tables."""
+"""Stage 4: selections computed by a query on the score tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +23,11 @@ from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
-PACKED = "packed"  # the part of a selection that holds sequences which are not the corpus's
+PACKED = "packed"  # subfolder of a selection that has its own sequences instead of the corpus's
 
 
 def selection_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
-    """Declare `<domain>/<arm>/selection` for the methods that the score tables alone decide."""
+    """Declare `<domain>/<arm>/selection` for methods that need only the score tables."""
     scored = arm.method in SCORED
     refined = [Read(f"{domain.name}/refined_scores")] if is_refined(recipe) and scored else []
     return Declaration(
@@ -43,16 +43,16 @@ def selection_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declarati
         },
         code=3,
         seed=recipe.seed if not scored or arm.batch else None,
-        description=f"{arm.name} for {domain.name}: the selected sequences with rank and score; "
-        "lower is better; and where text of the domain ranks against the corpus (the probe). No "
-        "model is loaded.",
+        description=f"{arm.name} for {domain.name}: the selected sequences with rank and score "
+        "(lower is better). For methods that rank by losses, also how text of the domain, the "
+        "probe, ranks against the corpus. No model is loaded.",
         pool="scores",
         arm=arm.name,
     )
 
 
 def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """`<domain>/<arm>/selection` for the methods that the score tables alone decide."""
+    """Return the asset `<domain>/<arm>/selection` for methods that need only the score tables."""
 
     @asset(selection_declaration(recipe, domain, arm))
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
@@ -65,7 +65,7 @@ def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefi
 def select_by_query(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain, arm: Arm
 ) -> Artifact:
-    """Make an arm's `selection` by a query on the score tables."""
+    """Build an arm's `selection` by a query on the score tables."""
     declared = selection_declaration(recipe, domain, arm)
     tables = declared.current(artifacts, "score_tables")
     refined = []
@@ -103,7 +103,10 @@ def select_by_query(
 def choose(
     connection: duckdb.DuckDBPyConnection, recipe: Recipe, domain: Domain, arm: Arm
 ) -> pl.DataFrame:
-    """What an arm selects, as of selection.select. Raises InputError where training needs more."""
+    """Return what an arm selects, in the format of `selection.select.select`.
+
+    Raises InputError if training needs more sequences.
+    """
     needed = recipe.endpoints(arm, 0)[-1]
     fits = select.n_to_keep(select.count_candidates(connection), arm.tau or 1, needed)
     keep = min(fits, recipe.with_spare(arm)) if arm.method == "random" else fits
@@ -116,7 +119,10 @@ def choose(
 
 
 def origin_reads(arm: Arm) -> list[Read]:
-    """Where the sequences of an arm's selection lie; DSIR's lie beside the selection."""
+    """Return the assets that contain the sequences of an arm's selection; none for DSIR.
+
+    A selection by DSIR contains its sequences itself.
+    """
     if arm.method == "dsir":
         return []
     return [Read("corpus_tokens", Shards.ALL), Read("raw_corpus", Shards.ALL)]
@@ -125,10 +131,10 @@ def origin_reads(arm: Arm) -> list[Read]:
 def origins(
     artifacts: ArtifactStore, declared: Declaration, chosen: Artifact, shards: list[str]
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
-    """Packed tokens and documents.parquet of each shard, and the artifacts that they lie in.
+    """Return the folder of packed tokens and documents.parquet by shard, and their artifacts.
 
-    DSIR's selection has sequences of its own, which lie beside it. `declared` declares the asset
-    that reads them. Raises InputError where the corpus has since been packed anew.
+    A selection by DSIR contains its own sequences, so it gives no artifacts. `declared` declares
+    the asset that reads them. Raises InputError if the corpus has been packed again since.
     """
     own = chosen.path / PACKED
     if own.exists():
@@ -138,7 +144,7 @@ def origins(
     made_from = [*packed.values(), *raw.values()]
     tables = declared.current(artifacts, "score_tables", made_from=made_from)
     if chosen.inputs.get("score_tables", tables.fingerprint) != tables.fingerprint:
-        raise InputError(f"{chosen.name} was made from older score_tables; materialize it again")
+        raise InputError(f"{chosen.name}: built from older score_tables; materialize it again")
     return (
         {s: a.path for s, a in packed.items()},
         {s: a.path / "documents.parquet" for s, a in raw.items()},
@@ -153,7 +159,7 @@ def near_cutoff(
     arm: Arm,
     refined: Sequence[Artifact],
 ) -> dict[str, Any]:
-    """How many sequences lie so near the cutoff that the scores' error could decide."""
+    """Return how many sequences are so near the cutoff that the scores' error could matter."""
     if not refined:
         return {}
     found = near(connection, recipe, domain, arm, refined[0].facts["radius"])
@@ -167,17 +173,17 @@ def near_cutoff(
 def _probed(
     connection: duckdb.DuckDBPyConnection, domain: str, arm: Arm, cutoff: float
 ) -> dict[str, float]:
-    """Where text of the domain ranks against the corpus, for what losses rank."""
+    """Return how the probe ranks against the corpus, for methods that rank by losses."""
     if arm.method not in SCORED:
         return {}
     found = probe(connection, arm.method, domain, ShardKind.PROBE.named(domain), cutoff)
-    if arm.batch:  # whose pools have a cutoff each
+    if arm.batch:  # each batch has its own cutoff, so there is no recall
         return {"probe_auc": found.auc}
     return {"probe_auc": found.auc, "probe_recall": found.recall}
 
 
 def _documents(folder: Path) -> dict[str, dg.TableMetadataValue]:
-    """The best, cutoff, median and worst documents of a selection, where it has them."""
+    """Return a table of the best, cutoff, median and worst documents of a selection, if any."""
     path = folder / "samples.parquet"
     if not path.exists():
         return {}

@@ -1,1 +1,1 @@
-"""Losses, the published score tables and what is worked out from them."""
+"""Stage 3: losses, the published score tables, refined scores and cutoff confidence."""

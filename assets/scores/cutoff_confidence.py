@@ -1,4 +1,4 @@
-"""Stage 3, beside its end: how sure the cutoffs are."""
+"""Stage 3: how much selections would change with another seed of the conditional."""
 
 import shutil
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ LOSSES_FILE = "losses.parquet"
 
 
 def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`<domain>/cutoff_confidence`, where arms select by the conditional's losses."""
+    """Return `<domain>/cutoff_confidence` of every domain, if an arm selects with one cutoff."""
     if not recipe.arms_with_one_cutoff():
         return []
     return [confidence_asset(recipe, domain) for domain in recipe.domains]
@@ -32,7 +32,7 @@ def confidence_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 def flips(
     artifacts: ArtifactStore, score_store: ScoreStore, recipe: Recipe, domain: Domain
 ) -> list[dict[str, Any]]:
-    """What another seed of the conditional would change, a row per arm with a cutoff."""
+    """Return what another seed of the conditional would change, a row per arm with a cutoff."""
     from colorfilter.selection import confidence
 
     made = artifacts.current(f"{domain.name}/cutoff_confidence")
@@ -45,10 +45,13 @@ def flips(
 
 
 def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/cutoff_confidence`, and the second conditional as a partition of the ledger."""
+    """Return the asset `<domain>/cutoff_confidence`.
+
+    The second conditional is a partition of it in the ledger.
+    """
     name, seed = f"{domain.name}/cutoff_confidence", recipe.seed + 1
     tokens = f"{domain.name}/domain_tokens"
-    # By itself, for a sample is drawn anew when shards arrive, and the model stays.
+    # Declared separately: the model is kept when new shards arrive and a new sample is drawn.
     conditional = Declaration(
         name,
         GROUP,
@@ -66,8 +69,9 @@ def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         settings={"scoring": recipe.scoring.facts(), "training": domain.training.facts()},
         code=2,
         seed=seed,
-        description="Losses of a sample of the corpus by a conditional trained with another seed: "
-        "how much of each selection that would change. Another tau needs no new losses.",
+        description="How much of each selection would change if the conditional were trained "
+        "with another seed: losses of a random sample of the corpus with such a second "
+        "conditional. A change of tau needs no new losses.",
         pool="gpu",
     )
 
@@ -107,9 +111,9 @@ def score_sample(
     corpus: Mapping[str, Artifact],
     eot: int | None,
 ) -> dict[str, Any]:
-    """Write losses of a random sample of the corpus by a model; facts for the manifest.
+    """Write a model's losses of a random sample of the corpus; return facts for the manifest.
 
-    `corpus` is the packed tokens by shard. A label after `eot`, the end-of-text id, is ignored.
+    `corpus` maps shards to packed tokens. A label after `eot`, the end-of-text id, is ignored.
     """
     from colorfilter.selection import refinement
 

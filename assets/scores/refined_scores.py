@@ -1,4 +1,4 @@
-"""Stage 3, its end: what lies near a cutoff is scored again in float32."""
+"""Stage 3: score sequences near a cutoff again in float32."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     import duckdb
     import polars as pl
 
-# Folders of an attempt, for what is scored on the way.
+# Subfolders of an attempt for intermediate scores.
 SAMPLE, NEAR = "sample", "near"
 
 
 def refined_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`<domain>/refined_scores`, where scores are in less than float32 and have a cutoff."""
+    """Return `<domain>/refined_scores` of every domain, if the recipe's scores are refined."""
     return [refined_asset(recipe, d) for d in recipe.domains] if is_refined(recipe) else []
 
 
 def is_refined(recipe: Recipe) -> bool:
-    """Whether scores are in less than float32 and have a cutoff."""
+    """Whether the precision of scoring is below float32 and an arm selects with a cutoff."""
     return recipe.scoring.precision != "float32" and bool(recipe.arms_with_cutoffs())
 
 
 def near(
     connection: "duckdb.DuckDBPyConnection", recipe: Recipe, domain: str, arm: Arm, radius: float
 ) -> "pl.DataFrame":
-    """The candidates near the cutoff of an arm, or near those of its batches."""
+    """Return the candidates within `radius` of an arm's cutoff, or of its batches' cutoffs."""
     from colorfilter.selection import refinement
 
     assert arm.tau is not None
@@ -71,16 +71,16 @@ def refined_declaration(recipe: Recipe, domain: Domain) -> Declaration:
         },
         seed=recipe.seed,
         precision="float32",
-        description="Losses in float32 of what lies so near an arm's cutoff that the precision of "
-        "the scores could decide, and the error of the scores. Selections read them instead. "
-        "Loads models; a selection does not need it, but says how much near its cutoff is not "
-        "refined.",
+        description="Losses in float32 of the sequences so near an arm's cutoff that the error of "
+        "the scores could affect their selection, and that error. Selections use these losses "
+        "instead of the original ones. Loads models. A selection works without this asset, and "
+        "reports how many sequences near its cutoff are not refined.",
         pool="gpu",
     )
 
 
 def refined_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
-    """`<domain>/refined_scores`."""
+    """Return the asset `<domain>/refined_scores`."""
 
     @asset(refined_declaration(recipe, domain))
     def refined_scores(
@@ -100,7 +100,7 @@ def refine(
     recipe: Recipe,
     domain: Domain,
 ) -> Artifact:
-    """Make a domain's `refined_scores` for all arms of the recipe, ."""
+    """Build a domain's `refined_scores` for all arms of the recipe."""
     declared = refined_declaration(recipe, domain)
     models = [
         declared.current(artifacts, "prior_model"),
@@ -134,10 +134,11 @@ def score_near_cutoffs(
     packed: Mapping[str, Artifact],
     scored: Callable[["pl.DataFrame", Path, str], "pl.DataFrame"],
 ) -> dict[str, Any]:
-    """Write losses in float32 of a sample and of all that is near a cutoff; facts for the manifest.
+    """Write float32 losses of a sample and of everything near a cutoff.
 
-    `scored(places, folder, precision)` gives losses. The error of the scores is taken from the
-    sample, and says how near is near.
+    Returns facts for the manifest. `scored(rows, folder, precision)` returns the losses of the
+    sequences in `rows` (shard, position). The error of the scores, measured on the sample,
+    determines the radius around a cutoff.
     """
     import polars as pl
 
@@ -174,9 +175,10 @@ def score_places(
     precision: str,
     progress: Counting = silent,
 ) -> "pl.DataFrame":
-    """Losses of the corpus's sequences at these places by models, as of refinement.losses_of.
+    """Score the sequences in `places` (shard, position) with models.
 
-    `folder` keeps what has been scored, for another attempt to go on from.
+    Returns losses like `refinement.losses_of`. `folder` keeps the scored chunks, so that another
+    attempt resumes.
     """
     from colorfilter.selection import refinement
 
@@ -198,12 +200,15 @@ def score_places(
 
 
 def gathered(places: "pl.DataFrame", tokens: Mapping[str, Path], folder: Path) -> Path:
-    """The sequences at these places as one folder of tokens, made once."""
+    """Copy the sequences in `places` (shard, position) into one folder of tokens; return its path.
+
+    `tokens` maps shards to packed tokens. A complete folder is reused.
+    """
     from colorfilter.selection.dataset import write_tokens
 
-    whole, begun = folder / "tokens", folder / "tokens.begun"
-    if not whole.exists():
+    complete, begun = folder / "tokens", folder / "tokens.begun"
+    if not complete.exists():
         shutil.rmtree(begun, ignore_errors=True)
         write_tokens(places.sort("shard", "position"), tokens, 0, begun)
-        begun.rename(whole)
-    return whole
+        begun.rename(complete)
+    return complete

@@ -1,4 +1,4 @@
-"""Stage 3: losses of every sequence by every model that is asked for, and the score tables."""
+"""Stage 3: losses of every sequence with each scoring model, and the score tables."""
 
 import json
 from collections import Counter
@@ -41,12 +41,12 @@ REFINED = "refined.parquet"
 
 
 def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
-    """`prior_scores`, `<domain>/conditional_scores`, others asked for, and `score_tables`."""
+    """Return the assets with losses, such as `prior_scores`, and `score_tables`."""
     return [losses_asset(recipe), score_tables_asset(recipe)]
 
 
 def losses_declaration(recipe: Recipe, losses: "LossAsset") -> Declaration:
-    """Declare the losses of the corpus by one model."""
+    """Declare the asset with the corpus's losses with one model."""
     return Declaration(
         losses.asset,
         GROUP,
@@ -55,13 +55,16 @@ def losses_declaration(recipe: Recipe, losses: "LossAsset") -> Declaration:
         consults=end_of_text_read(recipe.scoring),
         settings={"labels": recipe.scoring.labels},
         precision=recipe.scoring.precision,
-        description=f"Loss of every sequence by {losses.model}, nats per token. What is asked for "
-        "together is computed in one pass over the sequences.",
+        description=f"Loss of every sequence with {losses.model}, in nats per token. Losses with "
+        "several models that are materialized together take one pass over the sequences.",
     )
 
 
 def losses_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """All losses of the corpus, as one multi-asset: what is asked for together is one pass."""
+    """Return all losses of the corpus as one multi-asset.
+
+    Losses that are materialized together are computed in one pass.
+    """
     declared = {losses: losses_declaration(recipe, losses) for losses in loss_assets(recipe)}
 
     @dg.multi_asset(
@@ -103,14 +106,15 @@ def score_tables_declaration(recipe: Recipe) -> Declaration:
 
 
 def score_tables_asset(recipe: Recipe) -> dg.AssetsDefinition:
-    """`score_tables`."""
+    """Return the asset `score_tables`."""
     declared = score_tables_declaration(recipe)
 
     @asset(declared)
     def score_tables(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
-        """The losses joined to sequences, spans and documents, published as `scores.duckdb`.
+        """The losses joined with sequences, spans and documents, published as `scores.duckdb`.
 
-        Parquet is the record; this file can be made again from it at any time.
+        The Parquet files of the other assets are the record. The database can be rebuilt from
+        them at any time.
         """
         parts, models, inputs = publication(artifacts, recipe)
         rows = score_store.publish(parts, models, recipe.sequence_length)
@@ -126,7 +130,7 @@ def score_tables_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 class LossAsset(NamedTuple):
-    """Losses of the corpus as an asset, by which model, and what that is to which domain."""
+    """An asset with the corpus's losses, the model's asset, and the model's role and domain."""
 
     asset: str
     model: str
@@ -135,7 +139,7 @@ class LossAsset(NamedTuple):
 
 
 def loss_assets(recipe: Recipe) -> list[LossAsset]:
-    """All models that the corpus is scored by."""
+    """Return the assets with losses, one for each model that scores the corpus."""
     roles = ["conditional", *(["domain_only"] if recipe.has_domain_only_model else [])]
     return [
         LossAsset("prior_scores", "prior_model", "prior", None),
@@ -148,7 +152,7 @@ def loss_assets(recipe: Recipe) -> list[LossAsset]:
 
 
 def losses_by(recipe: Recipe, domain: Domain, roles: Set[str]) -> list[str]:
-    """The assets with the losses of the corpus by a domain's models of some roles."""
+    """Return the assets with the corpus's losses with a domain's models of the given roles."""
     return [
         losses.asset
         for losses in loss_assets(recipe)
@@ -157,12 +161,12 @@ def losses_by(recipe: Recipe, domain: Domain, roles: Set[str]) -> list[str]:
 
 
 def end_of_text_read(scoring: Scoring) -> list[Read]:
-    """The tokenizer, if labels that follow its end-of-text token are left out."""
+    """Return the read of the tokenizer, if labels after its end-of-text token are ignored."""
     return [] if scoring.labels == "all" else [Read("tokenizer")]
 
 
 def eot_id(artifacts: ArtifactStore, scoring: Scoring) -> int | None:
-    """End-of-text id; a label that follows it is ignored. None if all labels count."""
+    """Return the end-of-text id; a label after it is ignored. None if all labels count."""
     if scoring.labels == "all":
         return None
     return int(artifacts.current("tokenizer").facts["end_of_text"])
@@ -175,9 +179,9 @@ def score_shards(
     scoring: Scoring,
     asked: Mapping["LossAsset", Declaration],
 ) -> list[Artifact]:
-    """Make the losses of the run's shards that are asked for, in one pass over the sequences.
+    """Compute the requested losses of the run's shards, in one pass over the sequences.
 
-    Raises InputError where two of the models are the same.
+    Raises InputError if two of the models are the same.
     """
     eot = eot_id(artifacts, scoring)
     packed = {name: artifacts.current("corpus_tokens", name) for name in context.partition_keys}
@@ -225,14 +229,14 @@ def score_shards(
 
 
 def refuse_same_models(models: Mapping[str, Artifact]) -> None:
-    """Raise InputError where two models, by asset, have the same content."""
+    """Raise InputError if two models, given by asset, have the same content."""
     named: dict[str, str] = {}
     for name, model in models.items():
         same = named.setdefault(model.fingerprint, name)
         if same != name:
             raise InputError(
-                f"{same} and {name} are the same model: their domains have the same text and "
-                "training; remove one of them"
+                f"{same} and {name} are the same model, because their domains have the same text "
+                "and training settings; remove one of the domains from the recipe"
             )
 
 
@@ -251,9 +255,9 @@ def _facts(receipts: Sequence["Receipt"]) -> dict[str, int]:
 def publication(
     artifacts: ArtifactStore, recipe: Recipe
 ) -> tuple[list[Part], list[PublishedModel], list[Artifact]]:
-    """Everything to publish, each checked to have been made from what is current.
+    """Return the parts and models to publish, and the artifacts that the tables are built from.
 
-    The artifacts are those that the score tables are made from.
+    Raises InputError if an artifact does not exist or was not built from the current inputs.
     """
     scored_by = {losses.asset: artifacts.current(losses.model) for losses in loss_assets(recipe)}
     models = [
@@ -286,7 +290,10 @@ def publication(
 
 
 def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artifact]:
-    """A domain's losses in float32 over the score tables of this fingerprint, if there are any."""
+    """Return a domain's refined losses, if built from the score tables with this fingerprint.
+
+    The list has at most one artifact.
+    """
     name = f"{domain}/refined_scores"
     entry = artifacts.entries().get((name, None))
     if entry is None or entry["inputs"]["score_tables"] != tables:
@@ -295,7 +302,7 @@ def refined_of(artifacts: ArtifactStore, domain: str, tables: str) -> list[Artif
 
 
 def all_refined(artifacts: ArtifactStore) -> list[Artifact]:
-    """The refined losses of all domains over the current score tables."""
+    """Return the refined losses of all domains that were built from the current score tables."""
     entries = artifacts.entries()
     tables = entries.get(("score_tables", None))
     names = [ArtifactName.parse(asset) for asset, _ in entries]
@@ -306,7 +313,7 @@ def all_refined(artifacts: ArtifactStore) -> list[Artifact]:
 
 
 def overlays(refined: Sequence[Artifact]) -> dict[str, Path]:
-    """Tables of refined losses by domain, as ScoreStore.read has them."""
+    """Return files of refined losses by domain, for `ScoreStore.read`."""
     return {str(ArtifactName.parse(r.asset).domain): r.path / REFINED for r in refined}
 
 
@@ -317,7 +324,7 @@ def _record(folder: Path, inputs: Sequence[Artifact], rows: dict[str, int]) -> d
 
 
 def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
-    """A histogram of color over the corpus."""
+    """Return a histogram of color over the corpus as metadata."""
     with score_store.read() as connection:
         counts, low, high = drift.histogram(connection, "color", domain)
     shown = binned_scores({"corpus": counts[0].tolist()}, low, high)
@@ -325,11 +332,13 @@ def _picture(score_store: ScoreStore, domain: str) -> dict[str, Any]:
 
 
 def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """What must hold of the score tables before anything is selected by them."""
+    """Return the checks of the score tables, which must pass before anything is selected."""
 
     @dg.asset_check(asset="score_tables", blocking=True)
     def scores_complete(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.AssetCheckResult:
-        """Every sequence that has a label has a finite loss by every current model, and colors."""
+        """Every sequence with at least one label has a finite loss with every current model, and
+        a color for every domain.
+        """
         assets = [losses.asset for losses in loss_assets(recipe)]
         shards = shard_names(artifacts, recipe)
         unscored = total([artifacts.current(a, s) for a in assets for s in shards], "unscored")
@@ -354,9 +363,9 @@ def score_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
         passed = explained and complete and not not_finite
         return dg.AssetCheckResult(
             passed=passed,
-            description=f"{scored:,} of {wanted - unscored:,} losses stand, {not_finite} not "
-            f"finite, {stored - scored} without a sequence, {unpaired} without a color; "
-            f"{unscored} sequences without a label",
+            description=f"{scored:,} of {wanted - unscored:,} losses exist: {not_finite} not "
+            f"finite, {unpaired} without a color; also {stored - scored} losses without a "
+            f"sequence, and {unscored} sequences without a label",
             metadata={"scored": scored, "unscored": unscored, "not finite": not_finite},
         )
 
@@ -368,7 +377,9 @@ def _domain_below_corpus(domain: Domain) -> dg.AssetChecksDefinition:
     def domain_below_corpus(
         artifacts: ArtifactStore, score_store: ScoreStore
     ) -> dg.AssetCheckResult:
-        """Held-out and probe text of the domain have lower color than the corpus, in the mean."""
+        """The mean color of the domain's held-out text, and of its probe, is below the mean color
+        of the corpus.
+        """
         held_out = artifacts.current(f"{domain.name}/conditional_model").facts["held_out_color"]
         with score_store.read() as connection:
             probe, corpus = fetch_row(

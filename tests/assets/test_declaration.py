@@ -96,7 +96,7 @@ def test_settings_and_seed_of_a_partition_take_the_place_of_the_declared() -> No
 
 def test_what_is_not_declared_is_not_read(store: ArtifactStore) -> None:
     prior = made(store, "prior_model")
-    with pytest.raises(ValueError, match="books/color/model reads prior_model, which its decl"):
+    with pytest.raises(ValueError, match="books/color/model reads prior_model, which is not"):
         DECLARED.current(store, "prior_model")
     with pytest.raises(ValueError, match="prior_model"):
         DECLARED.work([prior])

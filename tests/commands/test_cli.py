@@ -115,7 +115,7 @@ def test_a_domain_that_shares_documents_with_the_corpus(
     facts["domains"][0]["sources"].append({"name": "same", "files": str(corpus / "ast.jsonl")})
     line = refuse(call, facts, tmp_path)
     assert "no_shared_documents" in line
-    assert "take them out of one" in line
+    assert "remove each from all places but one" in line
 
 
 def test_a_sequence_longer_than_the_models_context(
@@ -328,7 +328,7 @@ def test_select_says_what_would_change_and_then_does_it(
     wrong = call("select", "--domain", "nowhere", "--tau", "3", *where)
     assert wrong.returncode == 2
     assert wrong.stderr.strip() == (
-        "error: domain: the recipe has none named 'nowhere'; give reference"
+        "error: domain: the recipe has no domain 'nowhere'; give one of reference"
     )
 
 

@@ -158,7 +158,7 @@ def test_score_tables_show_what_they_are_and_how_color_is_distributed(
     page: "Page", server: Server
 ) -> None:
     page.goto("/assets/score_tables")
-    see(page, "The losses joined to sequences, spans and documents")
+    see(page, "The losses joined with sequences, spans and documents")
     for key in ("documents", "spans", "sequences", "losses", "fingerprint"):
         sync_api.expect(page.get_by_role("cell", name=key, exact=True)).to_be_visible()
     see(page, str(server.home / "scores.duckdb"))
@@ -169,7 +169,7 @@ def test_score_tables_show_what_they_are_and_how_color_is_distributed(
 
 def test_a_target_model_shows_its_learning_curve(page: "Page") -> None:
     page.goto("/assets/reference/color_tau8/target_model")
-    see(page, "a fresh model per seed")
+    see(page, "one new model per seed")
     sees_picture(page, "learning curve")
 
 
@@ -238,7 +238,8 @@ def test_an_asset_is_materialized_by_a_click(page: "Page", server: Server) -> No
     page.get_by_role("button", name="Materialize").first.click()
     run = server.new_run_succeeds(known, 60)
     assert run["assetSelection"] == [{"path": ["reference", "report"]}]
-    row = page.get_by_role("row").filter(has=page.get_by_role("cell", name="found standing"))
+    reused = page.get_by_role("cell", name="reused", exact=True)
+    row = page.get_by_role("row").filter(has=reused)
     sync_api.expect(row.get_by_role("cell").last).to_have_text("1", timeout=30_000)
 
 

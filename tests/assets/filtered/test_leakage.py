@@ -180,5 +180,5 @@ def test_too_little_without_leaks_is_refused(
         if arm == KEEPS:
             project.materialize(monkeypatch, materialized)
         else:
-            with pytest.raises(InputError, match=r"lower target.training_tokens or tau, or write"):
+            with pytest.raises(InputError, match=r"lower target.training_tokens or tau, or set"):
                 project.materialize(monkeypatch, materialized)

@@ -52,8 +52,8 @@ def test_another_tau_is_selected_without_a_model_and_stands_for_the_recipe(
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"tau": 4, "domain": "nowhere"}, "domain: the recipe has none named 'nowhere'"),
-        ({"tau": 4, "method": "random"}, "method: 'random' is not selected by scores alone"),
+        ({"tau": 4, "domain": "nowhere"}, "domain: the recipe has no domain 'nowhere'"),
+        ({"tau": 4, "method": "random"}, "method: 'random' does not select by scores alone"),
         ({"tau": 0.5}, "tau: Input should be greater than or equal to 1"),
         ({"tau": 4, "tokens": 10**9}, "target.training_tokens: needs"),
     ],
