@@ -1,1 +1,1 @@
-"""How it runs: definitions, jobs, settings, the command line."""
+"""Dagster definitions, jobs, automation and settings, and running them from a program."""

@@ -1,4 +1,4 @@
-"""What happens by itself, once it is switched on: arrivals are noticed, and brought in by night."""
+"""The sensor that detects new data at the sources and the schedule that processes it."""
 
 import hashlib
 import json
@@ -19,29 +19,30 @@ from resources.artifacts import ArtifactStore
 
 
 def arrivals_sensor(recipe: Recipe) -> dg.SensorDefinition:
-    """Files that arrive, change or vanish at the sources, planned into shards as they do."""
+    """Return the sensor that plans new, changed and missing source files into shards."""
 
     @dg.sensor(
         name="arrivals",
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks at the recipe's sources. New and changed files become new shards; what "
-        "has vanished is told and kept. Reads no file and starts no run: the schedule `refresh` "
-        "does, or the job by hand.",
+        description="Checks the recipe's sources once a minute. New and changed files become new "
+        "shards. A file that has disappeared is reported, and its text is kept. The sensor only "
+        "lists files and starts no run: to process new shards, switch on the schedule `refresh` "
+        "or launch the job `refresh`.",
     )
     def arrivals(
         context: dg.SensorEvaluationContext, artifacts: ArtifactStore
     ) -> dg.SensorResult | dg.SkipReason:
         found = arrive(artifacts, recipe)
         if found.waiting:
-            return dg.SkipReason("what has changed is planned when the run at work has ended")
+            return dg.SkipReason("changes are planned when the current run has finished")
         seen = _digest(artifacts)
         if seen == context.cursor:
             return dg.SkipReason("nothing has changed at the sources")
-        _tell(context, found)
-        standing = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
-        added = [s for s in found.shards if s not in standing]
-        retired = sorted(standing - set(found.shards))
+        _log_arrivals(context, found)
+        existing = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
+        added = [s for s in found.shards if s not in existing]
+        retired = sorted(existing - set(found.shards))
         changes = (SHARDS.build_add_request, added), (SHARDS.build_delete_request, retired)
         return dg.SensorResult(
             cursor=seen,
@@ -53,9 +54,9 @@ def arrivals_sensor(recipe: Recipe) -> dg.SensorDefinition:
 
 
 def refresh_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
-    """The job `refresh` over what has arrived, at the recipe's hour.
+    """Return the schedule that runs the job `refresh` over new data, as `refresh.cron` says.
 
-    Raises InputError for an hour that cannot be.
+    Raises InputError for an invalid cron expression or time zone.
     """
 
     def refresh(
@@ -63,14 +64,15 @@ def refresh_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
     ) -> dg.RunRequest | dg.SkipReason:
         untrained = [m for m in _models(recipe) if (m, None) not in artifacts.entries()]
         if untrained:
-            return dg.SkipReason(f"{untrained[0]} is not there yet: run everything once")
+            return dg.SkipReason(f"{untrained[0]} does not exist yet: run the job everything once")
         found = arrive(artifacts, recipe)
-        _tell(context, found)
+        _log_arrivals(context, found)
         wanted = due(artifacts, recipe, found.shards)
         if not wanted and not unfinished(artifacts, recipe, found.shards):
-            return dg.SkipReason("every shard is read and scored")
+            return dg.SkipReason("all shards are read and scored")
         shards = make_partitions(context.instance, found.shards)
-        wanted = wanted or shards[-1:]  # found standing: a run over shards has at least one
+        # A run over shards needs at least one. The last one is up to date and is reused.
+        wanted = wanted or shards[-1:]
         now = context.scheduled_execution_time or datetime.now(UTC)
         return dg.RunRequest(run_key=now.isoformat(), tags=over(shards, wanted))
 
@@ -81,18 +83,18 @@ def refresh_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
             job_name=Job.REFRESH.value,
             cron_schedule=when.cron,
             execution_timezone=when.time_zone,
-            description="Brings in what has arrived: one run over the shards that are not yet read "
-            "or scored. Without any there is no run.",
+            description="Processes new data: starts one run of the job `refresh` over the shards "
+            "that are not yet read or scored. Starts no run if everything is up to date.",
         )(refresh)
     except dg.DagsterInvalidDefinitionError as error:
         raise InputError(
-            f"refresh: '{when.cron}' in '{when.time_zone}' is no time: give five fields such as "
-            "'0 3 * * *', and a zone such as Europe/Berlin"
+            f"refresh: invalid cron '{when.cron}' or time_zone '{when.time_zone}': give five "
+            "fields such as '0 3 * * *', and a zone such as Europe/Berlin"
         ) from error
 
 
 def due(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) -> list[str]:
-    """The shards that are not yet read as they are now, or not tokenized and scored from that."""
+    """Return the shards whose text, tokens or losses are missing or out of date."""
     entries = artifacts.entries()
     keys = {s.name: reading(recipe, s).key for s in artifacts.at.shards()}
     stages = ["raw_corpus", "corpus_tokens", *(losses.asset for losses in loss_assets(recipe))]
@@ -107,9 +109,9 @@ def due(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) -> list
 
 
 def unfinished(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) -> bool:
-    """Whether score tables, selections or datasets are behind, as when a refresh failed half-way.
+    """Whether score tables, selections or datasets are out of date, as after a failed refresh.
 
-    Of arms that a refresh selects for: not of RHO-down, which trains a proxy for it.
+    Only arms that a refresh selects for count. RHO-down arms train a proxy and are not refreshed.
     """
     entries = artifacts.entries()
     arms = [arm.name for arm in recipe.arms if arm.method not in ONLINE]
@@ -124,7 +126,7 @@ def unfinished(artifacts: ArtifactStore, recipe: Recipe, shards: Sequence[str]) 
 
 
 def _digest(artifacts: ArtifactStore) -> str:
-    """The planned shards, as a short text that differs when they or their files do."""
+    """Return a hash of the planned shards and their files."""
     facts = [shard.facts() for shard in artifacts.at.shards()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -133,7 +135,7 @@ def _models(recipe: Recipe) -> list[str]:
     return sorted({losses.model for losses in loss_assets(recipe)})
 
 
-def _tell(
+def _log_arrivals(
     context: dg.SensorEvaluationContext | dg.ScheduleEvaluationContext, found: Arrivals
 ) -> None:
     for name in found.new:
@@ -141,6 +143,6 @@ def _tell(
     for name in found.retired:
         context.log.info(f"retired shard {name}")
     for file in found.vanished:
-        context.log.warning(f"{file} has vanished; its text is kept")
+        context.log.warning(f"{file} has disappeared; its text is kept")
     for file in found.lost:
-        context.log.warning(f"{file} is gone, and its text leaves the corpus with it")
+        context.log.warning(f"{file} has disappeared; its text is removed from the corpus")

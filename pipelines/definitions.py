@@ -1,4 +1,4 @@
-"""What Dagster's processes load: the graph of the recipe in the environment, over its home."""
+"""The definitions that Dagster loads, for the recipe and home set in the environment."""
 
 from pipelines import settings
 from pipelines.graph import build_definitions

@@ -1,4 +1,4 @@
-"""The asset graph of a recipe: all that Dagster is told."""
+"""The asset graph of a recipe: all definitions that Dagster receives."""
 
 import dagster as dg
 
@@ -26,7 +26,7 @@ from resources.score_store import ScoreStore
 
 
 def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
-    """The asset graph of a recipe, over a home."""
+    """Return assets, checks, jobs, sensors, schedules and resources of a recipe over a home."""
     return dg.Definitions(
         assets=[
             *corpus_assets(recipe),
@@ -52,7 +52,7 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
             "artifacts": ArtifactStore(home=home, recipe=as_text(recipe)),
             "gpu": gpu_of(recipe, home),
             "score_store": ScoreStore(home=home),
-            # Dagster's own would pickle what an op returns.
+            # Dagster's default would pickle the return values of ops to disk.
             "io_manager": dg.mem_io_manager,
         },
         jobs=[*build_jobs(), select_job(recipe)],
@@ -63,5 +63,5 @@ def build_definitions(recipe: Recipe, home: str) -> dg.Definitions:
 
 
 def gpu_of(recipe: Recipe, home: str) -> Gpu:
-    """The devices that a recipe runs its models on."""
+    """Return the resource for the devices that a recipe runs its models on."""
     return Gpu(home=home, **recipe.compute.model_dump())

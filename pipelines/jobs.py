@@ -1,4 +1,4 @@
-"""The jobs: parts of the graph that are worth running by themselves, by name."""
+"""The jobs: named parts of the graph that are useful to run on their own."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,57 +12,57 @@ if TYPE_CHECKING:
         UnresolvedAssetJobDefinition,
     )
 
-# Another conditional, trained to see what would change: part of judging, not of scoring.
+# Trains a second conditional to measure how stable selections are: evaluation, not scoring.
 CONFIDENCE = Assets.key_substring("/cutoff_confidence")
 SCORES = Assets.groups("scores") - CONFIDENCE
-# What a query on the score tables decides. RHO-down's choices are a training run.
+# Selections computed by a query on the score tables. RHO-down selects in a training run instead.
 FILTERED = Assets.groups("filtered")
 QUERIED = FILTERED - (FILTERED & Assets.kind("pytorch")).downstream()
 
 JOBS = {
     Job.EVERYTHING: (
         Assets.all(),
-        "The whole pipeline, from raw text to the report. Costs what is not there yet.",
+        "The whole pipeline, from raw text to the report. Computes only what does not exist yet.",
     ),
     Job.REFRESH: (
         Assets.assets("raw_corpus", "corpus_tokens") | SCORES | QUERIED,
-        "What has arrived at the sources is read, tokenized and scored, and what the arms select "
-        "is looked up anew over everything. Costs the scoring of new shards. Leaves alone: "
-        "tokenizer, auxiliary and target models, evaluations.",
+        "Reads, tokenizes and scores new data, then repeats the selections over the whole corpus "
+        "and writes their datasets. Cost: scoring the new shards. Unchanged: tokenizer, auxiliary "
+        "models, target models, evaluations.",
     ),
     Job.RESCORE: (
         SCORES,
-        "Losses of every shard by the models as they are, and the score tables. Costs what is not "
-        "scored yet by them. Leaves alone: all models, selections and datasets.",
+        "Scores every shard with the existing models and publishes the score tables. Cost: the "
+        "losses that do not exist yet. Unchanged: all models, selections and datasets.",
     ),
     Job.RESELECT: (
         QUERIED,
-        "What the arms select, and the datasets of it. Costs seconds: no model is loaded. Leaves "
-        "alone: scores and all models.",
+        "Selects for every arm from the existing scores and writes the datasets. Cost: seconds, "
+        "as no model is loaded. Unchanged: scores and all models.",
     ),
     Job.RETRAIN: (
         Assets.groups("corpus", "auxiliary") | SCORES | FILTERED,
-        "A new sample of the corpus as it is now, and all that follows from it: tokenizer, "
-        "auxiliary models, the scores of every shard, selections, datasets. Costs about as much as "
-        "the first run up to there. Leaves alone: target models, evaluations.",
+        "Draws a new sample of the current corpus and recomputes everything that depends on it: "
+        "tokenizer, auxiliary models, scores of every shard, selections, datasets. Cost: about as "
+        "much as the first run of these steps. Unchanged: target models, evaluations.",
     ),
     Job.EVALUATE: (
         Assets.groups("evaluated") | CONFIDENCE,
-        "Target models for the datasets as they are, their evaluations, what another seed of the "
-        "conditional would change, and the report. Costs their training. Leaves alone: everything "
-        "up to the datasets.",
+        "Trains and evaluates target models on the existing datasets, measures how much of each "
+        "selection would change with another seed of the conditional, and writes the report. "
+        "Cost: training the target models. Unchanged: everything up to the datasets.",
     ),
 }
 
 
-# What a job configures, where that is not the default.
+# Run configuration of jobs that do not run with the defaults.
 RUN_CONFIG: dict[Job, dict[str, Any]] = {
     Job.RETRAIN: {"ops": {"sample_plan": {"config": {"draw_anew": True}}}}
 }
 
 
 def build_jobs() -> list["UnresolvedAssetJobDefinition"]:
-    """Every job."""
+    """Return all jobs except `select`."""
     return [
         dg.define_asset_job(job.value, selection, description=words, config=RUN_CONFIG.get(job))
         for job, (selection, words) in JOBS.items()

@@ -1,4 +1,4 @@
-"""Run the graph through Dagster from a program, in this process."""
+"""Run jobs of the asset graph from a program, in this process."""
 
 import importlib.util
 import uuid
@@ -30,7 +30,7 @@ Listener = Callable[[dg.EventLogEntry], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run did not succeed, in a line; `details` is the error chain with its traces."""
+    """Why a run failed, in one line; `details` is the error chain with stack traces."""
 
     message: str
     input_is_wrong: bool
@@ -38,19 +38,19 @@ class Failure:
 
 
 def refuse_missing_packages(recipe: Recipe) -> None:
-    """Raise InputError where a package is missing that a later stage of the recipe wants."""
+    """Raise InputError if a package that a later stage of the recipe needs is not installed."""
     if any(arm.method == "dsir" for arm in recipe.arms):
         dsir.refuse_without_package()
     if any(domain.tasks for domain in recipe.domains):
         tasks.refuse_without_harness()
     if recipe.compute.backend == "ray" and importlib.util.find_spec("ray") is None:
         raise InputError(
-            "compute.backend: ray is a package that is not installed: pip install '.[ray]'"
+            "compute.backend: the package ray is not installed; run pip install '.[ray]'"
         )
 
 
 def bring_in(recipe: Recipe, home: Home, *, keep_vanished: bool = True) -> Arrivals:
-    """Plan shards for what the sources hold and make them Dagster's partitions."""
+    """Plan shards for the current files of the sources and make them Dagster's partitions."""
     artifacts = ArtifactStore(home=str(home.root))
     found = arrive(artifacts, recipe, keep_vanished=keep_vanished)
     with dg.DagsterInstance.get() as instance:
@@ -61,11 +61,11 @@ def bring_in(recipe: Recipe, home: Home, *, keep_vanished: bool = True) -> Arriv
 def execute(
     recipe: Recipe, home: Home, on_event: Listener, job: Job = Job.EVERYTHING
 ) -> Failure | None:
-    """Run a job over all shards that were brought in, in this process; None if it succeeded.
+    """Run a job over all planned shards in this process; return None if it succeeded.
 
-    Raises KeyboardInterrupt where the process was told to end.
-    Sharded and unsharded assets share the run, so a model is loaded once and streams all shards.
-    `on_event` is called with every event of the run as it is logged.
+    Sharded and unsharded assets share one run, so a model is loaded once for all shards.
+    `on_event` is called with every event of the run as it is logged. Raises KeyboardInterrupt if
+    the process was interrupted.
     """
     result = _run(recipe, home, on_event, job.value, RUN_CONFIG.get(job, {}))
     return None if result.success else failure_of(result)
@@ -74,7 +74,10 @@ def execute(
 def select(
     recipe: Recipe, home: Home, on_event: Listener, choice: Mapping[str, Any]
 ) -> Failure | dict[str, Any]:
-    """Run the job `select` for a choice (assets.filtered.select_job); what would change or did."""
+    """Run the job `select` for a choice (assets.filtered.select_job.Choice).
+
+    Returns what changed, or would change in a dry run.
+    """
     config = {"ops": {SELECT_OP: {"config": dict(choice)}}}
     result = _run(recipe, home, on_event, "select", config)
     if not result.success:
@@ -109,7 +112,7 @@ def _run(
 
 
 def is_interruption(event: dg.DagsterEvent) -> bool:
-    """Whether a step ended because the process was told to end, which Dagster has as a failure."""
+    """Whether a step failed because the process was interrupted; Dagster reports a step failure."""
     error = event.step_failure_data.error if event.is_step_failure else None
     while error and error.cls_name != dg.DagsterExecutionInterruptedError.__name__:
         error = error.cause
@@ -117,9 +120,10 @@ def is_interruption(event: dg.DagsterEvent) -> bool:
 
 
 def _instance(home: Home) -> dg.DagsterInstance:
-    """The home's instance, without copies of what steps print: that is in the terminal.
+    """Return the home's Dagster instance, without capturing the output of steps.
 
-    To copy it Dagster starts processes that Ctrl-C reaches too, and they print traces of it.
+    The output is in the terminal anyway. Capturing it starts processes that Ctrl-C also reaches,
+    and they then print stack traces.
     """
     no_copies = {
         "module": "dagster._core.storage.noop_compute_log_manager",
@@ -131,7 +135,7 @@ def _instance(home: Home) -> dg.DagsterInstance:
 
 
 def failure_of(result: dg.ExecuteInProcessResult) -> Failure:
-    """The first thing that went wrong: a blocking check that failed, or a step's error."""
+    """Return the first failure of a run: a failed blocking check, or the error of a step."""
     for check in result.get_asset_check_evaluations():
         if check.blocking and not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
             where = check.asset_key.to_user_string()
@@ -149,4 +153,4 @@ def failure_of(result: dg.ExecuteInProcessResult) -> Failure:
                 return Failure(message, True, error.to_string())
             message = f"{event.step_key}: {chain[-1].message.strip()}"
             return Failure(message, False, error.to_string())
-    return Failure("the run ended without a reason; see its log in the web UI", False)
+    return Failure("the run failed without an error message; see its log in the web UI", False)

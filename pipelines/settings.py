@@ -1,4 +1,4 @@
-"""Which recipe and which home: from the environment, which the command line sets."""
+"""The recipe and the home, read from environment variables that the command line sets."""
 
 import enum
 import os
@@ -16,7 +16,7 @@ DEFAULT_HOME = ".colorfilter"
 
 
 class Job(enum.StrEnum):
-    """The jobs by name; `pipelines.jobs` says what each does."""
+    """Names of the jobs; see `pipelines.jobs` for what each does."""
 
     EVERYTHING = "everything"
     REFRESH = "refresh"
@@ -27,27 +27,30 @@ class Job(enum.StrEnum):
 
 
 def recipe() -> Recipe:
-    """The recipe that COLORFILTER_RECIPE names: a shipped one by name, or a file by path.
+    """Load the recipe that COLORFILTER_RECIPE sets: the name of a shipped one, or a file's path.
 
-    Raises InputError.
+    Raises InputError if there is no such recipe or it is invalid.
     """
     return load(recipe_path(os.environ.get(RECIPE_VARIABLE, DEFAULT_RECIPE)))
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe, shipped (by name) or given (by path). Raises InputError."""
+    """Return the path of a shipped recipe, given by name, or of a YAML file, given by path.
+
+    Raises InputError if no shipped recipe has the name.
+    """
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return path
     shipped = {p.stem: p for p in RECIPES.glob("*.yaml")}
     if name not in shipped:
         raise InputError(
-            f"no recipe named '{name}': give one of {', '.join(sorted(shipped))}, or the path of "
+            f"no recipe named '{name}': give one of {', '.join(sorted(shipped))}, or the path to "
             "a .yaml file"
         )
     return shipped[name]
 
 
 def home() -> Path:
-    """The home that COLORFILTER_HOME names."""
+    """Return the absolute path of the home that COLORFILTER_HOME sets."""
     return Path(os.environ.get(HOME_VARIABLE, DEFAULT_HOME)).resolve()

@@ -1,4 +1,4 @@
-"""Runs that a kill or a power cut has cut off: failed, so that others need not wait for them."""
+"""Mark runs whose process was killed as failed, so that other runs do not wait for them."""
 
 import time
 
@@ -7,14 +7,14 @@ import dagster as dg
 from resources.artifacts import ArtifactStore
 from resources.home import Home
 
-# A run counts as started some moments before its process can show that it lives, in seconds.
+# Dagster marks a run as started before its process has locked its lease: wait this many seconds.
 BEGINNING = 3
 
 
 def fail_cut_off(instance: dg.DagsterInstance, home: Home) -> list[str]:
-    """Fail the runs whose processes are gone, and free the pools they hold; returns their ids.
+    """Fail runs whose process no longer exists, free the pools they hold, and return their ids.
 
-    Otherwise such a run counts as started for ever, and the next one waits for its device.
+    Otherwise Dagster considers the run started forever, and the next run waits for its device.
     """
     statuses = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
@@ -28,7 +28,9 @@ def fail_cut_off(instance: dg.DagsterInstance, home: Home) -> list[str]:
     time.sleep(BEGINNING)
     dead = {run_id: run for run_id, run in without_process().items() if run_id in seen}
     for run_id, run in dead.items():
-        instance.report_run_failed(run, "its process is gone; what it finished stands")
+        instance.report_run_failed(
+            run, "the process of this run no longer exists; what it finished is kept"
+        )
         instance.event_log_storage.free_concurrency_slots_for_run(run_id)
         home.run_lease(run_id).unlink(missing_ok=True)
     return list(dead)
@@ -38,10 +40,12 @@ def fail_cut_off(instance: dg.DagsterInstance, home: Home) -> list[str]:
     name="cut_off_runs",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Fails runs whose process is gone, as after a power cut, so that the device is "
-    "free for the next. What they finished stands, and another run goes on from there.",
+    description="Marks runs whose process no longer exists (killed, power cut) as failed, so that "
+    "the device is free for the next run. What they finished is kept; the next run resumes from "
+    "there.",
 )
 def cut_off_runs(context: dg.SensorEvaluationContext, artifacts: ArtifactStore) -> dg.SkipReason:
-    """Looks for runs that were cut off."""
+    """Fail runs whose process no longer exists."""
     dead = fail_cut_off(context.instance, artifacts.at)
-    return dg.SkipReason(f"cut off: {', '.join(dead)}" if dead else "no run was cut off")
+    failed = f"marked as failed: {', '.join(dead)}"
+    return dg.SkipReason(failed if dead else "every started run has a process")

@@ -87,7 +87,7 @@ def test_what_arrives_during_a_run_is_planned_when_it_has_ended(
             write_corpus(tmp_path / "corpus", ["textwrap"])
             same, words = look(movable, instance, cursor)
             assert same == cursor
-            assert words == "what has changed is planned when the run at work has ended"
+            assert words == "changes are planned when the current run has finished"
             assert isinstance(tick(movable, instance), str)
             done = colorfilter(
                 *("prune", "--vanished", "--yes", "--recipe", str(movable.path)),
@@ -146,7 +146,7 @@ def test_what_has_vanished_is_told_and_kept(
     gone.unlink()
     with dg.DagsterInstance.get() as instance:
         look(movable, instance)
-    assert f"code/{gone.name} has vanished; its text is kept" in capfd.readouterr().err
+    assert f"code/{gone.name} has disappeared; its text is kept" in capfd.readouterr().err
     assert planned(movable) == standing
     files = [f for s in movable.home.shards() for f in s.files]
     assert [f.path for f in files if f.vanished] == [gone.name]
@@ -182,7 +182,7 @@ def test_the_schedule_asks_for_what_is_due_and_nothing_else(
 ) -> None:
     with dg.DagsterInstance.get() as instance:
         look(movable, instance)
-        assert tick(movable, instance) == "every shard is read and scored"
+        assert tick(movable, instance) == "all shards are read and scored"
         standing = planned(movable)
         write_corpus(tmp_path / "corpus", ["textwrap"])
         request = tick(movable, instance)  # whether the sensor is on or not
@@ -208,7 +208,7 @@ def test_what_failed_half_way_is_finished_at_the_next_hour(
         assert isinstance(tick(movable, instance), dg.RunRequest)
     assert movable.run(monkeypatch, Job.REFRESH) is None
     with dg.DagsterInstance.get() as instance:
-        assert tick(movable, instance) == "every shard is read and scored"
+        assert tick(movable, instance) == "all shards are read and scored"
 
 
 def test_without_models_nothing_is_refreshed(movable: Project, tmp_path: Path) -> None:
@@ -216,7 +216,8 @@ def test_without_models_nothing_is_refreshed(movable: Project, tmp_path: Path) -
     fresh = Project(tmp_path / "fresh", movable.facts)
     fresh.home.claim(fresh.recipe.name)
     with dg.DagsterInstance.get() as instance:
-        assert tick(fresh, instance) == "prior_model is not there yet: run everything once"
+        skipped = "prior_model does not exist yet: run the job everything once"
+        assert tick(fresh, instance) == skipped
 
 
 def test_the_hour_is_the_recipes(finished: Project) -> None:
@@ -230,7 +231,7 @@ def test_the_hour_is_the_recipes(finished: Project) -> None:
 @pytest.mark.parametrize("wrong", [{"cron": "sometimes"}, {"time_zone": "Mars/Olympus"}])
 def test_an_hour_that_cannot_be_is_refused(finished: Project, wrong: dict[str, str]) -> None:
     recipe = Recipe.model_validate({**finished.facts, "refresh": wrong})
-    with pytest.raises(InputError, match=r"^refresh: .* is no time: give five fields"):
+    with pytest.raises(InputError, match=r"^refresh: invalid cron .* or time_zone .*: give five"):
         build_definitions(recipe, "/nowhere")
 
 
