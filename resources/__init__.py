@@ -1,1 +1,1 @@
-"""What assets hold: the home with its ledger and artifacts, the score store, the GPU."""
+"""Dagster resources: artifacts and ledger of the home, the score store and the GPU."""

@@ -1,9 +1,9 @@
-"""Artifacts and the ledger: what was made from what, exact per partition, and made only once.
+"""The artifact store: build each artifact once, and record in the ledger what it was built from.
 
-An artifact is a folder named by its key. It stands once its `manifest.json`, written last, is
-there; until then the same folder holds what an interrupted attempt left, and the next one goes on
-from that. The manifest says what it is and what it was made from; the ledger has the manifest's
-hash.
+An artifact is a folder named by its key. It exists once its `manifest.json`, which is written last,
+exists. Until then the folder contains the partial work of an interrupted attempt, from which the
+next attempt resumes. The manifest states what the artifact is and what it was built from. The
+ledger records the manifest's hash.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from resources.home import Home
 from resources.ledger import Entries, Entry, Ledger, ledger_at
 
 ROWS = "tokens/sequences.parquet"  # the table of a dataset's rows
-RECIPE = "recipe"  # the artifact that a run's recipe is kept as
+RECIPE = "recipe"  # the asset name of the artifact that stores a run's recipe
 HELD = ("manifest", "bytes", "rows", "run")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A made thing: its identity, where it lies, what it was made from, and facts about it."""
+    """An existing artifact: its identity, folder, inputs and facts."""
 
     asset: str
     partition: str | None
@@ -44,17 +44,17 @@ class Artifact:
     facts: dict[str, Any]
     inputs: dict[str, str]  # fingerprints by name
     reused: bool = False
-    manifest: str | None = None  # its sha256
+    manifest: str | None = None  # sha256 of manifest.json
     bytes: int | None = None
-    rows: int | None = None  # of its Parquet files
-    run: str | None = None  # of Dagster, that made it
+    rows: int | None = None  # of all Parquet files
+    run: str | None = None  # id of the Dagster run that built it
 
     @property
     def name(self) -> str:
         return self.asset if self.partition is None else f"{self.asset}[{self.partition}]"
 
     def part(self, folder: str) -> "Artifact":
-        """A folder of it as an input: what lies beside that does not change the fingerprint."""
+        """Return a subfolder as an input; other files do not affect its fingerprint."""
         content = manifest.content(self.path, folder)
         return replace(
             self, asset=f"{self.asset}/{folder}", path=self.path / folder, **content._asdict()
@@ -62,16 +62,17 @@ class Artifact:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What whatever is made from it has on record."""
+        """What the manifests of artifacts built from this one record about it."""
         names = ("asset", "partition", "fingerprint", *HELD)
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be made: all that its key is computed from.
+    """An artifact to build: everything that its key is computed from.
 
-    `sources` are inputs that are recorded but do not enter the key: what is frozen once drawn.
+    `sources` are inputs that are recorded but are not part of the key, so that an artifact drawn
+    from them once stays valid when they change.
     """
 
     asset: str
@@ -101,7 +102,7 @@ class Work:
 
 
 class Attempt:
-    """A piece of work under its lease: found standing, or to be built in `folder`."""
+    """A unit of work whose lease is held: the artifact exists, or is to be built in `folder`."""
 
     def __init__(self, store: "ArtifactStore", work: Work) -> None:
         self._store = store
@@ -117,12 +118,12 @@ class Attempt:
 
     @property
     def artifact(self) -> Artifact:
-        """What stands, found or committed."""
+        """The artifact, which existed before or was committed by this attempt."""
         assert self.standing is not None
         return self.standing
 
     def commit(self, facts: Mapping[str, Any]) -> Artifact:
-        """Close the folder with its manifest and enter it in the ledger."""
+        """Write the manifest, which completes the artifact, and enter it in the ledger."""
         content = manifest.write_manifest(
             self.folder, facts, self._store.identity(self.work, self.key)
         )
@@ -141,22 +142,22 @@ class Attempt:
         return self.standing
 
     def abandon(self) -> None:
-        """Remove what was built: the input was bad, so there is nothing to go on from."""
+        """Remove the folder: the input was invalid, so there is nothing to resume from."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # as far up as nothing else is there
+        with contextlib.suppress(OSError):  # stops at the first parent that is not empty
             for parent in self.folder.parents:
                 parent.rmdir()
         self.release()
 
     def release(self) -> None:
-        """Let the next one have the lease."""
+        """Release the lease."""
         self._lease.close()
 
 
 class ArtifactStore(dg.ConfigurableResource):
-    """The artifacts of a home and the ledger over them.
+    """The artifacts of a home and their ledger.
 
-    `recipe` is the text of the recipe that runs go by: each keeps it, as an artifact of its own.
+    `recipe` is the text of the recipe. Every run stores it as an artifact.
     """
 
     home: str
@@ -168,14 +169,14 @@ class ArtifactStore(dg.ConfigurableResource):
 
     @property
     def run_id(self) -> str | None:
-        """The run of Dagster that this is a resource of."""
+        """The id of the Dagster run that uses this resource."""
         return self._run_id
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Make the home where there is none, and keep the recipe.
+        """Create the home if it does not exist, lock the run's lease, and store the recipe.
 
-        Shows that the run's process lives, for as long as it does. Raises InputError for a home
-        that belongs to another recipe.
+        The lock shows other processes that the run's process is alive. Raises InputError for a
+        home that belongs to another recipe.
         """
         if self.recipe:
             self.at.claim(yaml.safe_load(self.recipe)["name"])
@@ -183,7 +184,8 @@ class ArtifactStore(dg.ConfigurableResource):
             self._run_id = context.run.run_id
             self._run = lock(self.at.run_lease(context.run.run_id))
             try:
-                self.at.refuse_exclusive()  # which looks at the lease after it was begun
+                # Such a command checks the leases of runs after it has announced itself.
+                self.at.refuse_exclusive()
             except InputError:
                 self.teardown_after_execution(context)
                 raise
@@ -196,7 +198,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return {}
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
-        """Let go of what setup_for_execution holds."""
+        """Release the run's lease."""
         if self._run:
             Path(self._run.name).unlink(missing_ok=True)
             self._run.close()
@@ -206,27 +208,27 @@ class ArtifactStore(dg.ConfigurableResource):
         return Home(self.home)
 
     def folder(self, asset: str, partition: str | None, key: str) -> Path:
-        """Where an artifact of this key is or will be: its last version, where it was replaced."""
-        place = self.at.artifacts / asset
-        first = (place / partition if partition else place) / key[:16]
+        """Return an artifact's folder, existing or not; its last version if it was replaced."""
+        parent = self.at.artifacts / asset
+        first = (parent / partition if partition else parent) / key[:16]
         return self.at.root / self.ledger.last_version(str(first.relative_to(self.at.root)))
 
     def make(self, work: Work, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """The artifact of this work: the standing one, or built now by `build(folder) -> facts`.
+        """Return the artifact of this work, built by `build(folder) -> facts` if it does not exist.
 
-        Two requests for the same key meet at a lease: the second waits and finds it standing. A
-        build that raises InputError leaves nothing behind; any other failure leaves the folder
-        for the next attempt to go on from.
+        A lease serializes requests for the same key: the second waits and then reuses the
+        artifact. If a build raises InputError, its folder is removed. After any other failure the
+        folder is kept, and the next attempt resumes from it.
         """
         with self.attempts([work]) as (attempt,):
             return attempt.standing or attempt.commit(build(attempt.folder))
 
     @contextlib.contextmanager
     def attempts(self, works: Sequence[Work]) -> Iterator[list[Attempt]]:
-        """Attempts at several works, for the caller to build and commit, under their leases.
+        """Yield attempts at several works, with their leases held; the caller builds and commits.
 
-        An InputError abandons those that are not committed; after any other failure, and where a
-        cluster cannot be reached, their folders stay for the next attempt.
+        An InputError abandons attempts that are not committed. After any other failure, which
+        includes UnreachableError, their folders are kept for the next attempt.
         """
         _allow_open_files()
         with contextlib.ExitStack() as leases:
@@ -260,21 +262,21 @@ class ArtifactStore(dg.ConfigurableResource):
             **manifest.content(folder)._asdict(),
         )
         current = self.entries().get((work.asset, work.partition))
-        # Made again by a run that was killed before it could enter it, it has another manifest.
+        # The manifest differs if a run rebuilt the artifact but was killed before recording it.
         known = current and (current["key"], current.get("manifest") or artifact.manifest)
         if known != (key, artifact.manifest):
             self.record(work, artifact)
         return artifact
 
     def current(self, asset: str, partition: str | None = None) -> Artifact:
-        """The current artifact of an asset's partition.
+        """Return the current artifact of an asset's partition.
 
-        Raises InputError where it has not been made yet or its files are gone.
+        Raises InputError if it does not exist yet or its files are missing.
         """
         entry = self.entries().get((asset, partition))
         name = asset if partition is None else f"{asset}[{partition}]"
         if entry is None:
-            raise InputError(f"{name} is not there yet; materialize it first")
+            raise InputError(f"{name} does not exist yet; materialize it first")
         path = self.at.root / entry["path"]
         if not manifest.stands(path):
             raise InputError(f"{name}: files at {path} are missing; materialize it again")
@@ -293,16 +295,16 @@ class ArtifactStore(dg.ConfigurableResource):
     def current_from(
         self, asset: str, partition: str | None, inputs: Sequence[Artifact]
     ) -> Artifact:
-        """The current artifact, if it was made from exactly these inputs.
+        """Return the current artifact, which must have been built from these inputs.
 
-        Raises InputError where it was made from something older.
+        Raises InputError if it was built from other versions of them.
         """
         artifact = self.current(asset, partition)
         for made_from in inputs:
             if artifact.inputs.get(made_from.name) != made_from.fingerprint:
                 raise InputError(
-                    f"{artifact.name} was made from another {made_from.name} than the current "
-                    "one; materialize it again"
+                    f"{artifact.name}: was not built from the current {made_from.name}; "
+                    "materialize it again"
                 )
         return artifact
 
@@ -311,15 +313,15 @@ class ArtifactStore(dg.ConfigurableResource):
         return ledger_at(self.at.ledger)
 
     def entries(self) -> Entries:
-        """The current ledger entry of every asset's partition."""
+        """Return the current ledger entry by asset and partition."""
         return self.ledger.current()
 
     def is_behind(self, entry: Mapping[str, Any]) -> bool:
-        """Whether an artifact was made from something that has since been made anew."""
+        """Whether an artifact is out of date: an input has another fingerprint now."""
         return any(self._fingerprint(name) != was for name, was in entry["inputs"].items())
 
     def _fingerprint(self, name: str) -> str | None:
-        """The current fingerprint of an artifact, or of a part of one, by its name."""
+        """Return the current fingerprint of an artifact or a part of one; None if missing."""
         asset, _, partition = name.removesuffix("]").partition("[")
         entry = self.entries().get((asset, partition or None))
         if entry:
@@ -332,9 +334,9 @@ class ArtifactStore(dg.ConfigurableResource):
         return None
 
     def identity(self, work: Work, key: str) -> dict[str, Any]:
-        """What the manifest of an artifact has on record: what it is and what it is made from.
+        """Return what the manifest states: the identity of the artifact and of its inputs.
 
-        `ledger` is the head of the ledger, with all that was entered before.
+        `ledger` is the ledger's head, the hash that covers all earlier entries.
         """
         return {
             "asset": work.asset,
@@ -342,7 +344,7 @@ class ArtifactStore(dg.ConfigurableResource):
             "key": key,
             "inputs": [a.identity for a in work.inputs],
             "sources": [a.identity for a in work.sources],
-            **_terms(work),
+            **_key_settings(work),
             "experiment": self._recipe,
             "run": self.run_id,
             "environment": manifest.environment(),
@@ -350,11 +352,11 @@ class ArtifactStore(dg.ConfigurableResource):
         }
 
     def replace(self, entry: Entry, write: Callable[[Path, Path], Collection[str]]) -> None:
-        """Make another version of an artifact, which takes its place, and record it.
+        """Replace an artifact by a new version and record the new version in the ledger.
 
         `write(old, new)` writes the new folder and returns the files that differ. The key and the
-        fingerprint stay, so whatever was made from the artifact exists as before. Made once: after
-        an interruption the same call completes it. The old folder is for the caller to remove.
+        fingerprint do not change, so artifacts built from this one stay valid. After an
+        interruption, the same call completes the replacement. The caller removes the old folder.
         """
         old = self.at.root / entry["path"]
         name = hashlib.sha256(f"{entry['key']} replaces {entry['path']}".encode()).hexdigest()
@@ -378,9 +380,9 @@ class ArtifactStore(dg.ConfigurableResource):
             self._record_change(entry, path=path, replaces=entry["path"], parts=parts, **content)
 
     def remove(self, entry: Entry) -> None:
-        """Record that an artifact is removed for good, and remove its folder.
+        """Record that an artifact is permanently removed, and remove its folder.
 
-        Backups of the home lose it too.
+        Backups of the home remove it too.
         """
         folder = self.at.root / entry["path"]
         if not entry.get("removed"):
@@ -391,9 +393,10 @@ class ArtifactStore(dg.ConfigurableResource):
         self.discard(folder)
 
     def discard(self, folder: Path) -> None:
-        """Remove a folder, its manifest first: what is left of one half removed is no artifact.
+        """Remove a folder, its manifest first, so that a partly removed folder is not an artifact.
 
-        A dataset's table of rows, which has no text, is kept: by it one finds what trained on them.
+        A dataset's table of rows, which contains no text, is kept in the home: it is needed to find
+        the models that were trained on a row.
         """
         table = folder / ROWS
         if table.exists() and (folder / manifest.MANIFEST).exists():
@@ -409,9 +412,9 @@ class ArtifactStore(dg.ConfigurableResource):
             shutil.rmtree(folder)
 
     def rows_of(self, dataset: Entry) -> pl.DataFrame | None:
-        """A dataset's row, shard, position and sha256, also where its folder is gone.
+        """Return a dataset's row, shard, position and sha256, even if its folder was removed.
 
-        None where it was removed before such tables were kept.
+        Returns None if it was removed by a version that did not keep these tables.
         """
         here = self.at.root / dataset["path"] / ROWS
         kept = self.at.rows / f"{dataset['fingerprint']}.parquet"
@@ -421,7 +424,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return None
 
     def _record_change(self, entry: Entry, **changes: Any) -> None:
-        """Append an entry to the ledger with some facts changed."""
+        """Append a copy of an entry, with changes, to the ledger."""
         changed = {**entry, "reused": True, **changes, "recorded": _now()}
         changed.pop("previous", None)
         self.ledger.append(changed)
@@ -434,7 +437,7 @@ class ArtifactStore(dg.ConfigurableResource):
                 "path": str(artifact.path.relative_to(self.at.root)),
                 "parts": manifest.parts(artifact.path),
                 "sources": {a.name: a.fingerprint for a in work.sources},
-                **_terms(work),
+                **_key_settings(work),
                 "experiment": self._recipe,
                 "environment": manifest.environment(),
                 "recorded": _now(),
@@ -446,8 +449,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _terms(work: Work) -> dict[str, Any]:
-    """What of a piece of work is in its key, beside its inputs."""
+def _key_settings(work: Work) -> dict[str, Any]:
+    """Return what enters the key of a work in addition to its inputs."""
     return {
         "recipe": dict(work.recipe),
         "code": work.code,
@@ -457,7 +460,7 @@ def _terms(work: Work) -> dict[str, Any]:
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets this process have: a lease is an open file, one per shard."""
+    """Raise the limit on open files to the allowed maximum: there is an open lease per shard."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""Whether what lies in a home is what the ledger says was made: chain, links, and every byte."""
+"""Compare a home with its ledger: the hash chain, the links to inputs, and every file."""
 
 import contextlib
 import shutil
@@ -30,19 +30,19 @@ from resources.lineage import Lineage, name_of
 from resources.pruning import at_work, folders
 from resources.score_store import ScoreStore
 
-READ = {Stage.RAW_CORPUS, Stage.DOMAIN_TEXT}  # what reads raw files
-WORKPLACE = "auditing"  # the folder for what an audit makes
-WORK = ("inputs", "recipe", "code", "seed", "precision")  # what a key is made of, beside the name
-# What a manifest and its entry in the ledger state alike.
+READ = {Stage.RAW_CORPUS, Stage.DOMAIN_TEXT}  # stages that read raw files
+WORKPLACE = "auditing"  # name of an audit's temporary folder
+WORK = ("inputs", "recipe", "code", "seed", "precision")  # what a key depends on besides the name
+# Fields that must be equal in a manifest and its ledger entry.
 STATED = ("asset", "partition", "key", *WORK[1:], "experiment", "run", "facts")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that does not hold; as a warning, something that cannot be shown to hold."""
+    """A difference between a home and its ledger; a warning if it could not be verified."""
 
     asset: str
-    artifact: str  # the file, table or entry in which it was found
+    artifact: str  # the file, table or entry with the difference
     expected: str
     found: str
     warning: bool = False
@@ -52,7 +52,7 @@ class Finding:
 
 
 class Record:
-    """The ledger of a home, read once to be checked and compared with."""
+    """The ledger of a home, read once, to check it and to compare the home with it."""
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self.artifacts, self.home = artifacts, artifacts.at
@@ -60,11 +60,11 @@ class Record:
         self._links = list(artifacts.ledger.links())
         self.head = self._links[-1].sha256 if self._links else NOTHING
         self._lines = {NOTHING: 0} | {link.sha256: link.number for link in self._links}
-        # By path, the numbers of its lines and their entries, oldest first.
+        # Line numbers and entries by path, oldest first.
         self._by_path: dict[str, list[tuple[int, Entry]]] = {}
-        # By name and fingerprint, the number of the first line.
+        # The number of the first line by name and fingerprint.
         self._first: dict[tuple[str, str], int] = {}
-        # Paths that must not exist: what they held was replaced or removed for good.
+        # Paths that must not exist: the artifact was replaced or permanently removed.
         self._gone: set[str] = set()
         for number, _, _, entry in self._links:
             if entry is not None:
@@ -76,7 +76,7 @@ class Record:
                     self._gone.add(gone)
 
     def chain(self, head: str | None = None) -> Iterator[Finding]:
-        """Find entries that lack the hash of the line before, and whether `head` is no entry's."""
+        """Find entries without the hash of the line before them, and a `head` with no entry."""
         for number, _, before, entry in self._links:
             if entry is None:
                 yield Finding("ledger", f"line {number}", "an entry", "none")
@@ -88,15 +88,15 @@ class Record:
             yield Finding("ledger", "the head", f"an entry with the sha256 {head[:16]}", "none")
 
     def links(self, entries: Iterable[Entry]) -> Iterator[Finding]:
-        """Find entries made from what was not entered before, or with the key of other work."""
+        """Find entries whose inputs were not recorded earlier, or whose key does not match."""
         for entry in entries:
             name, (number, _) = name_of(entry), self._by_path[entry["path"]][-1]
             for source, fingerprint in self.lineage.made_from(entry):
                 found = self.lineage.find(source, fingerprint)
                 first = min((self._first[name_of(e), e["fingerprint"]] for e in found), default=0)
                 if not 0 < first < number:
-                    wanted = f"an earlier entry of {source} {fingerprint[:16]}, which it is made of"
-                    late = f"one entered later, in line {first}" if first else "none"
+                    wanted = f"an earlier entry of its input {source} {fingerprint[:16]}"
+                    late = f"a later one, in line {first}" if first else "none"
                     yield Finding(name, "its entry", wanted, late)
             key = artifact_key(entry["asset"], entry["partition"], *(entry[w] for w in WORK))
             path = self.artifacts.folder(entry["asset"], entry["partition"], key)
@@ -105,19 +105,19 @@ class Record:
                 yield Finding(name, "its entry", wanted, f"{entry['key'][:16]}, {entry['path']}")
 
     def reuse(self) -> Iterator[Finding]:
-        """Find artifacts that were taken up again with other content than was made."""
+        """Find artifacts that were reused with content other than was built."""
         for lines in self._by_path.values():
             _, made = lines[0]
             for number, entry in lines:
                 if not entry["reused"]:
                     made = entry
                 elif entry["fingerprint"] != made["fingerprint"]:
-                    wanted = f"the {made['fingerprint'][:16]} that was made"
-                    found = f"{entry['fingerprint'][:16]} taken up again"
+                    wanted = f"the fingerprint {made['fingerprint'][:16]} that was built"
+                    found = f"{entry['fingerprint'][:16]} reused"
                     yield Finding(name_of(entry), f"line {number} of the ledger", wanted, found)
 
     def files(self, entries: Collection[Entry], progress: Progress = silent) -> Iterator[Finding]:
-        """Find files that are missing, too many or changed; tell `progress` the bytes hashed."""
+        """Find missing, extra and changed files; `progress` is called with the bytes hashed."""
         there = [entry for entry in entries if entry["path"] not in self._gone]
         with ThreadPoolExecutor(4) as threads:
             for found in threads.map(lambda e: list(self._folder(e, progress)), there):
@@ -141,7 +141,7 @@ class Record:
         number, made = next((line for line in lines[::-1] if not line[1]["reused"]), lines[0])
         fingerprint = made["fingerprint"]
         if held.fingerprint != fingerprint:
-            wanted = f"files of the fingerprint {fingerprint[:16]}"
+            wanted = f"files with the fingerprint {fingerprint[:16]}"
             yield Finding(name, where, wanted, held.fingerprint[:16])
         manifests = {e["manifest"] for _, e in lines if e["fingerprint"] == fingerprint}
         if held.manifest not in manifests:
@@ -163,7 +163,7 @@ class Record:
         listed = {file["path"]: file for file in files}
         there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
         for extra in sorted(there - listed.keys() - {MANIFEST}):
-            yield Finding(name, f"{path}/{extra}", "no file that the manifest lacks", "one")
+            yield Finding(name, f"{path}/{extra}", "no file that is not in the manifest", "one")
         for file, made in listed.items():
             if file not in there:
                 yield Finding(name, f"{path}/{file}", f"a file of {made['bytes']:,} bytes", "none")
@@ -177,9 +177,10 @@ class Record:
     def raw_files(
         self, entries: Iterable[Entry], current: Collection[str], progress: Progress = silent
     ) -> Iterator[Finding]:
-        """Find raw files that are no longer what was read; tell `progress` the bytes read.
+        """Find raw files that have changed since they were read.
 
-        It is a warning where the path of what was read is not `current`: its shard was retired.
+        `progress` is called with the bytes read. A finding is a warning if the path of the
+        artifact is not in `current`, because its shard was retired.
         """
         for entry in entries:
             name, retired = name_of(entry), entry["path"] not in current
@@ -200,7 +201,10 @@ class Record:
                     yield Finding(name, file.uri, _content(was), _content(now), warning=retired)
 
     def orphans(self) -> Iterator[Finding]:
-        """Find folders that the ledger lacks, even by now, or says are gone for good."""
+        """Find folders that are not in the ledger, or that it records as permanently removed.
+
+        The ledger is read again, so that artifacts recorded during the audit are not reported.
+        """
         there = list(folders(self.home.artifacts))
         known = {entry["path"] for entry in self.artifacts.ledger}
         for folder in there:
@@ -210,12 +214,14 @@ class Record:
             if unknown and not at_work(self.artifacts, folder):
                 yield Finding(asset, path, "an entry in the ledger", "none")
             if path in self._gone:
-                yield Finding(asset, path, "no folder: it was replaced or removed for good", "one")
+                yield Finding(
+                    asset, path, "no folder: it was replaced or permanently removed", "one"
+                )
 
 
 @contextlib.contextmanager
 def workplace(home: Home) -> Iterator[Path]:
-    """A folder for what an audit makes, one audit at a time; what a killed one has left goes."""
+    """Yield an audit's temporary folder, emptied first; other audits wait until it is removed."""
     folder = home.root / WORKPLACE
     with lock(home.leases / folder.name):
         shutil.rmtree(folder, ignore_errors=True)

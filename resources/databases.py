@@ -1,6 +1,6 @@
-"""Databases: DuckDB files that are replaced as a whole, and copies of SQLite files in use.
+"""DuckDB files that are replaced atomically, and copies of SQLite files that are in use.
 
-A reader of a DuckDB file keeps the version that it has opened.
+A reader of a DuckDB file keeps reading the version that it opened.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import duckdb
 
 from colorfilter.storage.files import lock, require_space, write_atomically
 
-# What DuckDB may hold of the tables before it spills to disk.
+# Memory limits beyond which DuckDB spills to disk.
 READING_MEMORY = "1GB"
 PUBLISHING_MEMORY = "2GB"
-# The newest form that every supported DuckDB reads.
+# The newest storage version that every supported DuckDB version reads.
 STORAGE_VERSION = "v1.2.0"
 
 
@@ -24,10 +24,10 @@ STORAGE_VERSION = "v1.2.0"
 def next_version(
     path: Path, leases: Path, schema: str = "", fresh: bool = False
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Connect to a copy of a database, which replaces it when the block ends without an error.
+    """Connect to a copy of a database; it replaces the database if the block raises no error.
 
-    With `fresh` the copy starts empty. One writer at a time, by a lock in `leases`. Changes may be
-    committed bit by bit, as a transaction holds memory for all that it inserts.
+    With `fresh` the copy starts empty. A lock in `leases` admits one writer at a time. Use several
+    transactions for large changes, because a transaction keeps all its inserts in memory.
     """
     with lock(leases / path.name), _copied(path, schema, fresh) as connection:
         yield connection
@@ -58,9 +58,9 @@ def _copied(path: Path, schema: str, fresh: bool) -> Iterator[duckdb.DuckDBPyCon
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
-    """Copy an SQLite database in use, with what is committed. Makes the folder of the target.
+    """Copy the committed content of an SQLite database that may be in use.
 
-    Raises OSError for a file that cannot be read as a database.
+    Creates the folder of the target. Raises OSError for a file that is not a database.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -74,14 +74,14 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 
 def _unlink(database: Path) -> None:
-    """Remove a database and its write-ahead log, where they exist."""
+    """Remove a database and its write-ahead log, if they exist."""
     database.unlink(missing_ok=True)
     database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Commit what the block does when it ends. After an error the database is given up."""
+    """Run the block in a transaction. After an error the caller must discard the database."""
     connection.execute("BEGIN")
     yield
     connection.execute("COMMIT")
@@ -90,13 +90,13 @@ def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
 def attach(
     connection: duckdb.DuckDBPyConnection, path: Path, name: str, options: str = "READ_ONLY"
 ) -> None:
-    """Attach the database in a file under a name."""
-    place = str(path).replace("'", "''")
-    connection.execute(f"ATTACH '{place}' AS {name} ({options})")
+    """Attach the database file at `path` as `name`."""
+    quoted = str(path).replace("'", "''")
+    connection.execute(f"ATTACH '{quoted}' AS {name} ({options})")
 
 
 def limit_memory(connection: duckdb.DuckDBPyConnection, path: Path, memory: str) -> None:
-    """Limit what a connection holds in memory; beyond that it spills beside the file at `path`."""
+    """Limit the memory of a connection; beyond it, DuckDB spills to a folder next to `path`."""
     connection.execute(f"SET memory_limit = '{memory}'")
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET enable_progress_bar = false")

@@ -1,6 +1,6 @@
-"""What must not be read or selected again: each forgotten document leaves a tombstone.
+"""Forgotten documents, which must not be read or selected again: each leaves a tombstone.
 
-It has the sha256 of the text, where that was, and what learned from it.
+A tombstone records the sha256 of the text, where the text was, and what was trained on it.
 """
 
 from colorfilter.stages import Stage
@@ -11,16 +11,19 @@ SEQUENCES = "sequences.parquet"
 
 
 def tombstones(artifacts: ArtifactStore) -> list[Artifact]:
-    """The tombstones of all forgotten documents."""
+    """Return the tombstones of all forgotten documents."""
     partitions = [p for asset, p in artifacts.entries() if asset == EXCLUSION]
     return [artifacts.current(EXCLUSION, p) for p in sorted(partitions, key=str)]
 
 
 def exclusions(artifacts: ArtifactStore) -> list[Artifact]:
-    """Those of documents that sequences of the corpus carried: an input of whatever selects."""
+    """Return the tombstones of documents that were in sequences of the corpus.
+
+    They are an input of every asset that selects.
+    """
     return [made for made in tombstones(artifacts) if made.facts["sequences"]]
 
 
 def unwanted_texts(artifacts: ArtifactStore) -> dict[str, str]:
-    """Why texts must not be read, by their sha256."""
+    """Return the reason to reject a text, by sha256, for all forgotten texts."""
     return {str(made.facts["sha256"]): EXCLUSION for made in tombstones(artifacts)}

@@ -1,9 +1,9 @@
-"""The one way from an asset to torch, on whatever devices there are.
+"""The resource with which assets run models, locally or on a Ray cluster.
 
-Its verbs hold alike locally and on a cluster. Locally the work is done in worker processes, one per
-CUDA device, or one per CPU core: a core each does more than all cores at one small matrix, and does
-not stand still when another program takes one of them. Every kernel run leaves lines in
-`kernel_runs.jsonl` of the home, with the folder of the artifact that it was for.
+Its methods behave the same on both. Locally, worker processes do the work, one per CUDA device or
+one per CPU core. With small matrices, one core per worker is faster than all cores on one matrix,
+and the other workers continue when another program uses a core. Every kernel run appends lines to
+`kernel_runs.jsonl` in the home, with the folder of the artifact that it was for.
 """
 
 import atexit
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from colorfilter.scoring.scoring import Losses
 
 
-# Of a sequence's loss in a Parquet chunk, at most.
+# Upper limit for the size of a sequence's loss in a Parquet chunk.
 BYTES_PER_LOSS = 16
-# Named and not imported: what they import takes seconds, and this process does not need it.
+# Named, not imported: their imports take seconds and are only needed in workers.
 SCORE, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
     Call(f"colorfilter.compute.worker_calls:{name}")
     for name in ("score", "evaluate", "evaluate_tasks", "losses_by_token", "devices")
@@ -51,9 +51,11 @@ SCORE, EVALUATE, EVALUATE_TASKS, TOKEN_LOSSES, DEVICES = (
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A folder of packed tokens to score by models: fingerprint -> checkpoint, and -> folder out.
+    """A folder of packed tokens to score with models.
 
-    `parameters` of the models decide the size of a chunk; `eot_id` as in labels.shifted_labels.
+    `models` and `outs` map fingerprints of models to checkpoints and output folders. `parameters`,
+    the number of parameters of the largest model, determines the chunk size. A label after
+    `eot_id` is ignored (labels.shifted_labels).
     """
 
     models: Mapping[str, Path]
@@ -65,7 +67,7 @@ class ScoreJob:
     eot_id: int | None = None
 
     def read_for(self, models: Sequence[str]) -> list[Path]:
-        """The folders that are read to score by some of the models."""
+        """Return the folders that scoring with these models reads."""
         return [*(self.models[m] for m in models), self.tokens]
 
     def chunk(
@@ -76,7 +78,10 @@ class ScoreJob:
         shared: Callable[[Path], Place],
         staged: Callable[[Path], Place],
     ) -> Chunk:
-        """Sequences [start, stop) by some of the models, where those that work have them."""
+        """Return the chunk of sequences [start, stop) and some models, with paths for workers.
+
+        `shared` and `staged` map folders of the home to where workers read and write them.
+        """
         return Chunk(
             {m: shared(self.models[m]) for m in models},
             shared(self.tokens),
@@ -92,7 +97,7 @@ class ScoreJob:
 class Gpu(dg.ConfigurableResource):
     """The devices that run the loss kernel: CUDA, else MPS, else CPU.
 
-    `backend` and what is beside it are the recipe's (colorfilter.config.recipe.Compute).
+    All fields but `home` are the recipe's settings (colorfilter.config.recipe.Compute).
     """
 
     home: str
@@ -105,7 +110,7 @@ class Gpu(dg.ConfigurableResource):
     _run_id: str = PrivateAttr(default_factory=lambda: uuid.uuid4().hex)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Records of the kernel's runs name the run of Dagster that they belong to."""
+        """Use the Dagster run's id in records of kernel runs."""
         if context.run:
             self._run_id = context.run.run_id
 
@@ -115,12 +120,13 @@ class Gpu(dg.ConfigurableResource):
         progress: Progress = silent,
         standing: Progress = silent,
     ) -> Iterator[tuple[ScoreJob, str, list[Receipt]]]:
-        """Score packed tokens chunk by chunk, in one pass by all models that are asked for.
+        """Score packed tokens chunk by chunk, with all models of a job in one pass.
 
-        Gives each job and model with the receipts once all stand; what stood before is not scored
-        again: `standing` is called with its tokens, `progress` with those that are scored.
+        Yields each job and model with its receipts once all its chunks exist. Existing chunks are
+        not scored again: `standing` is called with their tokens, `progress` with the tokens that
+        are scored now.
         """
-        if not jobs:  # nor is a cluster asked for then
+        if not jobs:  # return before connecting to a cluster
             return
         places, pool = self._places(), self._pool(begin_twice=True)
         receipts: dict[tuple[int, str], list[Receipt]] = {}
@@ -155,14 +161,14 @@ class Gpu(dg.ConfigurableResource):
                 i = ranges[n][0]
                 tally.add(jobs[i].shard, done[0].node)
                 for receipt in done:
-                    whole = i, receipt.model
+                    key = i, receipt.model
                     places.take(jobs[i].outs[receipt.model], receipt.file)
                     self._record_chunk(jobs[i], receipt)
-                    receipts[whole].append(receipt)
-                    left[whole] -= 1
-                    if not left[whole]:
+                    receipts[key].append(receipt)
+                    left[key] -= 1
+                    if not left[key]:
                         places.clear(jobs[i].outs[receipt.model])
-                        yield jobs[i], receipt.model, sorted(receipts[whole], key=lambda r: r.start)
+                        yield jobs[i], receipt.model, sorted(receipts[key], key=lambda r: r.start)
 
     def train(
         self,
@@ -171,33 +177,34 @@ class Gpu(dg.ConfigurableResource):
         progress: Progress = silent,
         standing: Progress = silent,
     ) -> Iterator[tuple[int, list[Checkpoint]]]:
-        """Train as the specs say; gives (index, a checkpoint per end point) as each is done.
+        """Train each spec; yield (index, a checkpoint per end point) as each finishes.
 
         `share` is the number of runs between which the CPU's cores are divided. Count all runs of
         the group, even finished ones: the number of processes affects the last bits.
-        `standing` is called with the tokens of the steps that the states in the home have behind
-        them, `progress` with those of the steps that are done.
+        `standing` is called with the tokens that saved states have already trained on, `progress`
+        with the tokens of new steps.
         """
         if not specs:
             return
-        alone = any(spec.online for spec in specs)  # what is chosen depends on all of the batch
+        alone = any(spec.online for spec in specs)  # selecting needs the whole batch on one device
         pool = self._pool(together=1 if alone else self.devices_per_model)
         places = self._places()
         standing(sum(trained_tokens(spec) for spec in specs))
-        calls = [(spec, _lent(places, spec)) for spec in specs]
+        calls = [(spec, _shared_folders(places, spec)) for spec in specs]
         if isinstance(pool, Machine):
             trained = pool.train(calls, share, progress)
         else:
-            trained = pool.run(TRAIN, [(spec, 1, lent) for spec, lent in calls], progress)
+            trained = pool.run(TRAIN, [(spec, 1, shared) for spec, shared in calls], progress)
         for i, (checkpoints, took) in trained:
             places.take_all(specs[i].out)
             self._record("train", specs[i].out, took, {"seed": specs[i].seed})
             yield i, checkpoints
 
     def evaluate(self, checkpoints: Sequence[Path], tokens: Path, folder: Path) -> list["Losses"]:
-        """Losses of packed tokens by each checkpoint, for the artifact that is made in `folder`.
+        """Return the losses of packed tokens with each checkpoint, computed in float32.
 
-        Each is float32 [n] nats per token, int32 [n] number of labels; computed in float32.
+        Each is a float32 [n] array of nats per token and an int32 [n] array of numbers of labels.
+        `folder` is the folder of the artifact they are for; the records of kernel runs name it.
         """
         losses: list[Losses] = self._evaluated(
             "evaluate", folder, EVALUATE, checkpoints, by=(tokens,)
@@ -211,10 +218,10 @@ class Gpu(dg.ConfigurableResource):
         folder: Path,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
-        """Metrics of the tasks whose test items lie in `items`, by each checkpoint.
+        """Return the metrics of each checkpoint on the tasks with test items in `items`.
 
-        As harness.evaluate gives them; `folder` as in evaluate, `progress` is called with the
-        number of choices done.
+        The metrics are those of `harness.evaluate`. `folder` is the folder of the artifact they
+        are for. `progress` is called with the number of choices evaluated.
         """
         metrics: list[dict[str, float]] = self._evaluated(
             "evaluate_tasks", folder, EVALUATE_TASKS, checkpoints, (items,), progress
@@ -228,10 +235,10 @@ class Gpu(dg.ConfigurableResource):
         folder: Path,
         eot_id: int | None = None,
     ) -> list["np.ndarray"]:
-        """Losses of every token of a few sequences [N, T] by each checkpoint.
+        """Return the losses of every token of a few sequences [N, T] with each checkpoint.
 
-        Each is float32 [N, T] (colorfilter.scoring.token_losses), computed in float32. `folder` is
-        as in `evaluate`.
+        Each is a float32 [N, T] array (colorfilter.scoring.token_losses), computed in float32.
+        `folder` is the folder of the artifact they are for.
         """
         losses: list[np.ndarray] = self._evaluated(
             "token_losses", folder, TOKEN_LOSSES, checkpoints, (tokens, eot_id)
@@ -239,13 +246,13 @@ class Gpu(dg.ConfigurableResource):
         return losses
 
     def reach(self) -> None:
-        """Raise UnreachableError where the storage of a cluster cannot be reached."""
+        """Raise UnreachableError if a cluster's storage cannot be reached."""
         self._places().check()
 
     def discard_copies(self, folder: Path) -> None:
-        """Remove every copy that a cluster has of a folder of the home, and of what is in it.
+        """Remove all copies of a folder of the home, and of its subfolders, from a cluster.
 
-        Raises UnreachableError where its storage cannot be reached.
+        Raises UnreachableError if the cluster's storage cannot be reached.
         """
         self.reach()
         self._places().discard(folder)
@@ -259,7 +266,7 @@ class Gpu(dg.ConfigurableResource):
         by: tuple[Any, ...],
         progress: Progress = silent,
     ) -> list[Any]:
-        """What `work(checkpoint, *by)` gives of each checkpoint, in their order."""
+        """Return the result of `work(checkpoint, *by)` for each checkpoint, in order."""
         if not checkpoints:
             return []
         pool, places = self._pool(), self._places()
@@ -273,7 +280,7 @@ class Gpu(dg.ConfigurableResource):
         return [results[i] for i in range(len(calls))]
 
     def _places(self) -> LocalStaging:
-        """Where the folders of the home lie for those that work."""
+        """Return the mapping from folders of the home to where workers read and write them."""
         if self.backend == "local":
             return LocalStaging()
         home = Home(self.home)
@@ -282,8 +289,10 @@ class Gpu(dg.ConfigurableResource):
         )
 
     def _pool(self, *, begin_twice: bool = False, together: int = 1) -> "Machine | Cluster":
-        """Who works. `begin_twice` where a call that takes long may be begun a second time,
-        `together` devices of a cluster on each call.
+        """Return the workers: this machine or a Ray cluster.
+
+        On a cluster, `begin_twice` allows an idle worker to start a slow call a second time, and
+        each call uses `together` devices.
         """
         if self.backend == "local":
             return _machine()
@@ -329,8 +338,10 @@ class Gpu(dg.ConfigurableResource):
 
 
 class _Calls(Sequence[Any]):
-    """Calls that are made up when they are asked for: by then what they read is shared, not all
-    that will ever be read.
+    """A sequence of calls that are created on access.
+
+    Creating a call waits until the folders that it reads are shared. Created one by one, the first
+    calls do not wait for the folders of later ones.
     """
 
     def __init__(self, call: Callable[[int], Any], size: int) -> None:
@@ -347,7 +358,7 @@ class _Calls(Sequence[Any]):
 
 
 def _take_over(places: LocalStaging, out: Path) -> None:
-    """Bring in the chunks that workers committed for a run which was killed."""
+    """Move chunks that workers committed for a killed run into the home."""
     staged = places.staged(out)
     if staged == out:
         return
@@ -358,8 +369,8 @@ def _take_over(places: LocalStaging, out: Path) -> None:
             there.add(chunk_range(name))
 
 
-def _lent(places: LocalStaging, spec: TrainSpec) -> dict[Path, Place]:
-    """Where the folders that a training reads and writes lie for those that work."""
+def _shared_folders(places: LocalStaging, spec: TrainSpec) -> dict[Path, Place]:
+    """Return where workers read and write each folder that a training uses."""
     folders = [spec.tokens, spec.tokenizer]
     if spec.held_out:
         folders.append(spec.held_out)
@@ -371,24 +382,24 @@ def _lent(places: LocalStaging, spec: TrainSpec) -> dict[Path, Place]:
 
 
 def release() -> None:
-    """End the workers of this process, for one that ends without its interpreter's teardown."""
-    while _standing:
-        with _standing.pop():
+    """Stop the workers of this process, for use when interpreter shutdown will not stop them."""
+    while _machines:
+        with _machines.pop():
             pass
     _connection.close()
 
 
 def _machine() -> Machine:
-    """The workers of this process, which it keeps; one of them says what devices there are."""
-    if not _standing or _standing[-1].broken:
+    """Return the workers of this process, created on first use; a worker detects the devices."""
+    if not _machines or _machines[-1].broken:
         with Workers(1) as one:
             ((_, (kind, count)),) = one.run(DEVICES, [()])
-        _standing[:] = [Machine(kind, count)]
-    return _standing[-1]
+        _machines[:] = [Machine(kind, count)]
+    return _machines[-1]
 
 
 def _connect(address: str | None) -> bool:
-    """Be connected to the cluster as long as this process lives; whether it was not before."""
+    """Connect to the cluster until this process exits; return False if it was already connected."""
     from colorfilter.compute.ray_pool import connected, is_connected
 
     if is_connected():
@@ -398,5 +409,5 @@ def _connect(address: str | None) -> bool:
     return True
 
 
-_standing: list[Machine] = []
+_machines: list[Machine] = []
 _connection = contextlib.ExitStack()

@@ -1,4 +1,4 @@
-"""The home: the one folder under which everything that a recipe produces lies."""
+"""The home: the folder that contains everything a recipe produces."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from colorfilter.data.shards import Shard
 from colorfilter.errors import InputError
 from colorfilter.storage.files import is_locked, lock, write_text_atomically
 
-# Of the layout of a home; resources.upgrade brings older ones up to it.
+# The version of the layout of a home; resources.upgrade upgrades homes of older formats.
 FORMAT = 2
 
 DAGSTER_YAML = """\
@@ -32,7 +32,7 @@ run_retries: {enabled: true, max_retries: 1, retry_on_asset_or_op_failure: false
 
 
 class Home:
-    """Where things lie under a home, and whose home it is."""
+    """The paths in a home, and the recipe that it belongs to."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).resolve()
@@ -50,11 +50,11 @@ class Home:
         self._exclusive = self.root / "exclusive"
 
     def claim(self, recipe: str, made_as: int = FORMAT) -> "Home":
-        """Make the home for a recipe, or check that it belongs to it.
+        """Create the home for a recipe, or check that an existing home belongs to the recipe.
 
-        `made_as` is the format of what is there already where the home does not say. Brings a home
-        of an older format up to date. Raises InputError for a home that cannot be written, belongs
-        to another recipe or was made by a newer version.
+        `made_as` is the format of existing content in a folder that does not record its format. A
+        home with an older format is upgraded. Raises InputError for a home that is not writable,
+        belongs to another recipe or was created by a newer version.
         """
         try:
             for folder in (self.artifacts, self.leases, self.dagster):
@@ -74,9 +74,10 @@ class Home:
         return self
 
     def check(self, recipe: str) -> None:
-        """Check that a home belongs to a recipe, and bring it up to date. Makes no home.
+        """Check that an existing home belongs to a recipe, and upgrade an older format.
 
-        Raises InputError for a home of another recipe or of a newer version.
+        Does not create a home. Raises InputError for a home that belongs to another recipe or was
+        created by a newer version.
         """
         facts = self._facts()
         if facts is None:
@@ -84,12 +85,12 @@ class Home:
         if facts["recipe"] != recipe:
             raise InputError(
                 f"home {self.root}: belongs to the recipe '{facts['recipe']}', not to '{recipe}'; "
-                "name another with --home"
+                "give another home with --home"
             )
         if facts["format"] > FORMAT:
             raise InputError(
-                f"home {self.root}: has format {facts['format']}, made by a newer version; this "
-                f"one reads up to format {FORMAT}"
+                f"home {self.root}: has format {facts['format']}, created by a newer version; this "
+                f"version supports formats up to {FORMAT}; upgrade colorfilter"
             )
         if facts["format"] < FORMAT:
             from resources.upgrade import upgrade
@@ -100,7 +101,7 @@ class Home:
                 raise self._unusable(error) from error
 
     def owner(self) -> str | None:
-        """The recipe that the home belongs to, None where there is no home yet.
+        """Return the name of the recipe that the home belongs to; None if there is no home yet.
 
         Raises InputError for a home that cannot be read.
         """
@@ -119,7 +120,7 @@ class Home:
         self._record(format=FORMAT)
 
     def identity(self) -> str:
-        """What tells this home from others that share a storage with it, made up once."""
+        """Return a random id, created once, that distinguishes homes that share a storage."""
         with lock(self.leases / self._owner.name):
             facts = self._facts()
             assert facts is not None
@@ -128,7 +129,7 @@ class Home:
         return str((self._facts() or {})["id"])
 
     def _facts(self) -> dict[str, Any] | None:
-        """What the home says of itself; None where there is no home."""
+        """Return the content of `home.json`; None if there is no home."""
         try:
             if not self._owner.exists():
                 return None
@@ -141,14 +142,16 @@ class Home:
         write_text_atomically(self._owner, json.dumps({**(self._facts() or {}), **facts}))
 
     def _unusable(self, error: Exception) -> InputError:
-        return InputError(f"home {self.root}: cannot be used ({error}); name another with --home")
+        return InputError(
+            f"home {self.root}: cannot be used ({error}); give another home with --home"
+        )
 
     @contextlib.contextmanager
     def exclusively(self, command: str) -> Iterator[None]:
-        """Keep runs and backups away while a command works, and until it has succeeded.
+        """Block runs and backups until a command has succeeded.
 
-        After an interruption only the same command lets them in again. Raises InputError while a
-        run is at work or another command was interrupted.
+        After an interruption they stay blocked until the same command is run again and succeeds.
+        Raises InputError if a run is at work or another command was interrupted.
         """
         with lock(self.leases / self._exclusive.name):
             if self._exclusive.exists() and self._exclusive.read_text("utf-8") != command:
@@ -161,7 +164,7 @@ class Home:
             self._exclusive.unlink()
 
     def refuse_exclusive(self) -> None:
-        """Raise InputError where a command that keeps runs away has not come to its end."""
+        """Raise InputError if a command that blocks runs has not finished."""
         if self._exclusive.exists():
             command = self._exclusive.read_text("utf-8")
             raise InputError(
@@ -170,19 +173,19 @@ class Home:
             )
 
     def run_lease(self, run_id: str) -> Path:
-        """The file that the process of a Dagster run keeps locked as long as it lives."""
+        """Return the file that the process of a Dagster run keeps locked while it is alive."""
         return self.leases / f"run-{run_id}"
 
     def run_is_alive(self, run_id: str) -> bool:
-        """Whether the process of a Dagster run is at work."""
+        """Whether the process of a Dagster run is alive."""
         return is_locked(self.run_lease(run_id))
 
     def is_at_work(self) -> bool:
-        """Whether the process of any run is at work."""
+        """Whether the process of any Dagster run is alive."""
         return any(is_locked(lease) for lease in self.leases.glob("run-*"))
 
     def shards(self) -> list[Shard]:
-        """The planned shards of the corpus, in order of name."""
+        """Return the planned shards of the corpus, sorted by name."""
         if not self._shards.exists():
             return []
         content = json.loads(self._shards.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""The ledger: what was made from what, exact per partition, in a file that is only appended to.
+"""The ledger: an append-only file that records what every artifact was built from.
 
-A line of JSON for every artifact made or taken up again; the last line of an asset's partition says
-what is current. A line may also say that another version `replaces` an artifact, with the same key
-and fingerprint, or that one was `removed` for good. Each entry holds the sha256 of the line before
-it, so one that is edited, dropped or moved breaks the chain. Whoever makes the chain anew from
-there changes its head, the hash of the last line: that is printed, and is in the manifest of every
-artifact made after.
+It has a line of JSON for every artifact that was built or reused. The last line of an asset's
+partition is the current artifact. A line can also record that a new version `replaces` an artifact,
+with the same key and fingerprint, or that an artifact was permanently `removed`. Each entry
+contains the sha256 of the line before it, so an edited, deleted or moved line breaks the chain.
+Recomputing the chain from there changes its head, the hash of the last line. The head is printed,
+and the manifest of every artifact built later contains it.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 from colorfilter.storage.files import append_line, last_line
 
 Entry = dict[str, Any]
-# By asset and partition.
+# Entries by asset and partition.
 Entries = dict[tuple[str, str | None], Entry]
 
 NOTHING = "0" * 64  # the hash before the first entry
 
 
 class Link(NamedTuple):
-    """An entry in its place of the chain: its line's number and hash, and that of the one before.
+    """A line of the ledger: its number and sha256, the sha256 of the line before, and its entry.
 
-    `entry` is None where the line is not one.
+    `entry` is None if the line is not a valid entry.
     """
 
     number: int
@@ -39,18 +39,18 @@ class Link(NamedTuple):
 
 
 class Ledger:
-    """The ledger in a file. Keeps what it has read, so that only new lines are read again."""
+    """The ledger in a file. Caches what it has read, so that only new lines are read later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reading = _Reading()
 
     def __iter__(self) -> Iterator[Entry]:
-        """All entries, oldest first. A line cut off by a crash is passed over."""
+        """Iterate over all entries, oldest first. A line cut off by a crash is skipped."""
         return (link.entry for link in self.links() if link.entry is not None)
 
     def links(self) -> Iterator[Link]:
-        """All lines in their places, oldest first."""
+        """Yield all complete lines as links, oldest first."""
         if not self.path.exists():
             return
         before = NOTHING
@@ -63,29 +63,29 @@ class Ledger:
                 before = sha256
 
     def current(self) -> Entries:
-        """The current entry of every asset's partition."""
+        """Return the current entry of every asset's partition."""
         return self._read().entries
 
     def last_version(self, path: str) -> str:
-        """The path of the last version of an artifact that was at `path`."""
+        """Return the path of the last version of the artifact that was at `path`."""
         replaced = self._read().replaced
         while path in replaced:
             path = replaced[path]
         return path
 
     def by_path(self) -> dict[str, Entry]:
-        """The last entry of every artifact's folder."""
+        """Return the last entry of every artifact, by the path of its folder."""
         return {entry["path"]: entry for entry in self}
 
     def head(self) -> str:
-        """The hash of the last entry: with all before in it."""
+        """Return the hash of the last entry, which covers all entries before it."""
         if not self.path.exists():
             return NOTHING
         with self.path.open("rb") as stream:
             return _sha256(last_line(stream)[1])
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry, flushed to disk, one writer at a time."""
+        """Append an entry and flush it to disk. A lock admits one writer at a time."""
 
         def chained(last: bytes) -> str:
             return json.dumps({"previous": _sha256(last), **entry}, ensure_ascii=False, default=str)
@@ -93,7 +93,7 @@ class Ledger:
         append_line(self.path, chained)
 
     def _read(self) -> "_Reading":
-        """What the ledger says by now."""
+        """Read new lines, and return the current state."""
         if not self.path.exists():
             return _Reading()
         reading = self._reading
@@ -103,15 +103,15 @@ class Ledger:
         with self.path.open("rb") as stream:
             stream.seek(reading.stop - len(reading.tail))
             before = stream.read(len(reading.tail))
-            if before != reading.tail or now.st_size <= reading.stop:  # written anew
+            if before != reading.tail or now.st_size <= reading.stop:  # the file was rewritten
                 reading = _Reading()
                 stream.seek(0)
             appended = stream.read()
-        whole = appended[: appended.rfind(b"\n") + 1]
-        stop, tail = reading.stop + len(whole), whole[-4096:] or reading.tail
-        # Copies: whoever has the old ones may be going through them.
+        complete = appended[: appended.rfind(b"\n") + 1]
+        stop, tail = reading.stop + len(complete), complete[-4096:] or reading.tail
+        # Copies, because callers may be iterating over the old dictionaries.
         new = _Reading(stop, now.st_mtime_ns, tail, dict(reading.entries), dict(reading.replaced))
-        for line in whole.splitlines():
+        for line in complete.splitlines():
             entry = _parsed(line)
             if entry is not None:
                 new.enter(entry)
@@ -121,7 +121,7 @@ class Ledger:
 
 @functools.cache
 def ledger_at(path: Path) -> Ledger:
-    """The ledger in a file, one for all of the process: Dagster makes resources anew each tick."""
+    """Return the process's only ledger of a file: Dagster recreates resources at every tick."""
     return Ledger(path)
 
 
@@ -138,16 +138,19 @@ def _parsed(line: bytes) -> Entry | None:
 
 
 def is_removed(entry: Entry) -> bool:
-    """Whether an entry says that an artifact was removed for good.
+    """Whether an entry records that an artifact was permanently removed.
 
-    Ledgers of home format 1 say it in another way.
+    Ledgers of home format 1 record it as `withdrawn`.
     """
     return bool(entry.get("removed")) or entry.get("withdrawn") == "whole"
 
 
 @dataclass
 class _Reading:
-    """How far a ledger was read and when it was written, the bytes before, and what they said."""
+    """The state of a ledger: the offset and modification time up to which it was read.
+
+    `tail` are the last bytes before the offset, to detect that the file was rewritten.
+    """
 
     stop: int = 0
     written: int = 0
@@ -156,14 +159,14 @@ class _Reading:
     replaced: dict[str, str] = field(default_factory=dict)
 
     def enter(self, entry: Entry) -> None:
-        """Take up the next entry."""
-        place = entry["asset"], entry["partition"]
+        """Apply the next entry."""
+        key = entry["asset"], entry["partition"]
         earlier = entry.get("replaces")
         if earlier:
             self.replaced[earlier] = entry["path"]
-        was_current = self.entries.get(place, {}).get("path") == (earlier or entry.get("path"))
+        was_current = self.entries.get(key, {}).get("path") == (earlier or entry.get("path"))
         if is_removed(entry):
             if was_current:
-                del self.entries[place]
+                del self.entries[key]
         elif was_current or not (earlier or entry.get("withdrawn")):
-            self.entries[place] = entry
+            self.entries[key] = entry

@@ -1,4 +1,4 @@
-"""Which artifact was made from which, by the ledger."""
+"""The lineage of artifacts: which was built from which, according to the ledger."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Mapping
@@ -10,19 +10,19 @@ from resources.ledger import Entry, Ledger
 
 
 def name_of(entry: Mapping[str, Any]) -> str:
-    """An artifact's name: its asset, and in brackets its partition."""
+    """Return an artifact's name: the asset, followed by any partition in brackets."""
     partition = entry["partition"]
     return str(entry["asset"] if partition is None else f"{entry['asset']}[{partition}]")
 
 
 def _where_it_is(entry: Entry, ledger: Ledger) -> Entry:
-    """An entry with the path of the last version of the artifact."""
+    """Return an entry with the path of the artifact's last version."""
     path = ledger.last_version(entry["path"])
     return entry if path == entry["path"] else {**entry, "path": path}
 
 
 class Lineage:
-    """All that the ledger has, to be followed back to where it came from."""
+    """All entries of the ledger, to trace artifacts back to what they were built from."""
 
     def __init__(self, artifacts: ArtifactStore) -> None:
         self._root = artifacts.at.root
@@ -33,7 +33,10 @@ class Lineage:
             self._made.setdefault(name_of(entry), {})[entry["fingerprint"]] = entry
 
     def current(self, shards: Collection[str]) -> list[Entry]:
-        """The current artifacts, where these are the corpus's shards: without the retired ones."""
+        """Return the current artifacts, without those of retired shards.
+
+        `shards` are the current shards of the corpus.
+        """
         corpus = {partition for asset, partition in self._current if asset == "raw_corpus"}
         return [
             entry
@@ -42,22 +45,22 @@ class Lineage:
         ]
 
     def versions(self, name: str) -> list[Entry]:
-        """The last entry of every content that an artifact has had, oldest first."""
+        """Return the last entry of each content that an artifact has had, oldest first."""
         return sorted(self._made.get(name, {}).values(), key=lambda e: str(e["recorded"]))
 
     def of(self, asset: str) -> list[Entry]:
-        """The last entry of every content of an asset, in any partition."""
+        """Return the last entry of each content of an asset, of all partitions."""
         made = (e for contents in self._made.values() for e in contents.values())
         return [entry for entry in made if entry["asset"] == asset]
 
     def newest_first(self) -> list[Entry]:
-        """All entries, the last one first."""
+        """Return all entries, newest first."""
         return self._entries[::-1]
 
     def as_of(self, later: Entry, name: str) -> Entry | None:
-        """What `later` was made from by this name, as it was entered then.
+        """Return the entry of the input `name` of `later`, as recorded when `later` was built.
 
-        The same content may have been made anew since, from other things.
+        The same content may have been rebuilt since, from other inputs.
         """
         fingerprint = {**later.get("sources", {}), **later["inputs"]}.get(name)
         found = None
@@ -69,7 +72,11 @@ class Lineage:
         return found
 
     def find(self, name: str, fingerprint: str) -> list[Entry]:
-        """What has this name and content; where a part of something has, the wholes."""
+        """Return the entry with this name and content.
+
+        If `name` is a part of an artifact, returns the entries of all artifacts that contain the
+        part with this content.
+        """
         whole = self._made.get(name, {}).get(fingerprint)
         if whole:
             return [whole]
@@ -79,9 +86,9 @@ class Lineage:
         return [e for e in found.values() if self._part(e, folder) == fingerprint]
 
     def whole(self, name: str, fingerprint: str, before: str) -> Entry | None:
-        """Return the entry of what has this name and content, or has it as a part.
+        """Return the entry with this name and content, or the one that contains it as a part.
 
-        Of several that have it as a part, it is the last one recorded before a time.
+        If several contain it, returns the last one recorded at or before the time `before`.
         """
         return max(
             reversed(self.find(name, fingerprint)),
@@ -90,7 +97,7 @@ class Lineage:
         )
 
     def _part(self, entry: Entry, folder: str) -> str | None:
-        """The fingerprint of a folder of an artifact; by its files where it is not recorded."""
+        """Return the fingerprint of an artifact's subfolder, from its files if not recorded."""
         if entry.get("parts") is not None:
             return dict(entry["parts"]).get(folder)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -98,12 +105,12 @@ class Lineage:
         return None
 
     def made_from(self, entry: Entry) -> list[tuple[str, str]]:
-        """Names and fingerprints of what something was made from, and of its recipe."""
+        """Return names and fingerprints of an entry's inputs, sources and recipe."""
         recipe = [(RECIPE, entry["experiment"])] if entry.get("experiment") else []
         return [*entry["inputs"].items(), *entry["sources"].items(), *recipe]
 
     def ancestry(self, entries: Iterable[Entry]) -> dict[str, Entry]:
-        """These and all that they were made from, by path."""
+        """Return these entries and everything that they were built from, by path."""
         found: dict[str, Entry] = {}
         waiting = list(entries)
         while waiting:

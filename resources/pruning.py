@@ -1,6 +1,6 @@
-"""What a home no longer needs: older versions, retired shards, and what attempts left unfinished.
+"""Find what a home no longer needs: older versions, retired shards and unfinished attempts.
 
-Kept is whatever is current, and all that it was made from, as the ledger has it.
+Everything current is kept, and everything that it was built from according to the ledger.
 """
 
 import os
@@ -17,7 +17,7 @@ from resources.lineage import Lineage
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder that nothing current needs: of which asset, why, and how much it holds."""
+    """A folder that nothing current needs: its asset, the reason, its path and size in bytes."""
 
     asset: str
     why: str
@@ -26,7 +26,10 @@ class Leftover:
 
 
 def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftover]:
-    """What can be removed where these are the corpus's shards, the largest first."""
+    """Return the folders that can be removed, largest first.
+
+    `shards` are the current shards of the corpus.
+    """
     root = artifacts.at.artifacts
     lineage = Lineage(artifacts)
     needed = lineage.ancestry(lineage.current(shards))
@@ -45,7 +48,7 @@ def leftovers(artifacts: ArtifactStore, shards: Collection[str]) -> list[Leftove
 
 
 def folders(root: Path) -> Iterator[Path]:
-    """The folders of artifacts: named by a key, at any depth."""
+    """Yield the folders of artifacts, which are named by a key, at any depth."""
     for folder, below, _ in os.walk(root):
         for name in list(below):
             if re.fullmatch("[0-9a-f]{16}", name):
@@ -54,5 +57,5 @@ def folders(root: Path) -> Iterator[Path]:
 
 
 def at_work(artifacts: ArtifactStore, folder: Path) -> bool:
-    """Whether an attempt holds the lease of a folder."""
+    """Whether an attempt holds the lease of a folder's artifact."""
     return any(is_locked(lease) for lease in artifacts.at.leases.glob(f"{folder.name}*"))

@@ -1,4 +1,4 @@
-"""What the score tables are published from: parts, how each goes in, and how it is taken out."""
+"""Parts of the score tables: how each is inserted and removed."""
 
 import hashlib
 import itertools
@@ -13,10 +13,10 @@ from colorfilter.selection.sql import fetch_row
 
 @dataclass(frozen=True)
 class Part:
-    """Something to publish: a shard's text tables, or a model's losses over a shard.
+    """A unit to publish: the text tables of a shard, or a model's losses over a shard.
 
-    `documents` is the folder of the shard's documents, `tokens` of its packed tokens, `losses`
-    of the chunks.
+    `documents`, `tokens` and `losses` are the folders of the shard's documents, its packed tokens
+    and the chunks of losses.
     """
 
     shard: str
@@ -33,7 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A checkpoint whose losses are published. `role` is 'prior' or 'conditional'."""
+    """A checkpoint whose losses are published.
+
+    `role` is 'prior', 'conditional' or 'domain_only'.
+    """
 
     model: str
     role: str
@@ -41,19 +44,19 @@ class PublishedModel:
     path: str
 
 
-# (kind, shard, model or domain, fingerprint). What is worked out from parts is entered beside
-# them, with all that it was worked out from in its fingerprint.
+# (kind, shard, model or domain, fingerprint). Derived tables also have keys; their fingerprints
+# cover everything that they are derived from.
 Key = tuple[str, str, str | None, str]
 
 
 def exclusion(parts: Sequence[Part], length: int) -> Key:
-    """What says from which texts the excluded sequences were worked out."""
+    """Return the key of the excluded sequences, which covers the texts they are derived from."""
     texts = sorted((p.shard, p.fingerprint) for p in parts if p.kind == "text")
     return "excluded", "", None, hashlib.sha256(repr((length, texts)).encode()).hexdigest()
 
 
 def pairs(parts: Sequence[Part], models: Sequence[PublishedModel]) -> Iterator[Key]:
-    """What says from which losses each domain's pairs over each shard were worked out."""
+    """Yield a key per domain and shard of paired losses, which covers the losses they pair."""
     losses = {(p.model, p.shard): p.fingerprint for p in parts if p.kind == "losses"}
     priors = [m.model for m in models if m.role == "prior"]
     domains = {m.model: m.domain for m in models if m.role == "conditional"}
@@ -63,7 +66,7 @@ def pairs(parts: Sequence[Part], models: Sequence[PublishedModel]) -> Iterator[K
             yield "pairs", shard, domains[model], " ".join(found)
 
 
-# The tables of which each kind of part has rows, and the columns that are of a part's key.
+# By kind of part: the tables with its rows, their key columns, and the matching columns of `parts`.
 ROWS = {
     "text": (("documents", "spans", "sequences"), "shard", "shard"),
     "losses": (("losses",), "shard, model", "shard, model"),
@@ -72,7 +75,7 @@ ROWS = {
 
 
 def remove(connection: duckdb.DuckDBPyConnection, parts: Set[Key]) -> None:
-    """Take parts and their rows out, in one pass over each table however many they are."""
+    """Remove parts and their rows, in a single pass over each table."""
     if not parts:
         return
     connection.execute("CREATE OR REPLACE TEMP TABLE gone AS FROM parts LIMIT 0")
@@ -93,7 +96,7 @@ def remove(connection: duckdb.DuckDBPyConnection, parts: Set[Key]) -> None:
 
 
 def insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
-    """Insert a part. Raises ValueError for losses that are not finite or stand twice."""
+    """Insert a part. Raises ValueError for losses that are not finite or occur twice."""
     if part.losses is not None:
         _insert_losses(connection, part)
         return
@@ -123,9 +126,9 @@ def insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
 
 
 def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
-    """Insert a model's losses over a shard, checked first.
+    """Check and insert a model's losses over one shard.
 
-    Part by part, so that memory does not grow with the table.
+    One part is loaded at a time, so that memory does not grow with the table.
     """
     assert part.losses is not None
     files = sorted(str(p) for p in part.losses.glob("losses-*.parquet"))

@@ -1,8 +1,8 @@
 """The score store: DuckDB tables published from the Parquet record.
 
-Parquet is the record, DuckDB the publication: a reader gets a new file by rename and never blocks
-the pipeline, a crash leaves the last good file, and the file can be made again from Parquet.
-Nothing here holds the file open between calls.
+The Parquet files are the record, from which the databases can be rebuilt. A new database replaces
+the old file by a rename, so readers never block the pipeline, and a crash leaves the last good
+file. No method keeps a file open after it returns.
 """
 
 import contextlib
@@ -58,13 +58,13 @@ CREATE TABLE IF NOT EXISTS selection_versions(
     cutoff DOUBLE, created VARCHAR, current BOOLEAN);
 """
 
-# These tables were part of the scores. A query there gets a line that names the new file.
+# These tables used to be in scores.duckdb. A query on them there fails and names the new file.
 MOVED = """
 CREATE OR REPLACE VIEW selections AS
     SELECT why AS selection, why AS shard, why::BIGINT AS position, why::BIGINT AS rank,
         why::DOUBLE AS score
     FROM (
-        SELECT error('the table selections is in selections.duckdb, beside this file')
+        SELECT error('the table selections is in selections.duckdb, next to this file')
             ::VARCHAR AS why
     )
     WHERE why IS NOT NULL;
@@ -72,7 +72,7 @@ CREATE OR REPLACE VIEW selection_versions AS
     SELECT why AS selection, why AS domain, why AS arm, why AS prior, why AS conditional,
         why::DOUBLE AS cutoff, why AS created, why::BOOLEAN AS current
     FROM (
-        SELECT error('the table selection_versions is in selections.duckdb, beside this file')
+        SELECT error('the table selection_versions is in selections.duckdb, next to this file')
             ::VARCHAR AS why
     )
     WHERE why IS NOT NULL;
@@ -97,7 +97,7 @@ CREATE TABLE artifacts(
 
 @dataclass(frozen=True)
 class PublishedSelection:
-    """What an arm selected, by its fingerprint, the file it is in, and the models it is by."""
+    """An arm's selection to publish: its fingerprint, its file, and the models that scored it."""
 
     selection: str
     table: Path
@@ -109,7 +109,7 @@ class PublishedSelection:
 
 
 class ScoreStore(dg.ConfigurableResource):
-    """Publishes and reads `scores.duckdb` and `results.duckdb` of a home."""
+    """Publish and read a home's `scores.duckdb`, `selections.duckdb` and `results.duckdb`."""
 
     home: str
 
@@ -117,15 +117,15 @@ class ScoreStore(dg.ConfigurableResource):
     def read(
         self, refined: Mapping[str, Path] | None = None
     ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-only connection to the scores as published last.
+        """Open a read-only connection to the last published scores.
 
-        `refined` are tables of losses in float32 by domain: the connection shows these instead of
-        the published ones. The published selections are attached as the database `selected`.
-        Raises InputError where no scores have been published yet.
+        `refined` maps domains to Parquet files of float32 losses, which the connection shows
+        instead of the published losses. The published selections are attached as the database
+        `selected`. Raises InputError if no scores have been published yet.
         """
         home = Home(self.home)
         if not home.scores.exists():
-            raise InputError(f"{home.scores} is not there yet; materialize score_tables first")
+            raise InputError(f"{home.scores} does not exist yet; materialize score_tables first")
         with contextlib.closing(duckdb.connect()) as connection:
             limit_memory(connection, home.scores, READING_MEMORY)
             if home.selections.exists():
@@ -142,12 +142,11 @@ class ScoreStore(dg.ConfigurableResource):
     def publish(
         self, parts: Sequence[Part], models: Sequence[PublishedModel], length: int
     ) -> dict[str, int]:
-        """Bring the tables to hold exactly these parts and models; returns rows per table.
+        """Update the tables to contain exactly these parts and models; return rows per table.
 
-        Only new and changed parts are read, and what is worked out from them is worked out anew
-        only where they changed. `length` is that of a sequence in tokens. Raises ValueError, and
-        leaves the last good file, where a loss is not finite or a sequence has two rows for a
-        model.
+        Only new and changed parts are read, and only what is derived from them is recomputed.
+        `length` is the number of tokens of a sequence. Raises ValueError, and leaves the last good
+        file, if a loss is not finite or a sequence has two losses with one model.
         """
         read = {(p.kind, p.shard, p.model, p.fingerprint): p for p in parts}
         derived = {exclusion(parts, length), *pairs(parts, models)}
@@ -170,21 +169,21 @@ class ScoreStore(dg.ConfigurableResource):
                     "INSERT INTO models VALUES (?, ?, ?, ?, true)",
                     [m.model, m.role, m.domain, m.path],
                 )
-            work_out = sorted(derived - there, key=str)
-            for domain in dict.fromkeys(key[2] for key in work_out):
+            to_derive = sorted(derived - there, key=str)
+            for domain in dict.fromkeys(key[2] for key in to_derive):
                 if domain is None:
                     exclude(connection, length)
                 else:
-                    pair(connection, domain, [key[1] for key in work_out if key[2] == domain])
+                    pair(connection, domain, [key[1] for key in to_derive if key[2] == domain])
             with transaction(connection):
-                for key in work_out:
+                for key in to_derive:
                     connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", list(key))
             return _row_counts(connection)
 
     def publish_selections(self, selections: Sequence[PublishedSelection]) -> None:
-        """Enter selections in their order, each as the current one of its domain and arm."""
+        """Publish selections in order, each as the current one of its domain and arm."""
         home = Home(self.home)
-        # Looked at first: a change, even to the same, costs a copy of the file.
+        # Checked first, because even a change without effect copies the file.
         if home.selections.exists():
             with contextlib.closing(
                 duckdb.connect(str(home.selections), read_only=True)
@@ -201,7 +200,7 @@ class ScoreStore(dg.ConfigurableResource):
         kernel_runs: Sequence[Mapping[str, Any]],
         ledger: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Make `results.duckdb` anew from the records."""
+        """Rebuild `results.duckdb` from evaluations, records of kernel runs and the ledger."""
         home = Home(self.home)
         with next_version(home.results, home.leases, RESULTS_SCHEMA, fresh=True) as connection:
             tables = {"evaluations": evaluations, "kernel_runs": kernel_runs, "artifacts": ledger}
@@ -215,7 +214,7 @@ class ScoreStore(dg.ConfigurableResource):
 
 
 def _is_current(connection: duckdb.DuckDBPyConnection, new: PublishedSelection) -> bool:
-    """Whether a selection is the current one of its domain and arm already."""
+    """Whether a selection is already the current one of its domain and arm."""
     found = fetch(
         connection,
         "SELECT current FROM selection_versions WHERE selection = ? AND domain = ? AND arm = ?",
@@ -238,7 +237,7 @@ def _enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelect
     if known:
         return
     rows = connection.read_parquet(str(new.table))  # noqa: F841  (read by name below)
-    # Another arm may have selected exactly the same.
+    # Another arm may have selected exactly the same sequences.
     same = "SELECT count(*) FROM selections WHERE selection = ?"
     if not _count(connection, same, [new.selection]):
         connection.execute(
@@ -253,7 +252,7 @@ def _enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelect
 
 
 def move_models(scores: Path, old: str, new: str) -> None:
-    """Change the paths of models in a file of scores from one home to another."""
+    """Change the paths of models in a scores database from one home to another."""
     if scores.exists():
         with contextlib.closing(duckdb.connect(str(scores))) as connection:
             connection.execute(
@@ -268,7 +267,7 @@ def _holds(
     parts: Set[Key],
     models: Sequence[PublishedModel],
 ) -> bool:
-    """Whether the tables hold exactly these parts and models already."""
+    """Whether the tables already contain exactly these parts and models."""
     published = fetch(connection, "SELECT model, role, domain, path FROM models")
     return set(fetch(connection, "SELECT kind, shard, model, fingerprint FROM parts")) == set(
         parts

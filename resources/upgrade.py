@@ -1,4 +1,4 @@
-"""Bring a home that an earlier version made up to the current format."""
+"""Upgrade a home that an earlier version created to the current format."""
 
 import contextlib
 from functools import partial
@@ -21,22 +21,22 @@ TABLES = ("selections", "selection_versions")
 
 
 def upgrade(home: Home) -> None:
-    """Bring a home up to the current format, one process at a time.
+    """Upgrade a home to the current format, one process at a time.
 
-    Nothing is scored or trained again. A step that was interrupted is repeated. Raises InputError
-    while a run is at work.
+    Nothing is scored or trained again. An interrupted step is repeated. Raises InputError if a
+    run is at work.
     """
     with lock(home.leases / "upgrade"):
         if home.format == FORMAT:
             return
         if home.is_at_work():
             raise InputError(
-                f"home {home.root}: has the format of an earlier version, and a run is at work; "
-                "wait for it or cancel it"
+                f"home {home.root}: must be upgraded from an earlier version, but a run is at "
+                "work; wait for it or cancel it"
             )
         if (home.root / "forgetting").exists():
             raise InputError(
-                f"home {home.root}: an earlier version was interrupted in `colorfilter forget`; "
+                f"home {home.root}: `colorfilter forget` of an earlier version was interrupted; "
                 "complete it with that version"
             )
         _move_selections(home)
@@ -45,7 +45,7 @@ def upgrade(home: Home) -> None:
 
 
 def _move_selections(home: Home) -> None:
-    """Move the tables of selections from `scores.duckdb` to a file of their own (format 2)."""
+    """Move the selection tables from `scores.duckdb` to `selections.duckdb` (format 2)."""
     if not home.scores.exists() or not _selections_in(home):
         return
     with next_version(home.selections, home.leases, SELECTIONS_SCHEMA, fresh=True) as connection:
@@ -59,7 +59,7 @@ def _move_selections(home: Home) -> None:
 
 
 def _replace_amended(home: Home) -> None:
-    """Replace artifacts that `forget` changed in place by versions of their own (format 2)."""
+    """Replace artifacts that `forget` had changed in place by new versions (format 2)."""
     artifacts = ArtifactStore(home=str(home.root))
     entries = artifacts.ledger.by_path()
     for folder in list(folders(home.artifacts)):
@@ -82,7 +82,7 @@ def _link_all(changed: list[str], old: Path, new: Path) -> list[str]:
 
 
 def _selections_in(home: Home) -> bool:
-    """Whether `scores.duckdb` still has the tables of selections."""
+    """Whether `scores.duckdb` still contains the selection tables."""
     with contextlib.closing(duckdb.connect(str(home.scores), read_only=True)) as connection:
         names = {name for (name,) in fetch(connection, "SELECT table_name FROM duckdb_tables()")}
     return names.issuperset(TABLES)

@@ -88,7 +88,7 @@ def test_an_interrupted_build_is_gone_on_with(store: ArtifactStore) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         store.make(Work("thing"), interrupted)
-    with pytest.raises(InputError, match="not there yet"):
+    with pytest.raises(InputError, match="not exist yet"):
         store.current("thing")
 
     def resumed(folder: Path) -> dict[str, int]:
@@ -134,7 +134,7 @@ def test_made_from_something_older_is_refused(store: ArtifactStore) -> None:
     store.make(Work("thing", inputs=[old]), write)
     new = store.make(Work("source", seed=2), lambda folder: write(folder, "new"))
     assert store.current_from("thing", None, [old])
-    with pytest.raises(InputError, match="made from another source"):
+    with pytest.raises(InputError, match="not built from the current source"):
         store.current_from("thing", None, [new])
 
 
@@ -295,7 +295,7 @@ def test_what_is_removed_is_found_by_its_parts_and_made_anew(store: ArtifactStor
     store.remove(store.entries()["dataset", None])
     assert not old.path.exists()
     assert ("dataset", None) not in store.entries()
-    with pytest.raises(InputError, match="is not there yet"):
+    with pytest.raises(InputError, match="does not exist yet"):
         store.current("dataset")
     (found,) = Lineage(store).find(tokens.name, tokens.fingerprint)
     assert found["fingerprint"] == old.fingerprint

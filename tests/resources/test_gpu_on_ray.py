@@ -134,9 +134,9 @@ def test_scores_are_those_of_one_machine(
     at_work = {str(r.node) for r in receipts}
     assert len(at_work) == 3
     first, *_, last = [r.getMessage() for r in caplog.records if "by node" in r.getMessage()]
-    assert f"chunks: {CHUNKS} of {CHUNKS}; by shard: 1 of 1 whole; by node: " in last
+    assert f"chunks: {CHUNKS} of {CHUNKS}; shards: 1 of 1 complete; by node: " in last
     assert all(node in last for node in at_work)
-    assert f"by shard: 0 of 1 whole, web 1 of {CHUNKS};" in first
+    assert f"shards: 0 of 1 complete, web 1 of {CHUNKS};" in first
     lines = (root / "home" / "kernel_runs.jsonl").read_text().splitlines()
     assert sum('"artifacts/three/' in line and '"node": "127.0.0.1/' in line for line in lines) == (
         CHUNKS * len(MODELS)

@@ -60,5 +60,5 @@ def test_a_home_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     home = Home(tmp_path).claim("one")
     (tmp_path / "home.json").write_text(json.dumps({"recipe": "one", "format": FORMAT + 1}))
     for use in (home.check, home.claim):
-        with pytest.raises(InputError, match=f"format {FORMAT + 1}, made by a newer version"):
+        with pytest.raises(InputError, match=f"format {FORMAT + 1}, created by a newer"):
             use("one")

@@ -19,8 +19,8 @@ def test_the_first_and_the_last_chunk_are_told(said: pytest.LogCaptureFixture) -
     for shard, node in (("a", "one"), ("b", "two"), ("a", "one")):
         count.add(shard, node)
     assert [record.getMessage() for record in said.records] == [
-        "chunks: 1 of 3; by shard: 0 of 2 whole, a 1 of 2; by node: one 1",
-        "chunks: 3 of 3; by shard: 2 of 2 whole; by node: one 2, two 1",
+        "chunks: 1 of 3; shards: 0 of 2 complete, a 1 of 2; by node: one 1",
+        "chunks: 3 of 3; shards: 2 of 2 complete; by node: one 2, two 1",
     ]
 
 

@@ -107,7 +107,7 @@ def test_a_file_is_deleted_or_brought_in(project: Project) -> None:
     found(
         project,
         r"^tokenizer: .*tokenizer.json: expected a file of [\d,]+ bytes, found none$",
-        r"^tokenizer: .*more.json: expected no file that the manifest lacks, found one$",
+        r"^tokenizer: .*more.json: expected no file that is not in the manifest, found one$",
     )
 
 
@@ -126,7 +126,7 @@ def test_the_prior_is_replaced_by_another_of_its_shape(project: Project) -> None
     found(
         project,
         r"^prior_model: .*manifest.json: expected the sha256 \w{16}, found",
-        r"^prior_model: .*manifest.json: expected files of the fingerprint \w{16}, found",
+        r"^prior_model: .*manifest.json: expected files with the fingerprint \w{16}, found",
     )
 
 
@@ -138,7 +138,7 @@ def test_what_is_replaced_and_taken_up_again_is_found(project: Project) -> None:
     entry = next(e for e in project.ledger() if e["asset"] == "reference/domain_text")
     append(project, {**entry, "reused": True, **close(place)})
     assert any(
-        re.match(r"reference/domain_text: line \d+ of the ledger: .* that was made", line)
+        re.match(r"reference/domain_text: line \d+ of the ledger: .* that was built", line)
         for line in lines(project)
     )
 
