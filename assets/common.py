@@ -29,7 +29,7 @@ def shard_names(store: ArtifactStore, recipe: Recipe) -> list[str]:
     if not planned:
         raise InputError(
             "no shards are planned yet; wait a minute for the sensor `arrivals` to plan them, or "
-            "start `colorfilter run`"
+            "use `colorfilter run`"
         )
     return planned + [ShardKind.PROBE.named(d.name) for d in recipe.domains]
 

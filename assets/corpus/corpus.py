@@ -247,7 +247,7 @@ def corpus_tokens_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def corpus_checks(recipe: Recipe) -> list[dg.AssetChecksDefinition]:
-    """Return the check `no_shared_documents`: must pass before anything is trained."""
+    """Return the check `no_shared_documents`, which must pass before anything is trained."""
 
     @dg.asset_check(asset="raw_corpus", blocking=True)
     def no_shared_documents(artifacts: ArtifactStore) -> dg.AssetCheckResult:

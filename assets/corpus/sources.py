@@ -34,8 +34,8 @@ def reading(recipe: Recipe, shard: Shard) -> Work:
     source = next((s for s in recipe.corpus.sources if s.name == name), None)
     if source is None:
         raise InputError(
-            f"shard {shard.name}: the recipe no longer has its source '{name}'; start "
-            "`colorfilter run` or switch on the sensor `arrivals` to retire the shard"
+            f"shard {shard.name}: the recipe no longer has its source '{name}'; use "
+            "`colorfilter run` or the sensor `arrivals` to retire the shard"
         )
     read = source.model_dump(include={"name", "format", "text_field"})
     files = [[f.path, f.size, f.version] for f in shard.files]

@@ -58,7 +58,7 @@ def online_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
         description=f"{arm.name} for {domain.name}: sequences that a new proxy model with the "
         f"prior's architecture chooses while it is trained on them. Out of {arm.tau:g} random "
         "candidates per sequence it takes those with the lowest loss of "
-        f"{ROLES[arm.method]}_model minus its own current loss.",
+        f"{ROLES[arm.method]}_model minus its own current loss. A lower score is better.",
         pool="gpu",
         arm=arm.name,
     )

@@ -70,8 +70,8 @@ def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
         code=2,
         seed=seed,
         description="How much of each selection would change if the conditional were trained "
-        "with another seed: losses of a random sample of the corpus with such a second "
-        "conditional. A change of tau needs no new losses.",
+        "with another seed. A second conditional is trained and scores a random sample of the "
+        "corpus. A change of tau needs no new losses.",
         pool="gpu",
     )
 
@@ -97,7 +97,7 @@ def confidence_asset(recipe: Recipe, domain: Domain) -> dg.AssetsDefinition:
             lambda folder: score_sample(folder, context, gpu, recipe, second, corpus, eot),
         )
         rows = flips(artifacts, score_store, recipe, domain)
-        return result([second, made], {**made.facts, "another seed would change": table(rows)})
+        return result([second, made], {**made.facts, "changes with another seed": table(rows)})
 
     return cutoff_confidence
 
@@ -111,7 +111,7 @@ def score_sample(
     corpus: Mapping[str, Artifact],
     eot: int | None,
 ) -> dict[str, Any]:
-    """Write a model's losses of a random sample of the corpus; return facts for the manifest.
+    """Write a model's losses on a random sample of the corpus; return facts for the manifest.
 
     `corpus` maps shards to packed tokens. A label after `eot`, the end-of-text id, is ignored.
     """

@@ -46,7 +46,7 @@ def score_assets(recipe: Recipe) -> list[dg.AssetsDefinition]:
 
 
 def losses_declaration(recipe: Recipe, losses: "LossAsset") -> Declaration:
-    """Declare the asset with the corpus's losses with one model."""
+    """Declare the asset with the losses of the corpus under one model."""
     return Declaration(
         losses.asset,
         GROUP,
@@ -130,7 +130,7 @@ def score_tables_asset(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 class LossAsset(NamedTuple):
-    """An asset with the corpus's losses, the model's asset, and the model's role and domain."""
+    """An asset with losses of the corpus, the asset of the model, and its role and domain."""
 
     asset: str
     model: str
@@ -152,7 +152,7 @@ def loss_assets(recipe: Recipe) -> list[LossAsset]:
 
 
 def losses_by(recipe: Recipe, domain: Domain, roles: Set[str]) -> list[str]:
-    """Return the assets with the corpus's losses with a domain's models of the given roles."""
+    """Return the loss assets of models with the given roles, out of the prior and a domain's."""
     return [
         losses.asset
         for losses in loss_assets(recipe)

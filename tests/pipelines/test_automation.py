@@ -128,7 +128,7 @@ def test_a_shard_of_a_source_that_the_recipe_no_longer_has_is_refused_until_it_i
     (source,) = movable.facts["corpus"]["sources"]
     movable.facts["corpus"]["sources"] = [{**source, "name": "other"}]
     movable.write()
-    with pytest.raises(InputError, match="the recipe no longer has its source 'code'; start"):
+    with pytest.raises(InputError, match="the recipe no longer has its source 'code'; use"):
         reading(movable.recipe, movable.home.shards()[0])
     with dg.DagsterInstance.get() as instance:
         _, words = look(movable, instance)
