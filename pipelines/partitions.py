@@ -21,6 +21,9 @@ def make_partitions(instance: dg.DagsterInstance, shards: Sequence[str]) -> list
 
 
 def over(shards: Sequence[str], wanted: Collection[str]) -> dict[str, str]:
-    """Return tags for a run over the range of shards, in Dagster's order, that holds all wanted."""
+    """Return tags for a run over the wanted shards and all shards between them.
+
+    `shards` are all shards in Dagster's order.
+    """
     positions = [i for i, shard in enumerate(shards) if shard in wanted]
     return {RANGE_START: shards[positions[0]], RANGE_END: shards[positions[-1]]}

@@ -76,7 +76,7 @@ def select(
 ) -> Failure | dict[str, Any]:
     """Run the job `select` for a choice (assets.filtered.select_job.Choice).
 
-    Returns what changed, or would change in a dry run.
+    Returns what changed, or would change in a dry run, or else why the run failed.
     """
     config = {"ops": {SELECT_OP: {"config": dict(choice)}}}
     result = _run(recipe, home, on_event, "select", config)
