@@ -39,7 +39,7 @@ STATED = ("asset", "partition", "key", *WORK[1:], "experiment", "run", "facts")
 
 @dataclass(frozen=True)
 class Finding:
-    """A difference between a home and its ledger; a warning if it could not be verified."""
+    """Something that an audit found to be wrong; a warning if it could not be verified."""
 
     asset: str
     artifact: str  # the file, table or entry with the difference

@@ -25,5 +25,5 @@ def exclusions(artifacts: ArtifactStore) -> list[Artifact]:
 
 
 def unwanted_texts(artifacts: ArtifactStore) -> dict[str, str]:
-    """Return the reason to reject a text, by sha256, for all forgotten texts."""
+    """Return the reason to reject each forgotten text, by the text's sha256."""
     return {str(made.facts["sha256"]): EXCLUSION for made in tombstones(artifacts)}

@@ -72,9 +72,9 @@ class Lineage:
         return found
 
     def find(self, name: str, fingerprint: str) -> list[Entry]:
-        """Return the entry with this name and content.
+        """Return the last entry with this name and content, or an empty list.
 
-        If `name` is a part of an artifact, returns the entries of all artifacts that contain the
+        If `name` is a part of an artifact, returns an entry for each artifact that contains the
         part with this content.
         """
         whole = self._made.get(name, {}).get(fingerprint)
@@ -86,9 +86,10 @@ class Lineage:
         return [e for e in found.values() if self._part(e, folder) == fingerprint]
 
     def whole(self, name: str, fingerprint: str, before: str) -> Entry | None:
-        """Return the entry with this name and content, or the one that contains it as a part.
+        """Return the entry with this name and content, or one that contains it as a part.
 
-        If several contain it, returns the last one recorded at or before the time `before`.
+        If several contain it, the last one recorded by the time `before` is preferred. Returns
+        None if there is no such entry.
         """
         return max(
             reversed(self.find(name, fingerprint)),

@@ -149,7 +149,7 @@ def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
         raise ValueError(f"{bad} losses of {part.shard} are not finite; nothing was published")
     if twice:
         raise ValueError(
-            f"{twice} sequences of {part.shard} have several losses by one model; "
+            f"{twice} sequences of {part.shard} have several losses with one model; "
             "nothing was published"
         )
     connection.execute("INSERT INTO losses BY NAME FROM part")
