@@ -1,6 +1,6 @@
-"""What a score rewards, to look at: sequences and documents from its best end to its worst.
+"""Examples of what a score rewards: sequences and documents from its best end to its worst.
 
-Sequences come with the text of every token, so that the losses per token can be shown on it.
+Sequences come with the text of every token, so that token losses can be shown on the text.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from colorfilter.stages import IN_CORPUS
 
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2)
 
-# What could have been selected.
+# Sequences that could have been selected.
 CANDIDATES = f"""
     candidates AS NOT MATERIALIZED (
         SELECT shard, position, color
@@ -28,7 +28,7 @@ CANDIDATES = f"""
     )
 """
 
-# To 1/4096 of a nat: counting steps takes little memory, sorting or quantile_disc takes much.
+# Exact to 1/4096 nat: counting steps takes little memory, sorting or quantile_disc a lot.
 EDGE = f"""
     WITH {CANDIDATES},
     steps AS (
@@ -65,12 +65,13 @@ def sequences(
     shares: Sequence[float] = SHARES,
     n: int = 5,
 ) -> pl.DataFrame:
-    """Candidates of the lowest color, at the edge of the best `shares`, at cutoffs, of the highest.
+    """Return candidates from the best end of the color scale to the worst, `n` per place.
 
-    `cutoffs` are values of color by the arm's name. `n` of each place are given, in canonical order
-    (color, shard, position), places from low to high. Columns: place, shard, position, color, and
-    spans: a list, in the sequence's order, of doc_id, source_file, source_line, doc_start,
-    n_tokens, char_start, char_end, and closes: whether the document ends there.
+    The places are: the lowest color, the edge of each of the best `shares`, each of the `cutoffs`
+    (values of color by arm name), and the highest color. Places are sorted by color; rows of a
+    place are in canonical order (color, shard, position). Columns: place, shard, position, color,
+    and spans: a list, in the sequence's order, of doc_id, source_file, source_line, doc_start,
+    n_tokens, char_start, char_end, and closes (whether the document ends there).
     """
 
     def chosen(place: str, order: str, **value: float) -> pl.DataFrame:
@@ -89,20 +90,24 @@ def sequences(
 
 
 def sequence_tokens(chosen: pl.DataFrame, packed: Mapping[str, Path]) -> np.ndarray:
-    """The tokens [n, T] of sequences given by shard and position, from folders of packed tokens."""
+    """Return the tokens [n, T] of sequences given by shard and position.
+
+    `packed` is the folder of packed tokens by shard.
+    """
     opened = {shard: open_tokens(packed[shard]) for shard in chosen["shard"].unique()}
-    places = zip(chosen["shard"], chosen["position"], strict=True)
-    return np.stack([opened[shard][position] for shard, position in places])
+    keys = zip(chosen["shard"], chosen["position"], strict=True)
+    return np.stack([opened[shard][position] for shard, position in keys])
 
 
 def token_texts(
     chosen: pl.DataFrame, documents: Mapping[str, Path], encoder: Encoder
 ) -> list[list[str]]:
-    """The text of every token of the sequences that `sequences` gave.
+    """Return the text of every token of the sequences that `sequences` returned.
 
-    Cut out of the documents and not decoded, so that a sequence's pieces joined are exactly the
-    characters of its spans. A character of several tokens stands with the first of them, the others
-    are empty; so is the end-of-text token. `documents` are the tables of documents by shard.
+    Texts are cut out of the documents, not decoded, so the joined texts of a sequence are exactly
+    the characters of its spans. A character encoded as several tokens belongs to the first of them;
+    the others are empty, and so is the end-of-text token. `documents` is the path of the documents
+    table by shard.
     """
     cut: dict[tuple[str, str], tuple[str, list[int]]] = {}
     for shard in chosen["shard"].unique():
@@ -134,10 +139,10 @@ def _pieces(text: str, ends: list[int], span: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Example:
-    """A sequence with what each of its tokens costs both models.
+    """A sequence with the loss of each of its tokens under both models.
 
-    `texts` as of token_texts, `prior` and `conditional` float32 [T] as of
-    token_losses.token_losses, `spans` as of sequences.
+    `spans`: see sequences. `texts`: see token_texts. `prior` and `conditional`: float32 [T], see
+    token_losses.token_losses.
     """
 
     place: str
@@ -156,7 +161,7 @@ def examples(
     prior: np.ndarray,
     conditional: np.ndarray,
 ) -> list[Example]:
-    """What `sequences` gave, with the texts of its tokens and their losses, float32 [n, T]."""
+    """Combine the rows of `sequences` with their token texts and token losses, float32 [n, T]."""
     rows = zip(chosen.to_dicts(), texts, prior, conditional, strict=True)
     return [
         Example(**row, texts=text, prior=before, conditional=after)
@@ -196,10 +201,10 @@ EXTREMES = """
 def extremes(
     connection: duckdb.DuckDBPyConnection, domain: str, length: int, share: float, n: int = 5
 ) -> pl.DataFrame:
-    """The documents of lowest color, around the best `share`'s edge, median, and highest.
+    """Return `n` documents of lowest color, near the best `share`'s edge, near the median, highest.
 
-    Documents of at least one sequence's length; their color is the token-weighted mean of the
-    sequences they stand in.
+    Only documents of at least `length` tokens, the length of a sequence, are considered. A
+    document's color is the token-weighted mean color of the sequences it is packed in.
     """
     parameters = {"domain": domain, "length": length, "share": share, "n": n}
     table = fetch_frame(connection, EXTREMES, parameters)
@@ -208,7 +213,7 @@ def extremes(
 
 
 def excerpts(table: pl.DataFrame, documents: Mapping[str, Path], chars: int = 160) -> pl.DataFrame:
-    """Add `excerpt`, the beginning of each document's text, on one line."""
+    """Add a column `excerpt`: the beginning of each document's text, on one line."""
     if table.is_empty():
         return table.with_columns(excerpt=pl.lit("", dtype=pl.String))
     parts = []

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG on light and on dark paper; the same bytes for the same data."""
+"""The report's pictures as SVG, for light and dark pages; equal data gives equal bytes."""
 
 import io
 import math
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 80
-OUTSIDE = 0.002  # share of the scores at either end that the histogram's outermost bins take in
-STEPS_DRAWN = 400  # of a training run
+OUTSIDE = 0.002  # share of the scores at either end that is counted in the outermost bin
+STEPS_DRAWN = 400  # longer training curves are averaged down to between 400 and 800 points
 DASHES = ("-", "--", ":")
 MARKERS = {"=": "o", ">": ">", "<": "<"}
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of background, foreground and lines; the page with the pictures has the same two."""
+    """Colours of background, text and plotted lines; the report page uses the first two as well."""
 
     paper: str
     ink: str
@@ -44,7 +44,7 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by name, what it shows in words, and its SVG on light and on dark paper."""
+    """A picture: its name, its alternative text, and its SVG for light and dark pages."""
 
     name: str
     words: str
@@ -53,9 +53,9 @@ class Picture:
 
 
 def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
-    """Held-out loss over training tokens: trunks as lines, annealed end points as dots.
+    """Plot held-out loss over training tokens: trunks as lines, annealed end points as dots.
 
-    `curves` are a training run's points per arm, one table per seed.
+    `curves` are the training curves of each arm, one table per seed.
     """
 
     def draw(axes: "Axes") -> None:
@@ -65,7 +65,7 @@ def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
                 points = curve.drop_nulls("held_out_loss")
                 trunk = points.filter(pl.col("endpoint").is_null())
                 ends = points.filter(pl.col("tokens") == pl.col("endpoint"))
-                # With a cosine no run has a trunk: each end point is a line of its own.
+                # A cosine schedule has no trunk: each end point's run is a line of its own.
                 lines = [trunk] if len(trunk) else points.partition_by("endpoint")
                 for k, line in enumerate(lines):
                     label = arm if j == k == 0 else None
@@ -81,9 +81,9 @@ def learning_curves(curves: Mapping[str, Sequence[pl.DataFrame]]) -> Picture:
 
 
 def training_curve(curve: pl.DataFrame) -> Picture:
-    """Training and held-out loss of one run over its tokens; `curve` are the run's points.
+    """Plot training and held-out loss of one run over training tokens.
 
-    Of a long run, means of neighbouring steps are drawn.
+    `curve` has a row per step. Neighbouring steps of a long run are averaged.
     """
     group = pl.int_range(pl.len()) // max(1, len(curve) // STEPS_DRAWN)
     means = curve.group_by(group.alias("group"), maintain_order=True).mean()
@@ -101,7 +101,7 @@ def training_curve(curve: pl.DataFrame) -> Picture:
 
 
 def binned_scores(counts: Mapping[str, Sequence[int]], low: float, high: float) -> Picture:
-    """Histograms by name over equal bins from low to high, each scaled to its own size."""
+    """Plot histograms by name over equal bins from low to high, each scaled to its own total."""
 
     def draw(axes: "Axes") -> None:
         for name, own in counts.items():
@@ -111,11 +111,11 @@ def binned_scores(counts: Mapping[str, Sequence[int]], low: float, high: float) 
         axes.set(xlabel="score, nats per token (lower is better)", ylabel="share of sequences")
         _legend(axes)
 
-    return _picture("scores", "How scores are distributed", (8, 3.2), draw)
+    return _picture("scores", "Distribution of scores", (8, 3.2), draw)
 
 
 def score_histogram(colors: Mapping[str, Sequence[float]], cutoffs: Mapping[str, float]) -> Picture:
-    """Histograms of color by name, each scaled to its own size, and the cutoffs of arms."""
+    """Plot histograms of color by name, each scaled to its own total, and the arms' cutoffs."""
     values = np.concatenate([np.asarray(own, dtype=float) for own in colors.values()])
     low, high = np.quantile(values, [OUTSIDE, 1 - OUTSIDE])
     edges = np.linspace(low, max(high, low + 1e-6), BINS + 1).tolist()
@@ -130,18 +130,18 @@ def score_histogram(colors: Mapping[str, Sequence[float]], cutoffs: Mapping[str,
         axes.set(xlabel="color, nats per token (lower is better)", ylabel="density")
         _legend(axes)
 
-    return _picture("color", "How color is distributed, and where arms cut", (8, 3.2), draw)
+    return _picture("color", "Distribution of color, with the cutoff of each arm", (8, 3.2), draw)
 
 
 def match_plot(matches: Mapping[str, Sequence[TokensToMatch]]) -> Picture:
-    """tokens-to-match by arm: each seed, and mean and 95 % interval where none is a bound."""
+    """Plot tokens-to-match by arm: each seed, and mean and 95% interval if no seed is a bound."""
 
     def draw(axes: "Axes") -> None:
         for y, found in enumerate(matches.values()):
             for match in found:
                 axes.plot(match.ratio, y, MARKERS[match.bound], color="C0", alpha=0.6)
         axes.axvline(1, color="C1", linestyle="--")
-        width = axes.get_xlim()  # an interval that is wider is cut
+        width = axes.get_xlim()  # wider intervals are clipped
         for y, found in enumerate(matches.values()):
             if all(match.bound == "=" for match in found):
                 over_seeds = summarize([match.ratio for match in found])
@@ -149,25 +149,25 @@ def match_plot(matches: Mapping[str, Sequence[TokensToMatch]]) -> Picture:
         axes.set_xlim(width)
         axes.set_yticks(range(len(matches)), list(matches))
         axes.set_ylim(len(matches) - 0.5, -0.5)
-        axes.set(xlabel="tokens that random needs, over the arm's own (higher is better)")
+        axes.set(xlabel="tokens random needs, divided by the arm's tokens (higher is better)")
 
     height = 1.2 + 0.35 * len(matches)
-    return _picture("matches", "tokens-to-match by arm, with 95 % intervals", (8, height), draw)
+    return _picture("matches", "tokens-to-match by arm, with 95% intervals", (8, height), draw)
 
 
 def tau_sweep(
     series: Mapping[str, Mapping[float, Summary]], random: Summary | None, loss: str
 ) -> Picture:
-    """Loss by tau, a line per series, over random at the same number of tokens."""
+    """Plot loss by tau, one line per series, with random at the same number of tokens."""
     taus = sorted({tau for line in series.values() for tau in line})
 
     def draw(axes: "Axes") -> None:
         for i, (name, line) in enumerate(series.items()):
             mine = sorted(line)
-            places = [tau * 1.05**i for tau in mine]  # or one series hides another
-            axes.plot(places, [line[t].mean for t in mine], "o-", color=f"C{i}", label=name)
-            for place, tau in zip(places, mine, strict=True):
-                _error_bar(axes, line[tau], place, line[tau].mean, f"C{i}", across=False)
+            shifted = [tau * 1.05**i for tau in mine]  # so that series do not hide each other
+            axes.plot(shifted, [line[t].mean for t in mine], "o-", color=f"C{i}", label=name)
+            for x, tau in zip(shifted, mine, strict=True):
+                _error_bar(axes, line[tau], x, line[tau].mean, f"C{i}", across=False)
         if random is not None:
             axes.axhline(random.mean, color="C7", linestyle="--", label="random")
             if not math.isnan(random.half_width):
@@ -179,7 +179,7 @@ def tau_sweep(
         axes.set(xlabel="tau", ylabel=f"{loss}, nats per token")
         _legend(axes)
 
-    return _picture("tau", f"{loss} by tau, against random", (8, 3.2), draw)
+    return _picture("tau", f"{loss} by tau, compared with random", (8, 3.2), draw)
 
 
 def _error_bar(
@@ -221,7 +221,7 @@ def _svg(size: tuple[float, float], draw: Callable[["Axes"], None], theme: Theme
         **dict.fromkeys(inks, theme.ink),
         **dict.fromkeys(papers, theme.paper),
         "axes.prop_cycle": cycler(color=theme.lines.split()),
-        "svg.hashsalt": "colorfilter",  # or names within the file are drawn by chance
+        "svg.hashsalt": "colorfilter",  # else ids in the file are random
         "axes.spines.top": False,
         "axes.spines.right": False,
     }

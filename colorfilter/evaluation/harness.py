@@ -1,8 +1,8 @@
-"""Tasks evaluated by lm-evaluation-harness: its prompts and metrics, this project's losses.
+"""Evaluate tasks by lm-evaluation-harness: its prompts and metrics, this project's losses.
 
-The tasks are the harness's own YAML files, each pointed at a local file of items, so that its
-command line can run the same ones (`write_tasks`). Small models sit at chance on accuracy; the mean
-loss of the correct answer, in nats per token, is measured beside it.
+The tasks are the harness's own YAML files, each pointed at a local file of items (`write_tasks`),
+so that the harness's command line can run the same tasks. The accuracy of small models is at
+chance, so the mean loss of the correct answer, in nats per token, is measured as well.
 """
 
 import contextlib
@@ -51,11 +51,12 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 def write_tasks(items: Path, folder: Path, fits: Callable[[Item], bool]) -> dict[str, int]:
-    """Write `<task>.jsonl` and `<task>.yaml` for every `<task>.jsonl` of `items`.
+    """Write `<task>.jsonl` and `<task>.yaml` for every `<task>.jsonl` in `items`.
 
-    The first holds the items that fit, as `tasks.split_tasks` has written them; the second is the
-    harness's own file with that for its data set. So `lm_eval --include_path <folder>` runs these
-    tasks. Returns the number of items by task. Raises InputError where none of a task fits.
+    `<task>.jsonl` holds the items that fit, in the form written by `tasks.split_tasks`.
+    `<task>.yaml` is the harness's own file with these items as its data set, so
+    `lm_eval --include_path <folder>` runs the same tasks. Returns the number of items by task.
+    Raises InputError if no item of a task fits.
     """
     counts = {}
     for path in sorted(items.glob("*.jsonl")):
@@ -63,8 +64,8 @@ def write_tasks(items: Path, folder: Path, fits: Callable[[Item], bool]) -> dict
         kept = [line for line, item in zip(lines, read_items(path), strict=True) if fits(item)]
         if not kept:
             raise InputError(
-                f"task {path.stem}: no item's choices fit the model's context; raise it or leave "
-                "the task out"
+                f"task {path.stem}: no item's choices fit the model's context; "
+                "use a longer context or remove the task"
             )
         data = folder / path.name
         data.write_text("\n".join(kept) + "\n")
@@ -88,14 +89,14 @@ def write_tasks(items: Path, folder: Path, fits: Callable[[Item], bool]) -> dict
 
 
 class ScoredModel(TemplateLM):  # type: ignore[misc]
-    """A model as the harness sees it, for tasks that need log-likelihoods of continuations.
+    """A model wrapped for the harness, for tasks that need log-likelihoods of continuations.
 
-    The harness's own template cuts prompts into tokens; a continuation's log-likelihood is the loss
-    that Scorer gives when its tokens alone are labels. Whether it is what the model would have said
-    itself, which the harness wants beside it, is not computed and always False: neither accuracy
-    nor length-normalised accuracy reads it. `answers` keeps, by (context, continuation), the
-    log-likelihood in nats and the number of tokens; `tokens` counts those that were passed through
-    the model. `progress` is called with choices done.
+    The harness's template tokenizes prompts. A continuation's log-likelihood is computed from the
+    loss that Scorer returns when only the continuation's tokens are labels. The harness also
+    expects whether the continuation is the model's greedy choice; it is not computed and always
+    False, because neither accuracy nor length-normalised accuracy reads it. `answers` holds the
+    log-likelihood in nats and the number of tokens by (context, continuation). `tokens` counts the
+    tokens passed through the model. `progress` is called with the number of choices done.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, progress: Progress = silent):
@@ -116,7 +117,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         return ids
 
     def fits(self, item: Item) -> bool:
-        """Whether every choice of an item fits the model's context, be its question cut."""
+        """Return whether every choice fits the model's context, cutting the question if needed."""
         pairs = zip(item.contexts, item.continuations, strict=True)
         return all(len(self._encode_pair(*pair)[1]) <= self._context for pair in pairs)
 
@@ -129,10 +130,11 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood, in nats, of every request's continuation.
+        """Return the log-likelihood, in nats, of every request's continuation.
 
-        What is longer than the model's context loses its beginning, as with the harness's own
-        models; a continuation is no longer (`fits`).
+        A request longer than the model's context is truncated at its beginning, like in the
+        harness's own models. Its continuation is kept completely, because only items that fit are
+        evaluated (see `fits`).
         """
         inputs, labels = [], []
         for _pair, before, after in requests:
@@ -146,10 +148,10 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     def _losses(
         self, inputs: Sequence[list[int]], labels: Sequence[list[int]]
     ) -> Iterator[tuple[int, tuple[float, int]]]:
-        """Loss in nats per token, and number of labels, of every row of inputs, by its index.
+        """Yield (row, (loss in nats per token, number of labels)) for every row of inputs.
 
-        Rows of about one length are computed together, in batches of few shapes, for each of which
-        a compiled body is compiled once.
+        Rows of similar length are computed together, in few batch shapes, because a compiled model
+        body is compiled once per shape.
         """
         device = self._scorer.device
         by_length = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
@@ -171,25 +173,25 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
                 self._progress(len(batch))
 
     def _width(self, length: int) -> int:
-        """The least power of two that holds a length, within limits."""
+        """Return the smallest power of two that holds a length, within limits."""
         return int(min(self._context, max(LEAST_WIDTH, 1 << (length - 1).bit_length())))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
-        """Abstract in the harness's interface; a task that asked for it must fail, not score 0."""
-        raise NotImplementedError("the tasks of this project need loglikelihood only")
+        """Raise: a task that needs this abstract method of the harness must fail, not score 0."""
+        raise NotImplementedError("only tasks that need loglikelihood are supported")
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
-        """Abstract in the harness's interface; a task that asked for it must fail, not score 0."""
-        raise NotImplementedError("the tasks of this project need loglikelihood only")
+        """Raise: a task that needs this abstract method of the harness must fail, not score 0."""
+        raise NotImplementedError("only tasks that need loglikelihood are supported")
 
 
 def evaluate(scored: ScoredModel, items: Path) -> dict[str, float]:
-    """Evaluate a model on the test items of tasks, the files `<task>.jsonl` of `items`.
+    """Evaluate a model on the test items of tasks, the files `<task>.jsonl` in `items`.
 
-    Returns `<task>_acc` and `<task>_acc_norm` (where the harness has it) and `<task>_loss`, the
-    mean over items of the loss of the correct answer in nats per token, each with its standard
-    error, `..._stderr`; and `<task>_items`, their number. Items with a choice longer than the
-    model's context are left out. Raises InputError as write_tasks does.
+    Returns for each task `<task>_acc`, `<task>_acc_norm` (if the harness has it for the task) and
+    `<task>_loss` (mean over items of the loss of the correct answer, in nats per token), each with
+    its standard error `..._stderr`, and `<task>_items`, the number of items. Items with a choice
+    longer than the model's context are excluded. Raises InputError if no item of a task fits.
     """
     with scratch() as folder, _quiet():
         counts = write_tasks(items, folder, scored.fits)
@@ -197,8 +199,8 @@ def evaluate(scored: ScoredModel, items: Path) -> dict[str, float]:
         loaded = manager.load(list(counts))
         for name, task in loaded["tasks"].items():
             unknown = task.aggregation().keys() - set(METRICS)
-            if unknown:  # one of them may read what ScoredModel does not compute
-                raise RuntimeError(f"{name}: {unknown} is not among the metrics of this project")
+            if unknown:  # they may read values that ScoredModel does not compute
+                raise RuntimeError(f"task {name}: unsupported metrics {', '.join(sorted(unknown))}")
         found = evaluator.evaluate(scored, loaded, log_samples=False)["results"]
         tested = {name: read_items(folder / f"{name}.jsonl") for name in counts}
     results: dict[str, float] = {}
@@ -219,7 +221,7 @@ def evaluate(scored: ScoredModel, items: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's progress bars and its log of every step."""
+    """Silence the harness's progress bars and step logs while the context lasts."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

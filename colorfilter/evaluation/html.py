@@ -1,8 +1,7 @@
-"""Sections of a report as one HTML file that opens offline, and as Markdown.
+"""Render the sections of a report as one HTML file that opens offline, and as Markdown.
 
-The templates are in `templates/`. What a corpus says is not to be trusted: Jinja escapes all text,
-the page has no script, and by its Content-Security-Policy a browser loads nothing but the style and
-the pictures within it.
+The templates are in `templates/`. Corpus text is not trusted: Jinja escapes all text, the page has
+no script, and its Content-Security-Policy lets a browser load only the embedded style and pictures.
 """
 
 import base64
@@ -21,11 +20,11 @@ from markupsafe import Markup, escape
 from colorfilter.evaluation.examples import Example
 from colorfilter.evaluation.figures import DARK, LIGHT, Picture
 
-# The colour scale of a token's difference: nats in a step, and steps to either side.
+# Colour scale of a token's loss difference: nats per step, and steps in either direction.
 STEP = 0.5
 STEPS = 8
 
-# What a browser would change or not show: it takes \r for \n, and knows no \0.
+# Characters that a browser would change or hide: it turns \r into \n and drops \0.
 MARKED = {
     "\n": '<b class="newline">\n</b>',
     "\r": '<b class="return">&#13;</b>',
@@ -36,7 +35,7 @@ CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in MARKED} | {12
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in words under a header."""
+    """Rows of table cells under a header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -44,9 +43,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a title, what it says, and what else there is.
+    """A section of the report: title, text, and optionally a table, a picture and examples.
 
-    An empty line within `text` begins another paragraph.
+    An empty line within `text` begins a new paragraph.
     """
 
     title: str
@@ -57,7 +56,7 @@ class Section:
 
 
 class Token(NamedTuple):
-    """A token as the page shows it: its text, its classes in the style, and what hovering says."""
+    """A token as shown on the page: its text, its CSS classes, and its tooltip."""
 
     text: str
     classes: str | None
@@ -65,7 +64,7 @@ class Token(NamedTuple):
 
 
 def html(title: str, sections: Sequence[Section]) -> str:
-    """The sections as one HTML file with everything in it."""
+    """Render the sections as one self-contained HTML file."""
     style = _environment().get_template("report.css").render(light=LIGHT, dark=DARK, steps=STEPS)
     return (
         _environment()
@@ -82,13 +81,13 @@ def html(title: str, sections: Sequence[Section]) -> str:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The sections as Markdown: a picture is the file `<name>.svg`, an example a row of a table."""
+    """Render the sections as Markdown: pictures as files `<name>.svg`, examples as table rows."""
     text = _environment().get_template("report.md").render(title=title, sections=sections)
     return text.rstrip("\n") + "\n"
 
 
 def markdown_table(table: Table) -> str:
-    """A table in Markdown; bars within cells are escaped."""
+    """Render a table as Markdown; bars within cells are escaped."""
 
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
@@ -123,7 +122,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _beginnings(examples: Sequence[Example]) -> Table:
-    """The first characters of examples, as a table in Markdown."""
+    """Return a table with the first characters of each example, for Markdown."""
     rows = []
     for example in examples:
         files = {Path(span["source_file"]).name: None for span in example.spans}
@@ -139,20 +138,20 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _columns(table: Table) -> list[str | None]:
-    """The class of each column: whether it holds figures."""
+    """Return the CSS class of each column: `figures` if it holds numbers, else None."""
     cells = [[str(row[i]) for row in table.rows] for i in range(len(table.header))]
     return ["figures" if _is_figures(column) else None for column in cells]
 
 
 def _is_figures(cells: Sequence[str]) -> bool:
-    """Whether cells hold numbers with their signs, bounds and intervals, and nothing else."""
+    """Return whether cells hold only numbers, with signs, bounds and intervals."""
     return any(re.search(r"\d", cell) for cell in cells) and all(
         re.fullmatch(r"[-+<>±%.,\d\s]*", cell) for cell in cells
     )
 
 
 def _tokens(example: Example) -> Iterator[Token]:
-    """The tokens of a sequence, coloured by conditional minus prior loss."""
+    """Yield the tokens of a sequence, coloured by conditional minus prior loss."""
     ends = np.cumsum([span["n_tokens"] for span in example.spans])
     closing = {
         int(end) - 1 for end, span in zip(ends, example.spans, strict=True) if span["closes"]
@@ -160,7 +159,7 @@ def _tokens(example: Example) -> Iterator[Token]:
     losses: Any = zip(example.texts, example.prior, example.conditional, strict=True)
     for i, (text, prior, conditional) in enumerate(losses):
         difference = float(conditional) - float(prior)
-        colour, about = "", "not a label"
+        colour, about = "", "no loss for this token"
         if not np.isnan(difference):
             colour = _colour(round(float(np.clip(difference / STEP, -STEPS, STEPS))))
             about = f"{difference:+.2f} = {conditional:.2f} - {prior:.2f}"
@@ -173,6 +172,6 @@ def _colour(level: int) -> str:
 
 
 def _visible(text: str) -> Markup:
-    """Text escaped; line ends and tabs are marked by the style, other controls are pictures."""
+    """Escape text; line ends and tabs are marked by the style, other controls become symbols."""
     escaped = str(escape(text.translate(CONTROLS)))
     return Markup("".join(MARKED.get(c, c) for c in escaped))  # noqa: S704  (escaped above)

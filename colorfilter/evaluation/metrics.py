@@ -1,4 +1,4 @@
-"""Does the selected data train a better model? Held-out loss, tokens-to-match, and the probe."""
+"""Metrics that show whether selected data trains a better model, and the probe."""
 
 import itertools
 import math
@@ -13,23 +13,24 @@ from colorfilter.stages import IN_CORPUS
 
 
 def mean_loss(nll: np.ndarray, n: np.ndarray) -> float:
-    """Token-weighted mean of per-sequence losses, in float64; sequences without labels left out."""
+    """Return the token-weighted mean of sequence losses, in float64; skips rows without labels."""
     scored = n > 0
     return float(np.average(nll[scored].astype(np.float64), weights=n[scored]))
 
 
 def bits_per_byte(loss: float, n_labels: int, n_bytes: int) -> float:
-    """Mean loss in nats per token over `n_labels` tokens -> bits per byte of their text."""
+    """Convert a mean loss in nats per token over `n_labels` tokens to bits per byte of text."""
     return loss * n_labels / (math.log(2) * n_bytes)
 
 
-FINETUNED = "_finetuned"  # of a metric: after an epoch over D_down
+FINETUNED = "_finetuned"  # suffix of metrics measured after fine-tuning for an epoch on D_down
 
 
 def mean_over_tasks(metrics: Mapping[str, float]) -> float:
-    """Mean of the tasks' losses of the correct answer (harness.evaluate), each task alike.
+    """Return the mean of the tasks' losses of the correct answer, all tasks weighted equally.
 
-    Small models sit at chance on accuracy; this is what tells arms apart.
+    `metrics` are those of harness.evaluate. The accuracy of small models is at chance; this loss
+    distinguishes arms.
     """
     losses = [value for name, value in metrics.items() if name.endswith("_loss")]
     return sum(losses) / len(losses)
@@ -37,10 +38,10 @@ def mean_over_tasks(metrics: Mapping[str, float]) -> float:
 
 @dataclass(frozen=True)
 class TokensToMatch:
-    """How many times the tokens another arm needs for the same loss.
+    """The tokens that another arm needs for the same loss, as a multiple of an arm's own tokens.
 
-    `bound` is '=' where `ratio` was interpolated, '>' or '<' where it lies beyond the last or
-    before the first end point.
+    `bound` is '=' if `ratio` was interpolated. It is '>' or '<' if the match is after the other
+    arm's last end point or before its first, so that `ratio` is only a lower or upper bound.
     """
 
     ratio: float
@@ -54,11 +55,10 @@ class TokensToMatch:
 def tokens_to_match(
     loss: float, tokens: int, endpoints: Sequence[tuple[int, float]]
 ) -> TokensToMatch:
-    """Tokens of another arm that reach `loss`, over the `tokens` that the arm itself took.
+    """Return the tokens another arm needs to reach `loss`, divided by the arm's own `tokens`.
 
-    `endpoints` are (tokens, loss) of the other arm, from annealed end points only, tokens rising.
-    Interpolated linearly in the logarithm of tokens at the first crossing; nothing is
-    extrapolated.
+    `endpoints` are (tokens, loss) of the other arm's annealed end points, tokens rising. The result
+    is interpolated linearly in the logarithm of tokens at the first crossing, never extrapolated.
     """
     first_tokens, first_loss = endpoints[0]
     if loss > first_loss:
@@ -96,10 +96,10 @@ PROBED = {"color": "color", "conditional_only": "loss_conditional::DOUBLE"}
 
 @dataclass(frozen=True)
 class Probe:
-    """Where text of the domain, scored like corpus, ranks against the corpus.
+    """How the probe (text of the domain, scored like the corpus) ranks against the corpus.
 
-    `auc` is the chance that a sequence of the probe has a lower score than one of the corpus;
-    `recall` the share of the probe's sequences that lie at or below the cutoff.
+    `auc` is the probability that a sequence of the probe has a lower score than one of the corpus.
+    `recall` is the share of the probe's sequences whose score is at or below the cutoff.
     """
 
     auc: float
@@ -114,9 +114,9 @@ def probe(
     probe_shard: str,
     cutoff: float,
 ) -> Probe:
-    """Rank the probe shard by the scores of color or conditional_only.
+    """Rank the probe shard against the corpus by the scores of color or conditional_only.
 
-    The answer is known, so this tests the pipeline.
+    The probe is known to be text of the domain, so this tests the pipeline.
     """
     parameters = {"domain": domain, "probe": probe_shard, "cutoff": cutoff}
     n_probe, n_corpus, rank_sum, recalled = fetch_row(
@@ -128,14 +128,14 @@ def probe(
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and the half-width of its 95 % interval over seeds (Student's t); nan for one seed."""
+    """Mean over seeds and half-width of its 95% interval (Student's t; NaN for one seed)."""
 
     mean: float
     half_width: float
     n: int
 
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -144,7 +144,7 @@ T95 = (
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean over seeds with its 95 % interval."""
+    """Return the mean over seeds with its 95% interval."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -155,21 +155,21 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Summary | None:
-    """Loss less the other arm's over the seeds that both have; None where they share none.
+    """Return the mean of loss minus the other arm's loss over shared seeds; None if there are none.
 
-    Target models of one seed begin from the same weights, so their difference varies less than
-    either loss.
+    Both arms map seeds to losses. Target models of equal seeds start from the same weights, so the
+    difference varies less than either loss.
     """
     shared = sorted(losses.keys() & others.keys())
     return summarize([losses[s] - others[s] for s in shared]) if shared else None
 
 
 def verdict(difference: Summary) -> str:
-    """What a paired difference of losses says: its 95 % interval lies below 0, above it, or not."""
+    """Return whether the 95% interval of a paired difference of losses excludes 0, in words."""
     if difference.n < 2:
         return "one seed"
     if difference.mean + difference.half_width < 0:
         return "better"
     if difference.mean - difference.half_width > 0:
         return "worse"
-    return "not told apart"
+    return "inconclusive"

@@ -1,4 +1,4 @@
-"""Evaluations to a report that people read: its tables, and which sections there are."""
+"""Build the human-readable report of evaluations: its tables and its sections."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ EVALUATIONS = {
 
 @dataclass(frozen=True)
 class ArmLine:
-    """One arm at one number of training tokens, over the seeds."""
+    """One arm at one number of training tokens, over all seeds."""
 
     arm: str
     tokens: int
@@ -51,18 +51,18 @@ class ArmLine:
 
 
 def judged_by(evaluations: pl.DataFrame) -> str:
-    """The loss that arms are compared by: of the tasks' correct answers, or of held-out text."""
+    """Return the metric that compares arms: the loss on tasks if measured, else held-out loss."""
     measured = set(evaluations["metric"])
     return "tasks_loss" if "tasks_loss" in measured else "held_out_loss"
 
 
 def arm_lines(evaluations: pl.DataFrame, suffix: str = "") -> list[ArmLine]:
-    """The comparison: a line per arm and end point, of equal tokens the lowest mean loss first.
+    """Return one line per arm and end point, ordered by tokens and then by mean loss.
 
-    `evaluations` has the columns EVALUATIONS; read are the metrics with a suffix, such as
-    evaluation.FINETUNED. Every arm but random is held against random seed by seed: by the
-    difference of losses at the same number of tokens, and by its tokens-to-match, from random's end
-    points.
+    `evaluations` has the columns EVALUATIONS; only metrics with `suffix`, such as
+    metrics.FINETUNED, are read. Every arm except random is compared with random seed by seed: by
+    the difference of losses at the same number of tokens, and by tokens-to-match, computed from
+    random's end points.
     """
     metric = judged_by(evaluations) + suffix
     losses = evaluations.filter(pl.col("metric") == metric).sort("tokens", "seed")
@@ -98,7 +98,7 @@ def _by_seed(losses: pl.DataFrame) -> dict[int, float]:
 
 
 def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
-    """tokens-to-match as evaluations: the metric says whether the value is exact or a bound."""
+    """Return tokens-to-match as evaluations; the metric shows if a value is exact or a bound."""
     metrics = {
         "=": "tokens_to_match",
         ">": "tokens_to_match_more_than",
@@ -119,7 +119,7 @@ def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def task_rows(evaluations: pl.DataFrame) -> list[dict[str, str]]:
-    """Loss and accuracy by task, a row per arm and end point; none where there are no tasks."""
+    """Return loss and accuracy by task, one row per arm and end point."""
     metrics = evaluations["metric"]
     tasks = sorted({m.removesuffix("_acc") for m in metrics if m.endswith("_acc")})
     means = evaluations.group_by("arm", "tokens", "metric", maintain_order=True).agg(
@@ -135,14 +135,14 @@ def task_rows(evaluations: pl.DataFrame) -> list[dict[str, str]]:
 
 
 def interval(summary: Summary, places: int = 3) -> str:
-    """'mean ± half-width', or the mean alone for one seed."""
+    """Format a summary as 'mean ± half-width', or as the mean alone for one seed."""
     if math.isnan(summary.half_width):
         return f"{summary.mean:.{places}f}"
     return f"{summary.mean:.{places}f} ± {summary.half_width:.{places}f}"
 
 
 def matches_in_words(matches: Sequence[TokensToMatch]) -> str:
-    """tokens-to-match by seed; where all are equal, as bounds may be, once."""
+    """Format tokens-to-match by seed, or once if all seeds are equal, as bounds often are."""
     words = [str(m) for m in matches]
     if len(words) > 1 and len(set(words)) == 1:
         return f"{words[0]} x{len(words)}"
@@ -150,7 +150,7 @@ def matches_in_words(matches: Sequence[TokensToMatch]) -> str:
 
 
 def comparison_rows(lines: Sequence[ArmLine]) -> list[list[str]]:
-    """The comparison as words, in the columns of COMPARISON_HEADER."""
+    """Return the comparison as text, in the columns of COMPARISON_HEADER."""
     return [
         [
             line.arm,
@@ -173,16 +173,16 @@ COMPARISON_HEADER = [
     "arm",
     "tokens",
     "loss by seed",
-    "mean, 95 %",
+    "mean ± 95% CI",
     "bits/byte",
-    "against random",
+    "vs. random",
     "verdict",
     "tokens-to-match",
 ]
 
 
 def comparison_in_brief(lines: Sequence[ArmLine]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison for a terminal of 80 columns."""
+    """Return header and rows of the comparison for an 80-column terminal."""
     rows = [
         [
             line.arm,
@@ -193,14 +193,14 @@ def comparison_in_brief(lines: Sequence[ArmLine]) -> tuple[list[str], list[list[
         ]
         for line in lines
     ]
-    return ["arm", "tokens", "mean, 95 %", "than random", "tokens-to-match"], rows
+    return ["arm", "tokens", "mean ± 95% CI", "vs. random", "tokens-to-match"], rows
 
 
 def comparison_in_a_sentence(lines: Sequence[ArmLine]) -> str:
-    """What the best arm gains over random, by the seed that gains least.
+    """Summarize what the best arm gains over random, judged by its seed that gains least.
 
-    Of arms that are better than random, the best is the one of fewest tokens, then of lowest loss.
-    Empty where nothing is compared with random.
+    The best arm is the one with the fewest tokens, then the lowest loss, among the arms that are
+    better than random. Empty if no arm is compared with random.
     """
     compared = [line for line in lines if line.against_random is not None and line.matches]
     if not compared:
@@ -209,16 +209,19 @@ def comparison_in_a_sentence(lines: Sequence[ArmLine]) -> str:
     if not better:
         if all(_against(line.against_random)[1] == "one seed" for line in compared):
             return "One seed is too few to compare an arm with random."
-        return f"At {compared[0].tokens:,} tokens no arm is significantly better than random."
+        return f"At {compared[0].tokens:,} tokens, no arm is significantly better than random."
     best = min(better, key=lambda line: (line.tokens, line.loss.mean))
     least = min(best.matches, key=lambda match: (match.bound != "<", match.ratio))
     seeds = f"each of {len(best.matches)} seeds"
     if least.bound == "<":
-        return f"{best.arm} is better than random at {best.tokens:,} tokens, but not with {seeds}."
+        return (
+            f"At {best.tokens:,} tokens, {best.arm} is better than random on average, but not with "
+            f"{seeds}."
+        )
     more = "more than" if least.bound == ">" else "at least"
     return (
-        f"{best.arm} reached with {best.tokens:,} tokens what random needs {more} "
-        f"{least.ratio * best.tokens:,.0f} for, with {seeds}."
+        f"To match {best.arm} at {best.tokens:,} tokens, random needs {more} "
+        f"{least.ratio * best.tokens:,.0f} tokens with {seeds}."
     )
 
 
@@ -226,45 +229,53 @@ Rows = Sequence[Mapping[str, object]]
 
 LOSSES = {
     "held_out_loss": "Held-out loss",
-    "tasks_loss": "Loss of the tasks' correct answers, each task alike,",
+    "tasks_loss": "Loss of the correct answers, averaged over tasks",
 }
 COMPARISON = (
-    "{loss} in nats per token, lower is better, of target models trained on what each arm "
-    "selected. Bits per byte are those of held-out text. Against random: the difference at as many "
-    "tokens, paired by seed, with its 95 % interval. tokens-to-match: how many times the tokens "
-    "random needs for the same loss, seed by seed, from its annealed end points."
+    "{loss}, in nats per token, of target models trained on the data that each arm selected; lower "
+    "is better. bits/byte: bits per byte of held-out text. vs. random: difference from random at "
+    "the same number of tokens, paired by seed, with its 95% interval. verdict: better or worse if "
+    "that interval excludes 0, otherwise inconclusive. tokens-to-match: tokens that random needs "
+    "to reach the same loss, divided by the arm's tokens, for each seed; above 1 is better. It is "
+    "interpolated between random's annealed end points; > and < mark bounds."
 )
 MATCHES = (
-    "A dot is a seed, a triangle a bound: random's end points reach no farther. Where no seed is a "
-    "bound, the diamond is the mean and the bar its 95 % interval, cut where it leaves the picture."
+    "Each dot is a seed. A triangle is a seed with only a bound, because the match is outside the "
+    "range of random's end points. If no seed is a bound, the diamond is the mean and the bar its "
+    "95% interval, clipped at the edge of the plot."
 )
-SWEEP = "The bars, and the band of random at the same number of tokens, are 95 % intervals."
+SWEEP = "Bars are 95% intervals, and so is the band of random at the same number of tokens."
 CURVES = (
-    "Lines are the trunks, at a constant learning rate; dots are end points, annealed by a decay."
+    "Lines are trunks, trained at a constant learning rate. Dots are end points, annealed by a "
+    "learning-rate decay."
 )
 SCORES = (
-    "The probe is text of the domain that was scored like corpus and is never selected. probe_auc: "
-    "the chance that a sequence of it ranks before one of the corpus; probe_recall: the share of "
-    "it that lies before the cutoff."
+    "The probe is text of the domain that is scored like the corpus but never selected. probe_auc: "
+    "probability that a sequence of the probe ranks before one of the corpus. probe_recall: share "
+    "of the probe's sequences that rank before the cutoff."
 )
-FINETUNED_TOO = "The target models after an epoch over D_down. The paper finds less gain here."
-ON_TASKS = "Loss of the correct answer, nats per token, and accuracy; means over seeds."
+FINETUNED_TOO = (
+    "The target models after fine-tuning for one epoch on D_down. Expect smaller gains than above, "
+    "as in the paper."
+)
+ON_TASKS = "Loss of the correct answer in nats per token, and accuracy, averaged over seeds."
 CONFIDENCE = (
-    "A conditional trained with another seed scores a sample of the corpus. Of the sample's best "
-    "1/tau, so many would not be selected by it."
+    "A second conditional, trained with another seed, scores a sample of the corpus. selected: "
+    "sequences in the best 1/tau of the sample. flips: how many of them the second conditional "
+    "would not select. correlation: Spearman's, between the two scores."
 )
 LEAKAGE = (
-    "Selected text that has 13 words in a row in common with held-out text or task items. Its "
-    "sequences are not trained on, unless the arm keeps leaks."
+    "Selected text that shares 13 consecutive words with held-out text or task items. Sequences "
+    "that contain such text are not trained on, unless the arm keeps leaks."
 )
 COST = (
-    "Predicted: tokens that pass, and billions of auxiliary-model forwards of a token, a backward "
-    "counting as two. Measured: tokens that passed, and seconds added up over workers."
+    "Predicted: tokens processed, and auxiliary-model forwards in billions of tokens (a backward "
+    "counts as two forwards). Measured: tokens processed, and seconds summed over workers."
 )
 SELECTED = (
-    "Sequences from the best end of the corpus to the worst. Every token is coloured by what the "
-    "conditional loses on it minus what the prior loses: blue tokens make the color lower, which "
-    "is better, orange ones higher. The number shows when the pointer rests on a token."
+    "Sequences from the best end of the corpus to the worst. Each token is coloured by its "
+    "conditional loss minus its prior loss: blue tokens lower the color of the sequence, which is "
+    "better, and orange tokens raise it. Hover over a token to see its losses."
 )
 
 
@@ -279,11 +290,12 @@ def sections(
     leakage: Rows = (),
     cost: Rows = (),
 ) -> list[Section]:
-    """What the report says, in the order of reading; a section without content is left out.
+    """Return the sections of the report in reading order, omitting those without content.
 
-    `evaluations` has the columns EVALUATIONS; `curves` are learning curves per arm, one per seed;
-    `colors` are values of color to draw as histograms by name, `cutoffs` those that arms cut at;
-    `confidence`, `leakage` and `cost` are rows of tables, all with the keys of the first.
+    `evaluations` has the columns EVALUATIONS. `curves` are the learning curves of each arm, one per
+    seed. `colors` are values of color to draw as histograms, by name; `cutoffs` are cutoffs of
+    color by arm. `confidence`, `leakage` and `cost` are table rows; all rows of a table have the
+    same keys.
     """
     lines = arm_lines(evaluations)
     words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])
@@ -295,7 +307,7 @@ def sections(
     tuned = comparison_rows(arm_lines(evaluations, FINETUNED))
     if tuned:
         found.append(Section("Fine-tuned", FINETUNED_TOO, Table(COMPARISON_HEADER, tuned)))
-    # The first line of an arm is at as many tokens as the others.
+    # An arm's first line is at the number of tokens that all arms have.
     matches = {line.arm: line.matches for line in reversed(lines) if line.matches}
     matches = {line.arm: matches[line.arm] for line in lines if line.arm in matches}
     if matches:
@@ -303,8 +315,7 @@ def sections(
     by_tau = _losses_by_tau(lines, arms)
     if len({tau for line in by_tau.values() for tau in line}) > 1:
         random = next((line.loss for line in lines if line.arm == "random"), None)
-        loss = LOSSES[judged_by(evaluations)].rstrip(",")
-        picture = figures.tau_sweep(by_tau, random, loss)
+        picture = figures.tau_sweep(by_tau, random, LOSSES[judged_by(evaluations)])
         found.append(Section("Loss by tau", SWEEP, picture=picture))
     found.append(Section("Learning curves", CURVES, picture=figures.learning_curves(curves)))
     probe = evaluations.filter(pl.col("metric").str.starts_with("probe"))
@@ -328,7 +339,7 @@ def sections(
 def _losses_by_tau(
     lines: Sequence[ArmLine], arms: Sequence[Arm]
 ) -> dict[str, dict[float, Summary]]:
-    """Loss of the arms of method color by tau, a series per form of the method."""
+    """Return the losses of arms with method color by tau, one series per variant of the method."""
     losses = {line.arm: line.loss for line in lines}
     found: dict[str, dict[float, Summary]] = {}
     for arm in arms:
@@ -354,7 +365,7 @@ def _words(value: object) -> str:
 
 
 def write_report(folder: Path, title: str, found: Sequence[Section]) -> None:
-    """Write `report.html`, which needs no other file, and `report.md` with its pictures."""
+    """Write `report.html`, which is self-contained, and `report.md` with its picture files."""
     (folder / "report.html").write_text(html.html(title, found), encoding="utf-8")
     (folder / "report.md").write_text(html.markdown(title, found), encoding="utf-8")
     for picture in (section.picture for section in found if section.picture):

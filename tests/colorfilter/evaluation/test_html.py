@@ -187,7 +187,7 @@ def test_a_token_is_coloured_by_conditional_minus_prior_and_tells_it() -> None:
     conditional = [math.nan, 3.1, 3.5, 3.8, 1.0, 99.0, 2.7]
     shown = tokens(example(list("abcdefg"), prior, conditional))
     assert [(n.kinds, n.attributes["title"]) for n in shown] == [
-        ([], "not a label"),
+        ([], "no loss for this token"),
         ([], "+0.10 = 3.10 - 3.00"),
         (["lower3"], "-1.50 = 3.50 - 5.00"),
         (["higher2"], "+0.80 = 3.80 - 3.00"),

@@ -199,8 +199,8 @@ def test_differences_are_taken_within_a_seed() -> None:
     [
         (Summary(-0.5, 0.4, 3), "better"),
         (Summary(0.5, 0.4, 3), "worse"),
-        (Summary(-0.5, 0.6, 3), "not told apart"),
-        (Summary(0.0, 0.0, 3), "not told apart"),
+        (Summary(-0.5, 0.6, 3), "inconclusive"),
+        (Summary(0.0, 0.0, 3), "inconclusive"),
         (Summary(-0.5, math.nan, 1), "one seed"),
     ],
 )

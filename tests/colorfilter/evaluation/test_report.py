@@ -129,7 +129,7 @@ def test_the_comparison_is_in_words() -> None:
         "5.350 ± 1.906",
         "1.337 ± 0.476",
         "-0.750 ± 3.176",
-        "not told apart",
+        "inconclusive",
         "1.41 2.00",
     ]
     assert rows["best_tau8", "100"][-3:-1] == ["-2.100 ± 1.271", "better"]
@@ -144,8 +144,8 @@ def test_in_brief_equal_matches_are_told_once() -> None:
     assert by_arm["best_tau8", "100"] == {
         "arm": "best_tau8",
         "tokens": "100",
-        "mean, 95 %": "4.000 ± 0.000",
-        "than random": "better",
+        "mean ± 95% CI": "4.000 ± 0.000",
+        "vs. random": "better",
         "tokens-to-match": ">2.00 x2",
     }
     assert by_arm["color_tau8", "100"]["tokens-to-match"] == "1.41 2.00"
@@ -155,9 +155,9 @@ def test_in_brief_equal_matches_are_told_once() -> None:
 @pytest.mark.parametrize(
     ("losses", "sentence"),
     [
-        ((4.0, 4.0), "reached with 100 tokens what random needs more than 200 for, with each of 2"),
-        ((5.5, 5.49), "reached with 100 tokens what random needs at least 141 for, with each of 2"),
-        ((5.99, 6.01), "At 100 tokens no arm is significantly better than random."),
+        ((4.0, 4.0), "at 100 tokens, random needs more than 200 tokens with each of 2 seeds."),
+        ((5.5, 5.49), "at 100 tokens, random needs at least 141 tokens with each of 2 seeds."),
+        ((5.99, 6.01), "At 100 tokens, no arm is significantly better than random."),
     ],
 )
 def test_the_sentence_says_what_the_seed_that_gains_least_does(
@@ -188,10 +188,8 @@ def sentence_of(losses: dict[str, list[float]]) -> str:
 
 RANDOM = {"random": [6.0, 6.1, 5.9]}
 BETTER = {"color": [5.0, 5.1, 4.9]}
-NONE_BETTER = "At 100 tokens no arm is significantly better than random."
-OF_COLOR = (
-    "color reached with 100 tokens what random needs more than 100 for, with each of 3 seeds."
-)
+NONE_BETTER = "At 100 tokens, no arm is significantly better than random."
+OF_COLOR = "To match color at 100 tokens, random needs more than 100 tokens with each of 3 seeds."
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,9 @@ def test_a_seed_that_is_worse_is_told_where_the_arm_is_better() -> None:
         rows += losses_and_bits("random", seed, 100, other)
         rows += losses_and_bits("color_tau8", seed, 100, own)
     told = comparison_in_a_sentence(arm_lines(evaluations(*rows)))
-    assert told == "color_tau8 is better than random at 100 tokens, but not with each of 12 seeds."
+    assert told == (
+        "At 100 tokens, color_tau8 is better than random on average, but not with each of 12 seeds."
+    )
 
 
 def test_an_interval_is_shown_only_where_there_is_one() -> None:
@@ -283,8 +283,8 @@ def test_the_report_has_its_sections_in_the_order_of_reading() -> None:
 def test_the_report_begins_with_the_sentence_that_a_run_ends_with() -> None:
     told = report_of(COMPARED)["Comparison"].text
     assert told.startswith(
-        "best_tau8 reached with 100 tokens what random needs more than 200 for, with each of 2 "
-        "seeds.\n\nHeld-out loss in nats per token"
+        "To match best_tau8 at 100 tokens, random needs more than 200 tokens with each of 2 seeds."
+        "\n\nHeld-out loss, in nats per token"
     )
 
 
