@@ -255,8 +255,8 @@ SCORES = (
     "of the probe's sequences that rank before the cutoff."
 )
 FINETUNED_TOO = (
-    "The target models after fine-tuning for one epoch on D_down. Expect smaller gains than above, "
-    "as in the paper."
+    "The target models after fine-tuning for one epoch on D_down. The paper reports smaller gains "
+    "after fine-tuning."
 )
 ON_TASKS = "Loss of the correct answer in nats per token, and accuracy, averaged over seeds."
 CONFIDENCE = (

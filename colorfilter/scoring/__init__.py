@@ -1,1 +1,1 @@
-"""From sequences to losses."""
+"""Losses of packed sequences under language models."""

@@ -1,7 +1,8 @@
-"""Chunks of scoring: which sequences make one, which of them stand, which are missing.
+"""Chunks of scoring: which sequences form a chunk, which chunks exist and which are missing.
 
-A chunk is a Parquet file of consecutive sequences, written under a temporary name, flushed to disk
-and renamed, its own sha256 in its name. Nothing here loads torch.
+A chunk is a Parquet file with the losses of consecutive sequences. It is written under a temporary
+name, flushed to disk and renamed; its final name contains its sha256. This module does not load
+torch.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from colorfilter.data.tokens import real_tokens
 from colorfilter.storage.files import file_sha256
 from colorfilter.storage.remote import Place
 
-# Tokens in a batch by kind of device: what stays in a core's cache, or fills a device.
+# Tokens per batch by device type: what fits a CPU core's cache, or fills a GPU.
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
-# Of a model's arithmetic, a chunk by kind of device; about a minute on one core or one device.
+# Model FLOPs per chunk by device type: about a minute on one core or one GPU.
 FLOPS_PER_CHUNK = {"cpu": 4e12, "cuda": 1.5e16}
 
 Range = tuple[int, int]
@@ -25,8 +26,10 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sequences [start, stop) of packed tokens, to score by models: fingerprint -> checkpoint, and
-    -> place of its losses. `eot_id` as in labels.shifted_labels.
+    """Sequences [start, stop) of packed tokens, to be scored with one or more models.
+
+    `models` maps a model's fingerprint to its checkpoint, `outs` to the folder of its losses.
+    `eot_id`: see labels.shifted_labels.
     """
 
     models: Mapping[str, Place]
@@ -44,12 +47,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed chunk of one model's losses holds and what it took.
+    """What a committed chunk of one model's losses holds, and how it was computed.
 
-    `unscored` of the sequences have no label and so no row. `seconds` is this model's share of the
-    time, 0 for a chunk found standing. `kernel` is the form that was used, `matrix_share` the rate
-    of the products with the model's weights as a share of that of one large product; `device` and
-    `node` say where.
+    `unscored` sequences have no label and therefore no row. `seconds` is this model's share of the
+    time, 0 for a chunk that already existed. `kernel` names what computed the losses.
+    `matrix_share` is the rate of the products with the model's weights, as a share of the rate of
+    one large product. `device` and `node` are where the chunk was computed.
     """
 
     model: str
@@ -69,15 +72,15 @@ class Receipt:
 
 
 def batch_sequences(length: int, device: str) -> int:
-    """Sequences in a batch, by their length and the kind of device."""
+    """Return the number of sequences per batch, by their length and the device type."""
     return max(1, BATCH_TOKENS.get(device, 16_384) // length)
 
 
 def chunk_sequences(parameters: int, length: int, device: str) -> int:
-    """Sequences in a chunk: whole batches that take about a minute on a device of its kind.
+    """Return the number of sequences per chunk: full batches that take about a minute.
 
-    Decided from the sizes alone and not from the clock, so that chunks of the same scores are the
-    same files everywhere.
+    Depends only on sizes and the device type, not on measured time, so that equal scores are stored
+    in equal files everywhere.
     """
     batch = batch_sequences(length, device)
     minute = FLOPS_PER_CHUNK.get(device, 1e14) / (2 * parameters * length)
@@ -87,32 +90,31 @@ def chunk_sequences(parameters: int, length: int, device: str) -> int:
 def plan_chunks(
     tokens: Path, outs: Mapping[str, Path], chunk: int
 ) -> tuple[dict[str, list[Receipt]], dict[Range, list[str]]]:
-    """The receipts of each model's chunks that stand in its folder of `outs`, and the ranges of
-    those that are missing, each with the models it is missing of.
+    """Return the receipts of existing chunks by model, and the models that lack each missing range.
 
-    Chunks of any size stand, such as those of another kind of device. What a killed run left
-    half-written, and chunks that were damaged since, are removed.
+    `outs` is the folder of losses by model. Existing chunks may have any size, such as that of
+    another device type. Partially written files of a killed run and damaged chunks are removed.
     """
     n_tokens = real_tokens(tokens)
-    standing: dict[str, list[Receipt]] = {}
+    existing: dict[str, list[Receipt]] = {}
     missing: dict[Range, list[str]] = {}
     for model, out in outs.items():
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
-        standing[model] = _standing(model, out, n_tokens)
-        stops = [0, *(r.stop for r in standing[model])]
-        starts = [*(r.start for r in standing[model]), len(n_tokens)]
+        existing[model] = _existing_chunks(model, out, n_tokens)
+        stops = [0, *(r.stop for r in existing[model])]
+        starts = [*(r.start for r in existing[model]), len(n_tokens)]
         for first, last in zip(stops, starts, strict=True):
             for start in range(first - first % chunk, last, chunk):
                 piece = max(first, start), min(start + chunk, last)
                 if first < last:
                     missing.setdefault(piece, []).append(model)
-    return standing, missing
+    return existing, missing
 
 
-def _standing(model: str, out: Path, n_tokens: np.ndarray) -> list[Receipt]:
-    """The chunks in a folder, in order; those that are damaged or overlap are removed."""
+def _existing_chunks(model: str, out: Path, n_tokens: np.ndarray) -> list[Receipt]:
+    """Return the receipts of a folder's chunks in order; remove damaged and overlapping chunks."""
     receipts: list[Receipt] = []
     for path in sorted(out.glob("losses-*.parquet")):
         start, stop = chunk_range(path.name)
@@ -126,13 +128,13 @@ def _standing(model: str, out: Path, n_tokens: np.ndarray) -> list[Receipt]:
 
 
 def chunk_range(name: str) -> Range:
-    """The sequences whose losses a chunk of this name holds."""
+    """Return the range of sequences whose losses a chunk holds, from its file name."""
     _, start, stop, _ = name.split("-")
     return int(start), int(stop)
 
 
 def receipt_of(model: str, path: Path, name: str, sha256: str, n_tokens: np.ndarray) -> Receipt:
-    """The receipt of a file that holds a chunk's losses, of sequences with so many tokens each."""
+    """Return the receipt of a file of losses; `n_tokens` are the real tokens of its sequences."""
     scored = pl.scan_parquet(path).select(pl.len()).collect().item()
     n = len(n_tokens)
     start, stop = chunk_range(name)

@@ -1,4 +1,4 @@
-"""Labels of next-token prediction: which tokens a loss is the mean of."""
+"""Labels of next-token prediction: the tokens over which a loss is averaged."""
 
 import torch
 
@@ -8,12 +8,12 @@ IGNORED = -100
 def shifted_labels(
     tokens: torch.Tensor, n_tokens: torch.Tensor, eot_id: int | None = None
 ) -> torch.Tensor:
-    """Labels of next-token prediction.
+    """Return the labels of next-token prediction.
 
     tokens int64 [B, T], n_tokens int64 [B] real tokens at the front of each row -> int64 [B, T]:
-    the token that follows each position, IGNORED where none does or it is padding. With
-    `eot_id`, the token that closes a document, also IGNORED behind it: what follows there is
-    the beginning of another document, which the context says nothing of.
+    the token that follows each position, or IGNORED if there is none or it is padding. With
+    `eot_id`, the end-of-text id, a label that follows that token is IGNORED too: it begins another
+    document, which the context cannot predict.
     """
     labels = tokens.roll(-1, dims=1)
     following = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
@@ -24,9 +24,9 @@ def shifted_labels(
 
 
 def mean_over_labels(nll: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nll [B, T] of each label -> float32 [B] mean over a row's labels, int32 [B] their number.
+    """Average nll [B, T] over each row's labels: float32 [B] mean, int32 [B] number of labels.
 
-    What stands at IGNORED labels does not count; a row without labels is NaN.
+    Values at IGNORED labels do not count; the mean of a row without labels is NaN.
     """
     counted = labels != IGNORED
     n = counted.sum(dim=1)

@@ -1,8 +1,8 @@
 """Stream packed sequences through models and commit their losses chunk by chunk.
 
-Chunks (colorfilter.scoring.chunks) need nothing of each other: any process may score
-any of them, a killed one loses the chunk it was at, a rerun scores what is missing, and each loss
-stands exactly once. Nothing is locked.
+Chunks (colorfilter.scoring.chunks) are independent, so any process may score any of them without
+locks. A killed process loses only its current chunk, a rerun scores only missing chunks, and each
+loss is stored exactly once.
 """
 
 import time
@@ -31,10 +31,10 @@ Losses = tuple[np.ndarray, np.ndarray]
 
 
 class Scorer:
-    """A model made ready for scoring: losses of batches of sequences.
+    """A model prepared for scoring batches of sequences.
 
-    `precision` is that of the model's weights, `kernel` a form of loss.sequence_nll (by default
-    chosen at the first batch).
+    `precision` is that of the model's weights. `kernel` is a kernel of loss.sequence_nll; by
+    default it is chosen at the first batch.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Scorer:
 
     @property
     def form(self) -> str:
-        """What computes the losses, in words."""
+        """Human-readable name of the code that computes the losses."""
         body = f", {self._attention} attention" if self._attention else ""
         return f"{self.kernel}{body}"
 
@@ -61,8 +61,10 @@ class Scorer:
     def losses(
         self, tokens: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [B, T], labels int64 [B, T] as of labels.shifted_labels
-        -> float32 [B] nats per token, int32 [B] number of labels, on the model's device.
+        """Return the losses of a batch, on the model's device.
+
+        tokens int64 [B, T], labels int64 [B, T] (see labels.shifted_labels) -> float32 [B] nats per
+        token, int32 [B] number of labels.
         """
         if self._weight is None:
             logits = self._model(input_ids=tokens, use_cache=False).logits
@@ -83,23 +85,23 @@ def sequence_losses(
     eot_id: int | None = None,
     progress: Progress = silent,
 ) -> list[Losses]:
-    """Losses of many sequences by several models on one device, in one pass over them.
+    """Return the losses of many sequences under several models on one device, in one pass.
 
-    tokens integer [N, T], n_tokens int64 [N] of them real, `eot_id` as in labels.shifted_labels
-    -> by model: float32 [N] nats per token (NaN where a sequence has no label), int32 [N] number of
-    labels. `progress` is called with sequence tokens done, per model.
+    tokens integer [N, T], n_tokens int64 [N] real tokens per row -> for each model: float32 [N]
+    nats per token (NaN for a sequence without labels), int32 [N] number of labels. `eot_id`: see
+    labels.shifted_labels. `progress` is called with tokens done, counted once per model.
     """
     device = scorers[0].device
     step = batch_sequences(tokens.shape[1], device.type)
-    # Libraries add up a product's terms in an order that depends on its shape. Sequences without
-    # tokens fill the last batch, so that all have one, and a loss has the same bits in any of them.
+    # Libraries sum a product's terms in an order that depends on its shape. Empty sequences fill
+    # the last batch, so that all batches have one shape and a loss has the same bits in any batch.
     size = -(-len(tokens) // step) * step
     tokens_NxT = torch.zeros(size, tokens.shape[1], dtype=torch.int32)
     tokens_NxT[: len(tokens)] = torch.from_numpy(tokens.astype(np.int32))
     n_tokens_N = torch.zeros(size, dtype=torch.int64)
     n_tokens_N[: len(tokens)] = torch.from_numpy(n_tokens)
     tokens_NxT, n_tokens_N = tokens_NxT.to(device), n_tokens_N.to(device)
-    # Read by the host in the end only, so that a device is never waited for between batches.
+    # Copied to the host only at the end, so that it never waits for the device between batches.
     nll = torch.empty(len(scorers), size, device=device)
     n = torch.empty(len(scorers), size, dtype=torch.int32, device=device)
     for start in range(0, size, step):
@@ -122,16 +124,16 @@ def score_shard(
     eot_id: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, list[Receipt]]:
-    """Score a folder of packed tokens, into chunks of so many sequences in a folder per model.
+    """Score a folder of packed tokens, in chunks of `chunk` sequences, into a folder per model.
 
-    What stands there is not scored again. `progress` as in score_chunk.
+    Existing chunks are not scored again. `eot_id` and `progress`: see sequence_losses.
     """
     receipts, missing = plan_chunks(tokens, outs, chunk)
-    progress(sum(r.tokens for standing in receipts.values() for r in standing))
+    progress(sum(r.tokens for existing in receipts.values() for r in existing))
     for (start, stop), models in missing.items():
-        wanted = {m: scorers[m] for m in models}
+        lacking = {m: scorers[m] for m in models}
         for receipt in score_chunk(
-            wanted, tokens, shard, start, stop, outs, eot_id, progress=progress
+            lacking, tokens, shard, start, stop, outs, eot_id, progress=progress
         ):
             receipts[receipt.model].append(receipt)
     return {m: sorted(done, key=lambda r: r.start) for m, done in receipts.items()}
@@ -148,13 +150,13 @@ def score_chunk(
     exact: Callable[[str], Scorer] | None = None,
     progress: Progress = silent,
 ) -> list[Receipt]:
-    """Score sequences [start, stop) by every model and commit each one's losses to a file.
+    """Score sequences [start, stop) with every model and commit each model's losses to a file.
 
-    It lies in the model's folder of `outs` and holds `model, shard, position, loss, n_tokens,
-    precision`; `loss` is float32 nats per token, `n_tokens` the labels it is the mean of. A
-    sequence without labels, such as one of a single token, gets no row. What comes out not finite
-    is scored again by `exact(model)`, the same model in float32, and says so. `eot_id` and
-    `progress` as in sequence_losses.
+    The file is in the model's folder of `outs`, with columns `model, shard, position, loss,
+    n_tokens, precision`; `loss` is float32 nats per token, `n_tokens` the number of labels it
+    averages. A sequence without labels, such as one of a single token, has no row. A sequence whose
+    loss is not finite is scored again with `exact(model)`, the same model in float32, and its
+    `precision` is float32. `eot_id` and `progress`: see sequence_losses.
     """
     begun = time.perf_counter()
     rows = read_tokens(tokens, start, stop)

@@ -1,8 +1,8 @@
-"""The loss of every token of a few sequences: what a sequence's loss is the mean of.
+"""The loss of every token of a few sequences; their mean is the sequence's loss.
 
-The formula of colorfilter.scoring.loss before its mean is taken, from whole logits, a sequence at a
-time: for dozens of sequences that somebody looks at. The difference of two models' token losses
-says which tokens a color comes from.
+This is the formula of colorfilter.scoring.loss before averaging, computed from full logits, one
+sequence at a time, for dozens of sequences in a report. The difference of two models' token losses
+shows which tokens a color comes from.
 """
 
 import numpy as np
@@ -17,11 +17,11 @@ from colorfilter.scoring.labels import IGNORED, shifted_labels
 def token_losses(
     model: PreTrainedModel, tokens: np.ndarray, eot_id: int | None = None
 ) -> np.ndarray:
-    """Nats that each token costs, given those before it in its sequence.
+    """Return the loss of each token in nats, given the tokens before it in its sequence.
 
-    tokens integer [N, T], all of them real, `eot_id` as in labels.shifted_labels -> float32
-    [N, T], NaN for tokens that are no label, such as the first. The mean over the others is the
-    sequence's loss.
+    tokens integer [N, T], all of them real -> float32 [N, T], NaN for tokens that are not labels,
+    such as the first. The mean over the others is the sequence's loss. `eot_id`: see
+    labels.shifted_labels.
     """
     nll_NxT = np.full(tokens.shape, np.nan, dtype=np.float32)
     n_tokens = torch.tensor([tokens.shape[1]], device=model.device)
@@ -32,5 +32,5 @@ def token_losses(
         nll = functional.cross_entropy(
             logits_TxV, labels_T, ignore_index=IGNORED, reduction="none"
         ).masked_fill(labels_T == IGNORED, torch.nan)
-        nll_T[1:] = nll[:-1].cpu().numpy()  # a label is the token behind its place
+        nll_T[1:] = nll[:-1].cpu().numpy()  # a position's label is the next token
     return nll_NxT

@@ -1,1 +1,1 @@
-"""The forms of the loss kernel: one contract, `colorfilter.scoring.loss.sequence_nll`."""
+"""Implementations of the loss kernel, with the contract of `colorfilter.scoring.loss`."""

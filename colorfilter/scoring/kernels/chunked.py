@@ -1,16 +1,16 @@
-"""The loss by library matrix products over blocks of the vocabulary, logits never whole.
+"""The loss by library matrix products over blocks of the vocabulary; full logits are never held.
 
-A block of logits is made, turned into float32, exponentiated and summed while it lies in cache;
-running maximum and sum join the blocks (an online log-sum-exp). Whole rows of logits would go
-through memory four times: that, and not the arithmetic, is what a large vocabulary costs.
+A block of logits is computed, converted to float32, exponentiated and summed while it is in cache.
+A running maximum and sum combine the blocks (an online log-sum-exp). Full rows of logits would pass
+through memory four times; with a large vocabulary that costs more than the arithmetic.
 """
 
 import torch
 
 from colorfilter.scoring.labels import mean_over_labels
 
-# Rows and columns of a block by kind of device. On a CPU, logits in both dtypes and the block's
-# part of the head fit a core's cache.
+# Rows and columns of a block by device type. On a CPU, a block's logits in both dtypes and its part
+# of the head fit a core's cache.
 BLOCKS = {"cpu": (1024, 1024)}
 LARGE_BLOCK = (4096, 16384)
 
@@ -18,19 +18,17 @@ LARGE_BLOCK = (4096, 16384)
 def sequence_nll(
     hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contract as in colorfilter.scoring.loss.
+    """Return the losses specified in colorfilter.scoring.loss.
 
-    Products are in the dtype of the weights, the rest in float32.
-
-    The label's logit is a product of its own in float32, so that rounded logits enter the loss
-    only through their sum.
+    Products are in the dtype of the weights, everything else is in float32. The label's logit is a
+    separate float32 product, so that rounded logits enter the loss only through their sum.
     """
     rows, targets = hidden.flatten(0, 1).to(head_weight.dtype), labels.flatten().clamp(min=0)
     height, width = BLOCKS.get(hidden.device.type, LARGE_BLOCK)
     height, width = min(height, len(rows)), min(width, len(head_weight))
-    # Fresh temporaries of this size for every block would fragment the heap.
+    # Shared by all blocks: new temporaries of this size for every block would fragment the heap.
     product = head_weight.new_empty(height * width)
-    exact = product.float()  # itself, if it is float32 already
+    exact = product.float()  # `product` itself if it is float32
     nll = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(rows), height):
         block = rows[start : start + height]
@@ -48,7 +46,7 @@ def _log_sum_exp(
     product: torch.Tensor,
     exact: torch.Tensor,
 ) -> torch.Tensor:
-    """Log sum exp(rows @ head_weight.T) over the vocabulary, float32 [rows]."""
+    """Return log sum exp(rows @ head_weight.T) over the vocabulary, float32 [rows]."""
     top = torch.full((len(rows), 1), -torch.inf, device=rows.device)
     total = torch.zeros_like(top)
     for start in range(0, len(head_weight), width):

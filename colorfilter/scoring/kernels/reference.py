@@ -1,4 +1,4 @@
-"""The loss as it is written, in float64: what the other forms are tested against."""
+"""The loss as the formula is written, in float64: the reference in tests of other kernels."""
 
 import torch
 
@@ -8,7 +8,7 @@ from colorfilter.scoring.labels import mean_over_labels
 def sequence_nll(
     hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full float64 logits of a sequence at a time. Contract as in colorfilter.scoring.loss."""
+    """Return the losses specified in colorfilter.scoring.loss, from full float64 logits."""
     weight = head_weight.double()
     nll = torch.empty(labels.shape, dtype=torch.float64, device=labels.device)
     for i, states in enumerate(hidden):

@@ -1,12 +1,12 @@
 """The loss on a GPU: head product and log-sum-exp fused, so that logits are never stored.
 
 `nll_t = ln 2 * log2 sum_v 2^(x_v log2 e) - x_label` with logits x = hidden @ head_weight.T held in
-float32 accumulators. A program takes a tile of tokens and a split of the vocabulary and keeps a
-running maximum and sum of powers (online softmax, arXiv 1805.02867); a second kernel joins the
-splits of each sequence in their order. Nothing is added atomically and the splits depend on the
-vocabulary alone, so a sequence's loss has the same bits in every run, batch and place.
+float32 accumulators. Each program takes a tile of tokens and a split of the vocabulary and keeps a
+running maximum and sum of powers (online softmax, arXiv 1805.02867). A second kernel combines the
+splits of each sequence in order. Nothing is added atomically and the splits depend only on the
+vocabulary, so a sequence's loss has the same bits in every run, in every batch and at every row.
 
-Memory: 8 bytes per token and split, 4 per token for the label's logit.
+Memory: 8 bytes per token and split, and 4 bytes per token for the label's logit.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ DESCRIPTOR_ALIGNMENT = 16
 
 
 class Tile(NamedTuple):
-    """Tokens x vocabulary entries x hidden dimensions at a time, and who works on them."""
+    """Tile size in tokens, vocabulary entries and hidden dimensions, with its warps and stages."""
 
     rows: int
     columns: int
@@ -37,12 +37,12 @@ class Tile(NamedTuple):
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of 16-bit operands in flight."""
+        """Bytes of shared memory for the 16-bit operands in flight."""
         return (self.rows + self.columns) * self.depth * self.stages * 2
 
 
-# Both operands of a tile come from the cache: 6 bytes to 256 products where WIDE, 8 where NARROW,
-# of which in turn two fit on a multiprocessor, one raising powers while the other multiplies.
+# Both operands of a tile are read through the cache: 6 bytes per 256 products for WIDE, 8 for
+# NARROW. But two NARROW tiles fit on a multiprocessor: one exponentiates, the other multiplies.
 WIDE = Tile(128, 256, 64, warps=8, stages=4)
 NARROW = Tile(128, 128, 64, warps=8, stages=3)
 EXACT = Tile(64, 64, 16, warps=8, stages=3)
@@ -51,16 +51,16 @@ EXACT = Tile(64, 64, 16, warps=8, stages=3)
 def sequence_nll(
     hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean negative log-likelihood of each sequence. Contract as in colorfilter.scoring.loss.
+    """Return the losses specified in colorfilter.scoring.loss.
 
     hidden [B, T, D] and head_weight [V, D] of one dtype: float16, bfloat16 or float32;
-    labels int64 [B, T]. A label outside the vocabulary makes its sequence NaN.
+    labels int64 [B, T]. A label outside the vocabulary makes its sequence's loss NaN.
     """
     return sequence_nll_by(hidden, head_weight, labels, tile_for(hidden), SPLIT_COLUMNS)
 
 
 def tile_for(hidden: torch.Tensor) -> Tile:
-    """The largest tile that fits; never by batch, which must not change a loss."""
+    """Return the largest tile that fits. Independent of the batch, so that losses are too."""
     if hidden.dtype == torch.float32:
         return EXACT
     if hidden.is_cuda:
@@ -77,7 +77,7 @@ def sequence_nll_by(
     tile: Tile,
     split_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with a given tile and number of vocabulary entries to a split."""
+    """Like sequence_nll, with a given tile and number of vocabulary entries per split."""
     if not labels.numel():
         return mean_over_labels(labels.float(), labels)
     rows, weight = _addressable(hidden.flatten(0, 1)), _addressable(head_weight)
@@ -105,7 +105,7 @@ def sequence_nll_by(
 
 
 def _addressable(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix with rows that begin where a descriptor can point; zeros change no product."""
+    """Return the matrix with rows aligned for descriptors; zero padding changes no product."""
     padding = -matrix.shape[1] % (DESCRIPTOR_ALIGNMENT // matrix.element_size())
     if padding or matrix.data_ptr() % DESCRIPTOR_ALIGNMENT:
         return functional.pad(matrix, (0, padding)).contiguous()
@@ -113,7 +113,7 @@ def _addressable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
-    """Memory in which a kernel writes its descriptors."""
+    """Allocate memory in which a kernel writes its descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -125,13 +125,15 @@ def split_log_sums(
     TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Of ROWS tokens and TILES * COLUMNS vocabulary entries: the largest logit in bits, the sum of
-    the powers of two below it, and the label's logit in nats.
+    """Store partial log-sums of ROWS tokens over TILES * COLUMNS vocabulary entries.
+
+    They are the largest logit in bits, the sum of powers of two relative to it, and the label's
+    logit in nats.
 
     hidden [n_rows, width], head_weight [vocab, width], labels [n_rows] -> maxima and sums
     [n_splits, n_rows], label_logits [n_rows].
     """
-    # Neighbours in the grid share their tokens, so the tiles that run together stay in the cache.
+    # Neighbouring programs share their tokens, so tiles that run together stay in the cache.
     split = tl.program_id(0) % n_splits
     first_row = tl.program_id(0) // n_splits * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -147,13 +149,13 @@ def split_log_sums(
         for depth in range(0, width, DEPTH):
             states = hidden_tiles.load([first_row, depth])
             weights = weight_tiles.load([first_column, depth])
-            if INTERPRETED:  # where bfloat16 would be multiplied as the integers that hold it
+            if INTERPRETED:  # it would multiply bfloat16 as integers
                 states, weights = states.to(tl.float32), weights.to(tl.float32)
             logits = tl.dot(states, weights.T, logits, input_precision="ieee")
         if first_column + COLUMNS > vocab:
             column = first_column + tl.arange(0, COLUMNS)
             logits = tl.where(column[None, :] < vocab, logits, float("-inf"))
-        # A maximum passes over NaN; the sum does not, and infinity less itself is NaN there too.
+        # The maximum ignores NaN, but the sum keeps it. Infinity makes it NaN too (inf - inf).
         new_maximum = tl.maximum(maximum, tl.max(logits, 1) * LOG2_E)
         powers = tl.exp2(logits * LOG2_E - new_maximum[:, None])
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(powers, 1)
@@ -161,7 +163,7 @@ def split_log_sums(
     tl.store(maxima + split * n_rows + row, maximum, row < n_rows)
     tl.store(sums + split * n_rows + row, total, row < n_rows)
 
-    # Picked out of the tiles above it would cost a comparison per logit and many registers.
+    # Computed again: picking it from the tiles above costs a comparison per logit and registers.
     if split == 0:
         label = tl.load(labels + row, row < n_rows, -1)
         known = (label >= 0) & (label < vocab)
@@ -184,7 +186,7 @@ def join(
     nll: tl.tensor, n_labels: tl.tensor, n_rows: tl.tensor, length: tl.tensor, n_splits: tl.tensor,
     IGNORED: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Of one sequence of `length` tokens: the mean loss in nats over its labels, their number."""
+    """Store one sequence's mean loss in nats over its labels, and the number of labels."""
     sequence = tl.program_id(0)
     losses = tl.zeros([TOKENS], tl.float32)
     counts = tl.zeros([TOKENS], tl.int32)
