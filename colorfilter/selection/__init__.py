@@ -1,1 +1,1 @@
-"""From losses to selections and datasets."""
+"""Selections computed from losses, and the datasets built from selections."""

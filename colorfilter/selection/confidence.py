@@ -1,8 +1,8 @@
 """Confidence at the cutoff: how much of a selection another seed of the conditional would change.
 
-A score is an estimate: the conditional saw D_down in one of many orders. A sample of sequences is
-scored by a second conditional, trained alike in another order; what both would keep of the sample
-is counted. What only one keeps lies near the cutoff and owes its place to chance.
+A score is an estimate: the conditional saw D_down in one of many orders. A second conditional,
+trained the same way in another order, scores a sample of sequences. The sequences of the sample
+that only one of the two would select are near the cutoff; whether they are selected is chance.
 """
 
 import duckdb
@@ -32,19 +32,21 @@ SAMPLED = """
 def flips(
     connection: duckdb.DuckDBPyConnection, arm: Arm, domain: str, losses: pl.DataFrame
 ) -> dict[str, str | int | float]:
-    """Of a sample with `losses` (shard, position, loss) by a second conditional: a row of FLIPS.
+    """Compare an arm's selection with that of a second conditional, on a sample; return FLIPS.
 
-    The arm's method is color or conditional_only. Of the sample's `sampled` candidates `selected`
-    have the lowest 1/tau of the scores that stand; `flips` of these do not by the second
-    conditional. `correlation` is Spearman's, of the two scores.
+    `losses` (shard, position, loss) are the sample's losses under the second conditional. The arm's
+    method is color or conditional_only. `sampled` is the number of candidates in the sample,
+    `selected` how many have the lowest 1/tau of the published scores, and `flips` how many of the
+    selected would not be by the second conditional. `correlation` is Spearman's, between the two
+    scores.
     """
     assert arm.tau is not None
     connection.register("wanted", losses.select("shard", "position").to_arrow())
     query = SAMPLED.format(scores=SCORES[arm.method])
-    standing = fetch_frame(connection, query, {"domain": domain})
+    published = fetch_frame(connection, query, {"domain": domain})
     loss = pl.col("loss").cast(pl.Float64)
     second = loss - pl.col("loss_prior") if arm.method == "color" else loss
-    both = standing.join(losses, on=["shard", "position"]).with_columns(second=second)
+    both = published.join(losses, on=["shard", "position"]).with_columns(second=second)
     keep = max(1, int(len(both) / arm.tau))
     kept, again = (
         both.sort(by, "shard", "position").head(keep).select("shard", "position")

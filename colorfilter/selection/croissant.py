@@ -1,8 +1,8 @@
-"""A filtered dataset described for machines: `croissant.json`, by MLCommons Croissant 1.1.
+"""Describe a filtered dataset for machines: `croissant.json`, in MLCommons Croissant 1.1.
 
-Every file with its size and sha256, and every field of the texts with its type and meaning, in
-JSON-LD (https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html). It holds no date, no
-place and no fingerprint: the same content is described by the same bytes.
+It lists every file with its size and sha256, and every field of the texts with its type and
+meaning, in JSON-LD (https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html). It has no
+date, path or fingerprint, so that equal content is described by equal bytes.
 """
 
 import json
@@ -15,7 +15,7 @@ from colorfilter.selection.dataset import FILTERED, LICENCE
 from colorfilter.storage.files import file_sha256
 
 NAME = "croissant.json"
-# The `@context` that the specification gives, whole: readers compare it.
+# The complete `@context` of the specification: readers compare it.
 CONTEXT = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -67,24 +67,24 @@ CITATION = (
 )
 TYPES = {pa.string(): "sc:Text", pa.int64(): "cr:Int64", pa.float64(): "cr:Float64"}
 MEANINGS = {
-    "text": "An unbroken run of selected text of one document, its original characters; or the "
-    "whole document, where whole documents were asked for.",
-    "doc_id": "The document that the text is of.",
-    "source": "The source that the document is from, by its name in the recipe.",
-    "color": "Conditional minus prior loss in nats per token, the mean over the text's tokens: "
-    "lower is better. Null where the text was not scored.",
-    "fraction": "The selected share of the tokens of the whole document.",
-    "n_tokens": "Tokens of the text.",
-    "shard": "The shard of the corpus that the document lies in.",
-    "char_start": "Where in the document the text begins, in characters.",
-    "char_end": "Where in the document the text ends, in characters.",
+    "text": "A contiguous run of selected text from one document, in its original characters; or "
+    "the complete document, if complete documents were requested.",
+    "doc_id": "Id of the document that contains the text.",
+    "source": "Name, in the recipe, of the source that contains the document.",
+    "color": "Conditional minus prior loss in nats per token, averaged over the text's tokens; "
+    "lower is better. Null if the text was not scored.",
+    "fraction": "Share of the document's tokens that were selected.",
+    "n_tokens": "Number of tokens in the text.",
+    "shard": "Shard of the corpus that contains the document.",
+    "char_start": "Start of the text in the document, in characters.",
+    "char_end": "End of the text in the document, in characters (exclusive).",
     "extra": "Other fields of the document in its source, such as url or licence, as JSON.",
 }
 ENCODINGS = {".parquet": "application/x-parquet", ".npy": "application/octet-stream"}
 
 
 def write_croissant(folder: Path, title: str, sentence: str) -> None:
-    """Describe the `documents/` and `tokens/` of a filtered dataset in its `croissant.json`."""
+    """Write `croissant.json`, which describes `documents/` and `tokens/` of a filtered dataset."""
     files = sorted(folder.glob("documents/*.parquet")) + sorted(folder.glob("tokens/*"))
     description = {
         "@context": CONTEXT,
@@ -130,7 +130,7 @@ TEXT_FILES = {
     "@type": "cr:FileSet",
     "@id": "text-files",
     "name": "text-files",
-    "description": "The selected text, a file per shard of the corpus.",
+    "description": "The selected text, one file per shard of the corpus.",
     "encodingFormat": "application/x-parquet",
     "includes": "documents/*.parquet",
 }
@@ -138,6 +138,6 @@ TEXTS = {
     "@type": "cr:RecordSet",
     "@id": "texts",
     "name": "texts",
-    "description": "The selected text, a record per unbroken run of it or per whole document.",
+    "description": "The selected text, one record per contiguous run or per complete document.",
     "field": [_field(column) for column in FILTERED],
 }

@@ -1,4 +1,4 @@
-"""A filtered dataset: the selected sequences as tokens to train on, and the same as text."""
+"""A filtered dataset: the selected sequences, as tokens to train on and as text."""
 
 import bisect
 import contextlib
@@ -16,8 +16,8 @@ import yaml
 from colorfilter.data.tokens import open_tokens
 from colorfilter.storage.parquet import TableWriter
 
-BLOCK_BYTES = 2**29  # of tokens, held in memory at a time
-FACTS_ROWS = 2**13  # of a table that is read by ranges of rows
+BLOCK_BYTES = 2**29  # size of tokens held in memory at a time
+FACTS_ROWS = 2**13  # row group size of tables that are read by ranges of rows
 
 
 def write_tokens(
@@ -25,11 +25,11 @@ def write_tokens(
 ) -> dict[str, int]:
     """Gather the selected sequences into `tokens.npy` [n, T] and `sequences.parquet`.
 
-    The rows stand in a random order that `seed` fixes, so that a single pass over the file is a
-    fair pass; `sequences.parquet` says where each came from. Returns counts.
+    Rows are shuffled with `seed`, so that any part of the file is a fair sample of the selection.
+    `sequences.parquet` records where each row came from. Returns counts.
 
-    Every shard is read once, in its own order, into a file for each block of rows; then the blocks
-    are put in order one by one. So neither memory nor the disk is asked for rows here and there.
+    Every shard is read once, in its own order, into one file per block of rows. Then each block is
+    put in order. This avoids random access to memory and disk.
     """
     n = len(selection)
     row = np.empty(n, np.uint32)
@@ -38,7 +38,7 @@ def write_tokens(
     first = open_tokens(tokens[selection["shard"][0]])
     block = max(1, BLOCK_BYTES // first[0].nbytes)
     folder = out / "blocks"
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
     folder.mkdir(parents=True)
     orders = _write_blocks(placed, tokens, block, folder)
     written = _join_blocks(orders, (n, *first.shape[1:]), first.dtype, folder, out)
@@ -47,7 +47,7 @@ def write_tokens(
 
 
 def _by_shard(selection: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The rows of every shard, by position; shards by name."""
+    """Yield the rows of each shard, sorted by position; shards are sorted by name."""
     ordered = selection.sort("shard", "position")
     start = 0
     for shard, size in ordered.group_by("shard", maintain_order=True).len().iter_rows():
@@ -58,9 +58,9 @@ def _by_shard(selection: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 def _write_blocks(
     placed: pl.DataFrame, tokens: Mapping[str, Path], block: int, folder: Path
 ) -> list[np.ndarray]:
-    """Write the tokens of each block of rows as they come, and the facts of each shard's rows.
+    """Write the tokens of each block of rows in shard order, and a table of each shard's rows.
 
-    Returns which row of the block each one is that was written.
+    Returns, for each block, the row within the block of each written sequence.
     """
     orders: list[list[np.ndarray]] = [[] for _ in range(0, len(placed), block)]
     for shard, part in _by_shard(placed):
@@ -74,13 +74,13 @@ def _write_blocks(
             orders[number].append(rows[mine] % block)
             with (folder / str(number)).open("ab") as stream:
                 source[positions[mine]].tofile(stream)
-    return [np.concatenate(places) for places in orders]
+    return [np.concatenate(rows) for rows in orders]
 
 
 def _join_blocks(
     orders: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, folder: Path, out: Path
 ) -> int:
-    """Put the blocks in order, one after the other; returns the number of real tokens."""
+    """Put the blocks in order, one after the other, and return the number of real tokens."""
     n_tokens = start = 0
     facts = pl.scan_parquet(folder / "*.parquet")
     with contextlib.ExitStack() as stack:
@@ -130,10 +130,10 @@ def write_selected_text(
     """Write the selected spans as text, one Parquet file per shard.
 
     A row is an unbroken run of selected text of one document: its original characters, `color`
-    (token-weighted mean of its sequences), and `fraction`, the selected share of the whole
-    document's tokens. With `whole_documents_from` a row is a whole document instead, given for
-    those of which at least that fraction was selected, but not for those whose `doc_id` is in
-    `left_out`. Returns counts.
+    (token-weighted mean of its sequences), and `fraction`, the selected share of the document's
+    tokens. With `whole_documents_from`, a row is a complete document instead. Documents of which a
+    smaller fraction was selected are omitted, and so are those whose `doc_id` is in `left_out`.
+    Returns counts.
     """
     out.mkdir(parents=True, exist_ok=True)
     counts = {"texts": 0, "chars": 0}
@@ -153,7 +153,7 @@ def write_selected_text(
     return counts
 
 
-# Weighted by tokens; null where a sequence was not scored.
+# Weighted by tokens; null if any sequence was not scored.
 MEAN_COLOR = (
     pl.when(pl.col("color").null_count() == 0)
     .then((pl.col("color") * pl.col("n_tokens")).sum() / pl.col("n_tokens").sum())
@@ -162,7 +162,10 @@ MEAN_COLOR = (
 
 
 def unbroken_runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
-    """Unbroken runs of selected spans: doc_id, char_start, char_end, n_tokens, color, fraction."""
+    """Merge selected spans into unbroken runs.
+
+    Columns: doc_id, char_start, char_end, n_tokens, color, fraction.
+    """
     size = spans.group_by("doc_id").agg(document_tokens=pl.col("n_tokens").sum())
     selected = spans.join(chosen.select("position", "color"), on="position").sort(
         "doc_id", "doc_start"
@@ -186,7 +189,7 @@ def unbroken_runs(spans: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
 
 
 def whole_documents(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
-    """The documents that have selected runs, each as a run from end to end, in the same columns."""
+    """Return every document that has selected runs as one run over all of its text."""
     whole = spans.group_by("doc_id").agg(
         pl.col("char_end").max(), whole_tokens=pl.col("n_tokens").sum().cast(pl.Int64)
     )
@@ -203,12 +206,12 @@ def whole_documents(runs: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
 
 
 def with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[str, Any]]:
-    """Runs in the order of the documents, with their text and fields of their documents."""
+    """Yield runs in the order of the documents, with their text and fields of their documents."""
     names = runs.columns
-    place = names.index("doc_id")
+    column = names.index("doc_id")
     by_document: dict[str, list[tuple[Any, ...]]] = {}
     for row in runs.iter_rows():
-        by_document.setdefault(row[place], []).append(row)
+        by_document.setdefault(row[column], []).append(row)
     for batch in pq.ParquetFile(documents).iter_batches(
         batch_size=256, columns=["doc_id", "source_file", "source", "extra", "text"]
     ):
@@ -220,7 +223,7 @@ def with_text(runs: pl.DataFrame, documents: Path, shard: str) -> Iterator[dict[
                 yield {**document, **run, "text": text, "shard": shard}
 
 
-LICENCE = "Each text is under the licence of the document that it was selected from."
+LICENCE = "Each text has the licence of the document that it was selected from."
 
 CARD = """---
 {header}---
@@ -230,15 +233,16 @@ CARD = """---
 
 {licence}
 
-- `documents/*.parquet`: the selected text, a row per unbroken run of a document: `text`, `doc_id`,
-  `source`, `color` (conditional minus prior loss, nats per token, lower is better), `fraction` of
-  the document that was selected, `n_tokens`, place and other fields.
-- `tokens/tokens.npy`: {sequences} sequences of {length} tokens, shuffled, ready to train on;
-  `tokens/sequences.parquet` says where each came from.
-- `croissant.json`: files and fields for machines, by MLCommons Croissant.
+- `documents/*.parquet`: the selected text. A row is a contiguous run of a document, or a complete
+  document, with `text`, `doc_id`, `source`, `color` (conditional minus prior loss in nats per
+  token, lower is better), `fraction` (share of the document's tokens that were selected),
+  `n_tokens`, its position in the document and other fields.
+- `tokens/tokens.npy`: {sequences} sequences of {length} tokens, shuffled and ready to train on.
+  `tokens/sequences.parquet` records where each sequence came from.
+- `croissant.json`: machine-readable description of files and fields (MLCommons Croissant).
 - `manifest.json`: every file with its sha256.
 
-From within this folder, the text:
+To load the text, run in this folder:
 
 ```python
 from pathlib import Path
@@ -248,7 +252,7 @@ from datasets import load_dataset
 texts = load_dataset(str(Path.cwd()), split="train")
 ```
 
-and the tokens:
+To load the tokens:
 
 ```python
 import numpy as np
@@ -261,9 +265,9 @@ tokens = np.load("tokens/tokens.npy", mmap_mode="r")  # [{sequences}, {length}]
 def write_card(
     folder: Path, title: str, sentence: str, texts: int, sequences: int, length: int
 ) -> None:
-    """A dataset card of the Hugging Face form: `datasets.load_dataset(folder)` gives the text.
+    """Write a Hugging Face dataset card, with which `datasets.load_dataset(folder)` loads the text.
 
-    `texts` is the number of rows of `documents/`; `sequences` and `length` the shape of the tokens.
+    `texts` is the number of rows of `documents/`; the tokens have shape [`sequences`, `length`].
     """
     header = {
         "pretty_name": title,
@@ -291,11 +295,11 @@ def write_card(
 
 
 def size_category(rows: int) -> str:
-    """The Hugging Face Hub's word for so many rows."""
+    """Return the Hugging Face Hub's size category for a number of rows."""
     bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    place = bisect.bisect_right([10**power for power in range(3, 13)], rows)
-    if place == 0:
+    index = bisect.bisect_right([10**power for power in range(3, 13)], rows)
+    if index == 0:
         return "n<1K"
-    if place == len(bounds):
+    if index == len(bounds):
         return "n>1T"
-    return f"{bounds[place - 1]}<n<{bounds[place]}"
+    return f"{bounds[index - 1]}<n<{bounds[index]}"

@@ -1,15 +1,15 @@
-"""Text that a selection has word for word in common with the text it will be judged by.
+"""Find selected text that quotes, word for word, the text that models are evaluated on.
 
-A filter that is conditioned on a domain pulls in exactly the page that quotes the test. The
-convention is that of GPT-3 (arXiv 2005.14165, appendix C) and of lm-evaluation-harness's janitor:
-13 words in a row, whatever their case and punctuation. Items of fewer words are matched as a whole,
-down to 8 words, GPT-3's least. A word is a run of letters and digits by Unicode, in lower case, and
-everything else parts words ("don't" is two of them, whichever apostrophe it has). Where a script
-has no spaces, a word is all that stands between two marks, so that only long quotes are found.
-Unlike GPT-3's, frequent runs count too: boilerplate of a held-out page is a match wherever it is.
+A filter conditioned on a domain selects exactly the pages that quote the test. The convention here
+is that of GPT-3 (arXiv 2005.14165, appendix C) and of lm-evaluation-harness's janitor: 13
+consecutive words match, ignoring case and punctuation. Shorter texts are matched as a whole, down
+to 8 words, GPT-3's minimum. A word is a run of Unicode letters and digits, in lower case; all other
+characters separate words ("don't" is two words, with either apostrophe). In scripts without spaces,
+a word is everything between two punctuation marks, so only long quotes are found. Unlike in GPT-3,
+frequent runs count too: boilerplate of a held-out page is a match wherever it occurs.
 
-Runs of words are looked up by a 64 bit hash, the same in every process: a polynomial over words,
-each of which is a polynomial over characters, so that numpy computes all those of a text as
+Runs of words are looked up by a 64-bit hash that is equal in every process. It is a polynomial over
+words, and a word's hash is a polynomial over characters, so numpy computes all hashes of a text as
 differences of running sums. Every hit is then compared word by word.
 """
 
@@ -35,10 +35,10 @@ INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 
 
 class Match(NamedTuple):
-    """An unbroken run of words of a text, all of which lie in protected runs of words.
+    """An unbroken run of words of a text, all of which are in protected runs of words.
 
-    `text` is the text's index, `char_start` and `char_end` the run's place in it, `protected` the
-    name of the document that has most of it.
+    `text` is the text's index, `char_start` and `char_end` are the run's bounds in it, `protected`
+    is the name of the document that contains most of the run.
     """
 
     text: int
@@ -52,9 +52,9 @@ class Match(NamedTuple):
 class Protected:
     """The 13-grams of texts that must not be trained on, given as (name, text).
 
-    A text of 8 to 12 words is one run of words; `too_short` counts those of fewer, which are not
-    protected. Takes the texts, 24 bytes for each of their words, and a table of 8 to 16 bytes for
-    each, but of no more than 128 MiB; while it is made, twice that.
+    A text of 8 to 12 words is a single run of words. Shorter texts are not protected; `too_short`
+    counts them. Memory: the texts, 24 bytes per word, and a table of 8 to 16 bytes per word but at
+    most 128 MiB; twice that during construction.
     """
 
     def __init__(self, documents: Iterable[tuple[str, str]]) -> None:
@@ -84,7 +84,7 @@ class Protected:
         return len(self._texts)
 
     def matches(self, texts: Sequence[str]) -> list[Match]:
-        """All matches in some texts, in order. Takes some 50 bytes for each word of the texts."""
+        """Return all matches in `texts`, in order. Takes about 50 bytes of memory per word."""
         joined = "\n".join(texts)
         begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
         hashes, bounds = hashed_words(joined)
@@ -108,7 +108,7 @@ class Protected:
         return found
 
     def _document_with(self, run: list[str], places: Iterable[int]) -> int | None:
-        """The first document that has this run of words at one of these places."""
+        """Return the first document that has this run of words at one of these word numbers."""
         for place in places:
             document = bisect.bisect_right(self._first_words, place) - 1
             start, end = self._bounds[place, 0], self._bounds[place + len(run) - 1, 1]
@@ -125,14 +125,14 @@ class _Ngrams:
         places = np.concatenate([first + np.arange(len(ngrams)) for ngrams, first in parts])
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._places = hashes[order], places[order]
-        # Most runs stand in no protected text, and a table says so in a tenth of a search's time.
+        # Most runs are in no protected text; a table detects that in a tenth of a search's time.
         slots = min(MOST_SLOTS, 1 << (8 * len(hashes)).bit_length())
         self._shift = np.uint64(65 - slots.bit_length())
         self._slots = np.zeros(slots, bool)
         self._slots[hashes >> self._shift] = True
 
     def hits(self, ngrams: np.ndarray) -> list[int]:
-        """Which of these hashes are of protected runs."""
+        """Return the indices of hashes that belong to protected runs."""
         perhaps = np.flatnonzero(self._slots[ngrams >> self._shift])
         at = np.searchsorted(self._hashes, ngrams[perhaps])
         same = self._hashes[np.minimum(at, len(self._hashes) - 1)] == ngrams[perhaps]
@@ -140,7 +140,7 @@ class _Ngrams:
         return hits
 
     def places(self, ngram: np.uint64) -> Iterator[int]:
-        """Where the protected runs with this hash begin, first ones first."""
+        """Yield the number of the first word of each protected run with this hash, in order."""
         for i in range(int(np.searchsorted(self._hashes, ngram)), len(self._hashes)):
             if self._hashes[i] != ngram:
                 return
@@ -150,7 +150,7 @@ class _Ngrams:
 def _joined(
     hits: Sequence[tuple[int, int, int]], owner: np.ndarray
 ) -> Iterator[tuple[int, int, int]]:
-    """Hits in order, as one where they touch in the same text, of the document met most often."""
+    """Merge sorted hits that touch within a text; yield start, end and most frequent document."""
     met: Counter[int] = Counter()
     begin = stop = 0
     for first, end, document in hits:
@@ -169,12 +169,12 @@ def _joined(
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, as they are compared."""
+    """Return the words of a text in the form that is compared."""
     return text.translate(FOLDED).split()
 
 
 def _folded(char: str) -> str:
-    """A character of a word in lower case, any other as a space: always one character."""
+    """Return a letter or digit in lower case, any other character as a space: one character."""
     return char.lower()[0] if char.isalnum() else " "
 
 
@@ -189,13 +189,13 @@ FOLDED = _Folded()
 
 @functools.cache
 def _values() -> np.ndarray:
-    """uint64 of every code point: 0 where it parts words, else the same number for either case."""
+    """Return a uint64 per code point: 0 if it separates words, equal for upper and lower case."""
     folded = (_folded(chr(code)) for code in range(0x110000))
     return _mixed(np.fromiter((0 if c == " " else ord(c) for c in folded), np.uint64, 0x110000))
 
 
 def hashed_words(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The words of a text: hashes, uint64 [W], and where they begin and end, int64 [W, 2]."""
+    """Return the words of a text: hashes, uint64 [W], and character bounds, int64 [W, 2]."""
     hashes, bounds = [np.empty(0, np.uint64)], [np.empty((0, 2), np.int64)]
     begin = 0
     while begin < len(text):
@@ -211,13 +211,13 @@ def hashed_words(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hashed_ngrams(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Hashes of all runs of `size` words, from the hashes of the words: uint64 [W - size + 1]."""
+    """Return hashes of all runs of `size` words from the words' hashes: uint64 [W - size + 1]."""
     starts = np.arange(max(0, len(hashes) - size + 1))
     return _polynomials(hashes, starts, starts + size)
 
 
 def _polynomials(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The sum over i of values[start + i] * BASE**i, for each start and end, modulo 2**64."""
+    """Return the sum over i of values[start + i] * BASE**i for each start and end, modulo 2**64."""
     powers, inverses = _powers(1 << len(values).bit_length())
     sums = np.zeros(len(values) + 1, np.uint64)
     np.cumsum(values * powers[: len(values)], out=sums[1:])
@@ -227,7 +227,7 @@ def _polynomials(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np
 
 @functools.lru_cache(4)
 def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """BASE**i and BASE**-i for i < n, modulo 2**64."""
+    """Return BASE**i and BASE**-i for i < n, modulo 2**64."""
     factors = np.array([[BASE], [INVERSE]]).repeat(n, axis=1)
     factors[:, 0] = 1
     powers, inverses = np.multiply.accumulate(factors, axis=1)
@@ -235,7 +235,7 @@ def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """One to one, each bit depending on all others; 0 stays 0. (How splitmix64 ends.)"""
+    """Mix bits one to one, so that each depends on all others; 0 stays 0 (end of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))
@@ -260,7 +260,7 @@ LEAKS = {
 def search(
     protected: Protected, rows: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], Match]]:
-    """All matches in the `text` of rows, each with its row."""
+    """Yield all matches in the `text` of rows, each with its row."""
     for batch in batches_of_text(rows):
         for match in protected.matches([row["text"] for row in batch]):
             yield batch[match.text], match
@@ -274,15 +274,17 @@ def find_leaks(
     documents: Path,
     whole: bool,
 ) -> tuple[pl.DataFrame, int]:
-    """What the selected sequences of a shard have in common with protected texts.
+    """Return the text that a shard's selected sequences share with protected texts.
 
-    `chosen` has their `position` and `color`. A row of the table (columns LEAKS) is a match: its
-    quote, its place in the document, and `positions`, the selected sequences that carry any of its
-    characters. With `whole`, documents of which something was selected are looked through from end
-    to end, and a match may lie in no selected sequence. Also returns the number of texts.
+    `chosen` has the `position` and `color` of the selected sequences. A row of the table (columns
+    LEAKS) is a match: its quote, its bounds in the document, and `positions`, the selected
+    sequences that contain any of its characters. With `whole`, complete documents with any selected
+    text are searched, and a match may be in no selected sequence. Also returns the number of texts
+    searched at first.
 
-    Without those sequences, what is left of a document begins or ends elsewhere, perhaps within a
-    word and so with another word. It is looked through again, until nothing is found.
+    Removing the matching sequences moves the ends of the remaining text, perhaps into the middle of
+    a word, which makes it another word. So the remaining text is searched again until nothing is
+    found.
     """
     spans = pl.read_parquet(tokens / "spans.parquet")
     texts = unbroken_runs(spans, chosen)
@@ -319,9 +321,9 @@ def _leak(row: dict[str, Any], match: Match, selected: pl.DataFrame) -> dict[str
 
 
 def without_leaks(selection: pl.DataFrame | pl.LazyFrame, leaks: pl.DataFrame) -> pl.DataFrame:
-    """The rows of a selection (`shard`, `position`) that no leak names, in their order.
+    """Return the rows of a selection (`shard`, `position`) that no leak names, in the same order.
 
-    Of a selection that is scanned, no more than these stand in memory.
+    If the selection is a lazy scan, only the returned rows are held in memory.
     """
     named = leaks.select("shard", position="positions").explode("position")
     kept = selection.lazy().join(

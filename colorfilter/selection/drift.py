@@ -1,7 +1,7 @@
-"""How the scores of the corpus are distributed, and how those of new shards lie against the rest.
+"""The distribution of scores, and how far the scores of new shards drift from the others.
 
-What arrives later may be other text than what the models were trained beside: then its scores
-drift away from the others', and a selection fills with it or passes it over.
+New data may differ from the text that the models were trained with. Then its scores drift away
+from the others, and a selection takes too much or too little of it.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ BINS = 28
 
 @dataclass(frozen=True)
 class Drift:
-    """Scores of new shards and of the others: numbers of sequences, means, and how far apart.
+    """Scores of new shards and of all others: number of sequences, mean, and their difference.
 
-    `size` is the difference of the means in standard deviations of the others; None where there is
+    `size` is the difference of the means in standard deviations of the others; None if there is
     nothing to compare.
     """
 
@@ -35,7 +35,7 @@ class Drift:
 def drift(
     connection: duckdb.DuckDBPyConnection, method: str, domain: str, new: Sequence[str]
 ) -> Drift:
-    """The scores by a method of these shards against all others of the corpus."""
+    """Compare a method's scores of `new` shards with those of all others of the corpus."""
     n_new, n_others, mean_new, mean_others, deviation = fetch_row(
         connection,
         f"""
@@ -58,17 +58,17 @@ def drift(
 def histogram(
     connection: duckdb.DuckDBPyConnection, method: str, domain: str, new: Sequence[str] = ()
 ) -> tuple[NDArray[np.int64], float, float]:
-    """Counts of scores over equal bins, int64 [2, BINS]: the other shards' and the new ones'.
+    """Return counts of scores over equal bins and the lowest and highest bin edges.
 
-    With the lower edge of the first bin and the upper one of the last: the outermost hundredths
-    of all scores, which the outermost bins hold as well.
+    Counts are int64 [2, BINS], for the other shards and the new ones. The edges are the 1% and 99%
+    quantiles of all scores; the outermost bins also count the scores beyond them.
     """
-    asked = {"domain": domain}
+    parameters = {"domain": domain}
     low, high = fetch_row(
         connection,
         f"WITH {SCORES[method]} "
         "SELECT quantile_cont(score, 0.01), quantile_cont(score, 0.99) FROM scores",
-        asked,
+        parameters,
     )
     rows = fetch(
         connection,
@@ -80,7 +80,7 @@ def histogram(
         FROM scores GROUP BY ALL
         """,
         {
-            **asked,
+            **parameters,
             "new": list(new),
             "low": low,
             "width": (high - low) / BINS or 1.0,
@@ -88,6 +88,6 @@ def histogram(
         },
     )
     counts = np.zeros((2, BINS), dtype=np.int64)
-    for side, place, count in rows:
-        counts[side, place] = count
+    for side, bin_number, count in rows:
+        counts[side, bin_number] = count
     return counts, low, high

@@ -1,10 +1,10 @@
-"""DSIR: documents by the importance of their hashed n-grams, as its authors publish it.
+"""DSIR: select documents by the importance of their hashed n-grams, with its authors' package.
 
 Importance resampling (arXiv 2302.03169): a bag of hashed words and word pairs is fitted to the
 domain and to the corpus, and documents are drawn without replacement by the ratio of the two, with
-Gumbel noise on its logarithm. Fitted and weighed by the package `data-selection`, whose noise has
-no seed of its own; here it has, so that the package by hand, after `numpy.random.seed(seed)`,
-chooses the same set.
+Gumbel noise on its logarithm. The package `data-selection` fits the bags and computes the weights.
+It does not seed its noise; here the noise is seeded, so that the package itself selects the same
+set after `numpy.random.seed(seed)`.
 """
 
 import importlib.util
@@ -32,16 +32,16 @@ def rank_documents(
     seed: int,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """All documents of the corpus that DSIR considers, in the order in which it draws them.
+    """Return all corpus documents that DSIR considers, in the order in which it draws them.
 
-    `raw` is documents.parquet by shard, `domain` that of D_down; documents whose sha256 is in
-    `left_out` take no part. Returns shard, doc_id, sha256 and `score`, the negative logarithm of
-    the importance less the noise: lower is better. Documents of less than 100 words are not
-    considered (the package's default), and of copies only the first drawn is kept. `progress` is
-    called with characters of the corpus, each read twice. Raises InputError where the package is
-    missing.
+    `raw` is documents.parquet by shard, `domain` is the documents.parquet of D_down. Documents
+    whose sha256 is in `left_out` are excluded, and so are documents of fewer than 100 words (the
+    package's default); of identical documents only the first drawn is kept. Returns shard, doc_id,
+    sha256 and `score`, the negated sum of log importance and noise: lower is better. `progress` is
+    called with characters of the corpus, each read twice. Raises InputError if the package is not
+    installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would be drawn through the others
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would garble other progress bars
     refuse_without_package()
     from data_selection import HashedNgramDSIR
 
@@ -60,7 +60,7 @@ def rank_documents(
             cache,
             raw_load_dataset_fn=texts,
             target_load_dataset_fn=lambda path: read_documents(Path(path), ["text"]),
-            num_proc=1,  # in this process: the order is that of the files, and so is the noise's
+            num_proc=1,  # keeps weights in the order of the files, and so the noise
         )
         package.fit_importance_estimator()
         package.compute_importance_weights()
@@ -84,9 +84,9 @@ def rank_documents(
 
 
 def refuse_without_package() -> None:
-    """Raise InputError where the package that DSIR is, data-selection, is missing."""
+    """Raise InputError if the package data-selection is not installed."""
     if importlib.util.find_spec("data_selection") is None:
-        raise InputError("arms: dsir wants the package data-selection; pip install '.[dsir]'")
+        raise InputError("arms: dsir needs the package data-selection; pip install '.[dsir]'")
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -95,8 +95,10 @@ def _parts(folder: Path) -> list[Path]:
 
 def write_in_order(ranked: pl.DataFrame, raw: Mapping[str, Path], out: Path) -> None:
     """Write documents.parquet of the ranked documents, in their order, with a memory limit."""
-    places = pl.DataFrame({"shard": list(raw), "filename": [str(path) for path in raw.values()]})
-    wanted = ranked.with_row_index("rank").join(places, on="shard").to_arrow()
+    files_by_shard = pl.DataFrame(
+        {"shard": list(raw), "filename": [str(path) for path in raw.values()]}
+    )
+    wanted = ranked.with_row_index("rank").join(files_by_shard, on="shard").to_arrow()
     columns = ", ".join(DOCUMENTS.names)
     with tempfile.TemporaryDirectory() as spill, duckdb.connect() as connection:
         connection.execute(f"SET memory_limit = '{MEMORY}'")

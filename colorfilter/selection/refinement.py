@@ -1,11 +1,11 @@
-"""Exact at the cutoff: what 16 bits could decide wrongly is scored again in float32.
+"""Refinement at the cutoff: sequences that 16-bit scores could misplace are scored in float32.
 
-A score in 16 bits errs by some thousandths of the scores' spread. That matters only to a sequence
-whose score lies within a few such errors of the cutoff: a thousandth of the corpus or less. The
-error is measured on a sample that is scored in both precisions; within RADIUS times its root mean
-square of a cutoff everything is scored in float32, and the selection is the float32 selection. The
-cutoff itself moves by it, by no more than the largest error; so all within MARGIN more is scored
-too.
+A 16-bit score has an error of some thousandths of the scores' spread. That matters only for
+sequences whose score is within a few such errors of the cutoff: a thousandth of the corpus or less.
+The root mean square error is measured on a sample that is scored in both precisions. All sequences
+within RADIUS times this error of a cutoff are scored in float32, so the selection is the float32
+selection. Refining moves the cutoff, by at most the largest error, so sequences within a further
+MARGIN times the error are scored too.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,11 @@ from colorfilter.selection.select import (
 from colorfilter.selection.sql import fetch_frame
 
 SAMPLE = 10_000
-SAMPLE_SHARE = 0.1  # of the corpus at the most: of a small one, fewer say enough
+SAMPLE_SHARE = 0.1  # at most this share of the corpus; a small corpus needs a smaller sample
 RADIUS = 6.0
 MARGIN = 4.0
 
-# Lowest scores first up to the cutoff, and what lies around it; `exact` where every loss that the
-# score is made of is float32.
+# Candidates near the cutoff of the lowest scores; `exact` if every loss in the score is float32.
 NEAR = """
     WITH {near}
     SELECT shard, position, bool_and(losses.precision = 'float32') AS exact
@@ -67,10 +66,11 @@ NEAR_EACH_POOL = f"""
 def near_cutoff(
     connection: duckdb.DuckDBPyConnection, method: str, domain: str, keep: int, radius: float
 ) -> pl.DataFrame:
-    """Candidates whose score lies within `radius` (nats per token) of that of the last of `keep`.
+    """Return candidates whose score is within `radius` (nats per token) of the cutoff.
 
-    `method` is color or conditional_only. shard, position and `exact`: whether both losses are
-    float32.
+    The cutoff is the score of the last of the best `keep` candidates. `method` is color or
+    conditional_only. Columns: shard, position and `exact` (whether all losses in the score are
+    float32).
     """
     query = NEAR.format(near=NEAR_ONE.format(scores=SCORES[method]))
     return fetch_frame(connection, query, {"domain": domain, "keep": keep, "radius": radius})
@@ -85,7 +85,7 @@ def near_cutoffs_of_batches(
     seed: int,
     radius: float,
 ) -> pl.DataFrame:
-    """The same around the cutoff of every pool of selection.select_by_batch."""
+    """Like near_cutoff, near the cutoff of every pool of select.select_by_batch."""
     draw_pools(connection, method, domain, tau, batch, seed, beyond=radius)
     query = NEAR.format(near=NEAR_EACH_POOL)
     found = fetch_frame(connection, query, {"domain": domain, "radius": radius})
@@ -94,7 +94,7 @@ def near_cutoffs_of_batches(
 
 
 def draw_sample(sequences: Mapping[str, int], seed: int) -> pl.DataFrame:
-    """Some places at random, shard and position, out of so many sequences of each shard."""
+    """Draw random sequences (shard, position); `sequences` is the number of sequences by shard."""
     shards = sorted(sequences)
     ends = np.cumsum([sequences[s] for s in shards])
     total = int(ends[-1])
@@ -109,22 +109,22 @@ def draw_sample(sequences: Mapping[str, int], seed: int) -> pl.DataFrame:
 
 
 def sample_size(sequences: int) -> int:
-    """How many of so many sequences a sample has."""
+    """Return the size of a sample of a number of sequences."""
     return min(SAMPLE, max(1, int(SAMPLE_SHARE * sequences)))
 
 
 def losses_of(scored: Path, gathered: Path) -> pl.DataFrame:
-    """Losses of a gathered folder of sequences, under the shards and positions they came from.
+    """Return losses of a gathered folder of sequences, with their original shards and positions.
 
-    `scored` holds the chunks; columns as theirs (scoring.score_chunk).
+    `scored` contains the chunks. The columns are those of scoring.score_chunk.
     """
-    places = pl.read_parquet(gathered / "sequences.parquet", columns=["row", "shard", "position"])
+    origins = pl.read_parquet(gathered / "sequences.parquet", columns=["row", "shard", "position"])
     chunks = [pl.read_parquet(p) for p in sorted(scored.glob("**/losses-*.parquet"))]
     return (
         pl.concat(chunks)
         .drop("shard")
         .rename({"position": "row"})
-        .join(places.with_columns(pl.col("row").cast(pl.Int64)), on="row")
+        .join(origins.with_columns(pl.col("row").cast(pl.Int64)), on="row")
         .select("model", "shard", "position", "loss", "n_tokens", "precision")
     )
 
@@ -132,10 +132,11 @@ def losses_of(scored: Path, gathered: Path) -> pl.DataFrame:
 def score_error(
     coarse: pl.DataFrame, exact: pl.DataFrame, prior: str, conditional: str
 ) -> dict[str, Any]:
-    """How far scores lie from those in float32, of sequences with both (as of losses_of).
+    """Measure the error of scores against float32 scores, over sequences that have both.
 
-    Returns `score_error`, root mean square, and `largest_score_error`, nats per token;
-    `score_spread`, standard deviation of the scores; `sampled`, their number.
+    `coarse` and `exact` are losses as returned by losses_of. Returns `score_error` (root mean
+    square) and `largest_score_error`, in nats per token; `score_spread`, the standard deviation of
+    the float32 scores; and `sampled`, the number of sequences.
     """
     both = _colors(coarse, prior, conditional).join(
         _colors(exact, prior, conditional), on=["shard", "position"], suffix="_exact"

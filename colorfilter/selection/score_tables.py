@@ -1,6 +1,6 @@
-"""What selection needs and no arm changes, worked out once from the published tables.
+"""Tables that selection needs and that no arm changes, computed once from the published tables.
 
-Both run where scores are published, under its memory limit.
+They are computed in the step that publishes scores, under its memory limit.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,17 +12,17 @@ import polars as pl
 from colorfilter.selection.sql import fetch, fetch_frame, fetch_row
 from colorfilter.stages import IN_CORPUS
 
-# Why a sequence is no candidate, by the reason in the table `excluded`.
+# Why a sequence is not a candidate, by the reason in the table `excluded`.
 EXCLUDED = {
-    "forgotten": "it carried a document that was forgotten",
+    "forgotten": "it contained a document that was forgotten",
     "padded": "the padded last sequence of its shard: too short",
-    "copy": "it carries a document that is in an earlier shard too",
+    "copy": "it contains a document that is also in an earlier shard",
 }
 
-# A document that occurs in several shards counts once: in the first of them. A sequence that
-# carries any piece of a later copy is no candidate, and neither is a shard's padded last one.
-# Only what repeats by a short hash is compared by sha256: memory does not hold every sha256.
-# A document that was forgotten has 0 characters (colorfilter.data.redaction).
+# A document that occurs in several shards counts once, in the first of them. A sequence that
+# contains any part of a later copy is not a candidate, and neither is a shard's padded last one.
+# A short hash finds possible copies, and only these are compared by sha256, because all sha256
+# would not fit in memory. A forgotten document has 0 characters (colorfilter.data.redaction).
 FORGOTTEN = f"""
     INSERT INTO excluded
     SELECT DISTINCT shard, position, 'forgotten'
@@ -53,9 +53,9 @@ COPIES = f"""
     FROM spans JOIN copies USING (shard, doc_id) ANTI JOIN excluded USING (shard, position)
 """
 
-# Where in the table the losses of shards by a domain's current models lie. A part is inserted as a
-# whole, so its first and last row say which row groups have it. Its name does not: DuckDB knows the
-# first eight characters of what is in a row group, and names of shards begin alike.
+# The rows with the losses of shards under a domain's current models. A part is inserted in one
+# piece, so its first and last row tell DuckDB which row groups contain it. The shard's name does
+# not: DuckDB keeps only the first eight characters per row group, and shard names begin alike.
 PLACES = """
     SELECT
         shard, role, any_value(model) AS model, min(losses.rowid) AS first,
@@ -77,9 +77,9 @@ PAIR = """
 
 
 def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
-    """Fill `excluded` anew: the corpus sequences that are no candidates, one row each.
+    """Rebuild `excluded`: one row for each corpus sequence that is not a candidate.
 
-    The reason is one of EXCLUDED; 'padded' is for fewer than `length` real tokens.
+    The reason is a key of EXCLUDED; 'padded' means fewer than `length` real tokens.
     """
     connection.execute("DELETE FROM excluded")
     connection.execute(FORGOTTEN)
@@ -87,8 +87,8 @@ def exclude(connection: duckdb.DuckDBPyConnection, length: int) -> None:
     connection.execute(COPIES)
 
 
-# Views of this connection alone, found before the tables of the same names. Two domains may have
-# refined the same loss of the prior: a domain's color is made of its own.
+# Views of this connection only, which take precedence over the tables of the same names. Two
+# domains may have refined the same prior loss: a domain's color uses its own.
 OVERLAY = """
     CREATE TEMP VIEW losses AS
     SELECT model, shard, position, coalesce(exact.loss, published.loss) AS loss, n_tokens,
@@ -117,7 +117,7 @@ OVERLAY = """
 
 
 def overlay(connection: duckdb.DuckDBPyConnection, refined: Mapping[str, Path]) -> None:
-    """Show refined losses, by domain, instead of the published ones in `losses` and `color`."""
+    """Replace published losses by refined ones, given by domain, in this connection's views."""
     (database,) = fetch_row(connection, "SELECT current_database()")
     connection.execute(
         "CREATE TEMP TABLE refined_losses(domain VARCHAR, model VARCHAR, shard VARCHAR, "
@@ -133,17 +133,17 @@ def overlay(connection: duckdb.DuckDBPyConnection, refined: Mapping[str, Path]) 
 
 
 def changed_since_scored(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
-    """Places (shard, position) of sequences that do not have the tokens that were scored."""
+    """Return the sequences (shard, position) whose tokens are no longer those that were scored."""
     return fetch_frame(
         connection, "SELECT shard, position FROM excluded WHERE reason = 'forgotten'", {}
     )
 
 
 def pair(connection: duckdb.DuckDBPyConnection, domain: str, shards: Collection[str]) -> None:
-    """Make a domain's rows of `paired_losses` over shards anew from `losses` and `models`.
+    """Rebuild a domain's rows of `paired_losses` for `shards` from `losses` and `models`.
 
-    What changes losses in place calls this for the shards it changed and every domain whose prior
-    or conditional they are by.
+    Code that changes losses in place must call this for the changed shards and for every domain
+    whose prior or conditional model they belong to.
     """
     wanted = {"domain": domain, "shards": list(shards)}
     connection.execute(
@@ -153,8 +153,8 @@ def pair(connection: duckdb.DuckDBPyConnection, domain: str, shards: Collection[
     )
     found: dict[str, dict[str, str | int]] = {}
     for shard, role, model, first, last in fetch(connection, PLACES, wanted):
-        place = {role: model, f"{role}_first": first, f"{role}_last": last}
-        found.setdefault(shard, {"domain": domain, "shard": shard}).update(place)
+        rows = {role: model, f"{role}_first": first, f"{role}_last": last}
+        found.setdefault(shard, {"domain": domain, "shard": shard}).update(rows)
     for shard in sorted(found):
         if {"prior", "conditional"} <= found[shard].keys():
             connection.execute(PAIR, found[shard])

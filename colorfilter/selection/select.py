@@ -1,8 +1,8 @@
-"""Which sequences to keep, as one query on the score tables.
+"""Select the sequences to keep, by queries on the score tables.
 
 CoLoR-Filter keeps the sequences with the lowest `conditional - prior` (arXiv 2406.10670,
 algorithm 1). The order is canonical: score in float64, then shard, then position, so that ties
-fall the same way everywhere. Lower is better for every method.
+are broken the same way everywhere. Lower is better for every method.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ from colorfilter.errors import InputError
 from colorfilter.selection.sql import fetch_frame, fetch_row
 from colorfilter.stages import IN_CORPUS
 
-# Lots are drawn by splitmix64 (Steele, Lea and Flood, 2014): a shard's sequences are a stream whose
-# state is the shard's key. The same in every version of DuckDB, as its own hash is not.
+# Random keys come from splitmix64 (Steele, Lea and Flood, 2014): each shard is a stream whose state
+# is the shard's key. DuckDB's own hash differs between versions.
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = [(30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)]
 
@@ -36,7 +36,7 @@ KEYS = """
     )
 """
 _STATE = _modulo_2_64(f"key::UHUGEINT + (position + 1)::UHUGEINT * {GOLDEN}::UHUGEINT")
-# A number in [0, 1) from the sequence's place and the seed.
+# A number in [0, 1) from the seed and the sequence's shard and position.
 RANDOM_KEY = f"({_mixed(_STATE)} >> 11)::DOUBLE / {2**53}"
 
 DRAWN = f"""
@@ -65,9 +65,9 @@ SCORES = {
     "full": DRAWN,
 }
 
-# Sorting is what takes long. So scores are counted by steps first, and only what lies no higher
-# than the step that $keep candidates are reached by is sorted: those that are excluded are taken
-# to lie lowest, so that there are enough whatever their scores.
+# Sorting takes most of the time. So scores are first counted by steps, and only scores up to the
+# step that completes $keep candidates are sorted. Excluded sequences are counted as if they had the
+# lowest scores, so that enough candidates remain whatever the scores of the excluded.
 STEP = "floor(score * 4096)"
 BEST = f"""
     steps AS (
@@ -84,10 +84,10 @@ BEST = f"""
     )
 """
 
-# By batch the candidates are cut into pools in the order of their random keys, the last one perhaps
-# smaller. No table or order is made of them all, as DuckDB would of what two parts of one query
-# have in common; so these are statements. They are counted by ranges of random keys and by steps of
-# the score in one pass; in a second one only contenders are taken.
+# Selection by batch divides the candidates into pools in the order of their random keys; the last
+# pool may be smaller. All candidates must never be stored or sorted at once, which DuckDB would do
+# for a part shared within one query; so these are separate statements. One pass counts candidates
+# by ranges of random keys and by steps of the score; a second pass takes only contenders.
 RANGES_OF_A_POOL = 16
 MOST_RANGES = 2**20
 
@@ -116,8 +116,8 @@ COUNTED = """
     FROM (SELECT range, {step} AS step FROM drawn) GROUP BY GROUPING SETS ((range), (step))
 """
 
-# Of a range: its first pool, whether that ends within it (`cut`), and how many lie before it, in
-# all and in ranges that are cut (`ahead`).
+# For each range: its first pool, whether that pool ends within the range (`cut`), and how many
+# candidates are in earlier ranges (`before`) and in earlier ranges that are cut (`ahead`).
 RANGED = """
     CREATE OR REPLACE TEMP TABLE ranges AS
     SELECT range, before, before // $pool AS pool, pool <> (before + n - 1) // $pool AS cut,
@@ -140,8 +140,8 @@ SIZED = """
     )
 """
 
-# The score below which there are more than the kept share of all, by so much that hardly a pool has
-# fewer there than are kept of it.
+# A score below which almost every pool has all the candidates it keeps: more than the kept share of
+# all candidates is below it, by a margin.
 LOW = """
     SELECT (coalesce(min(step), 0) + 1) / 4096
     FROM (
@@ -151,7 +151,7 @@ LOW = """
         * least(1, (1 + 5 / sqrt($batch)) / $tau)
 """
 
-# Contenders: what lies low, and all of a range that is cut, of which alone random keys are sorted.
+# Contenders: low scores, and all of the ranges that are cut. Only the latter sort random keys.
 POOLED = """
     CREATE OR REPLACE TEMP TABLE pools AS
     WITH {scores},
@@ -182,8 +182,8 @@ REST_OF_SHORT = """
     WHERE NOT cut AND score > $low + $beyond
 """
 
-# One order serves all pools, less what lies in the ones before (`ahead`): a window for each would
-# take far longer.
+# One sort serves all pools: subtracting the size of earlier pools (`ahead`) gives the rank within
+# a pool. A window per pool would take far longer.
 BEST_OF_POOLS = """
     places AS (
         SELECT number, position, score, pool, kept,
@@ -200,7 +200,7 @@ CHOSEN_OF_POOLS = f"""
     chosen AS (SELECT shard, position, score FROM best_of_pools JOIN numbered USING (number))
 """
 
-# Where the score is another, the color is joined to what was chosen, not to what it is chosen from.
+# If the score is not the color, the color is joined only to the chosen sequences.
 COLORED = "FROM chosen"
 COLOR_JOINED = """
     SELECT chosen.*, color.color
@@ -208,7 +208,7 @@ COLOR_JOINED = """
     LEFT JOIN (FROM color WHERE domain = $domain) AS color USING (shard, position)
 """
 
-# A number in the order of the names sorts faster than the name.
+# Shards are numbered in the order of their names, because numbers sort faster than names.
 SHARDS = """
     shards AS (
         SELECT shard, row_number() OVER (ORDER BY shard) AS number
@@ -216,8 +216,8 @@ SHARDS = """
     )
 """
 
-# Millions of names would take most of the memory: their numbers are fetched, and the names looked
-# up, so that each stands in memory once.
+# Millions of names would take most of the memory. So queries return shard numbers, and each name is
+# held in memory only once.
 NAMES = "SELECT DISTINCT shard FROM sequences ORDER BY shard"
 
 SELECTION = """
@@ -233,7 +233,7 @@ SELECTION = """
 
 
 def count_candidates(connection: duckdb.DuckDBPyConnection) -> int:
-    """How many sequences can be selected: those of the corpus that are not excluded."""
+    """Return how many sequences can be selected: those of the corpus that are not excluded."""
     query = f"""
         SELECT count(*) - (SELECT count(*) FROM excluded)
         FROM sequences WHERE {IN_CORPUS}
@@ -244,9 +244,10 @@ def count_candidates(connection: duckdb.DuckDBPyConnection) -> int:
 def select(
     connection: duckdb.DuckDBPyConnection, method: str, domain: str, keep: int, seed: int
 ) -> pl.DataFrame:
-    """The best `keep` candidates of a method, best first: rank, shard, position, score, color.
+    """Return the best `keep` candidates of a method, best first.
 
-    `rank` counts from 1; `score` is float64, lower is better; `color` is null where not scored.
+    Columns: rank (from 1), shard, position, score (float64, lower is better) and color (null for
+    sequences without scores).
     """
     parameters: dict[str, float | str] = {"domain": domain, "keep": keep}
     if SCORES[method] is DRAWN:
@@ -262,10 +263,10 @@ def select_by_batch(
     batch: int,
     seed: int,
 ) -> pl.DataFrame:
-    """The best `batch` of every random `tau * batch` candidates: the paper's streaming form.
+    """Return the best `batch` of every random `tau * batch` candidates: the paper's streaming form.
 
-    (arXiv 2406.10670, algorithm 1, with selection within a batch.) What is left over is a smaller
-    pool of its own. Columns and order as in `select`.
+    This is algorithm 1 of arXiv 2406.10670 with selection within a batch. Remaining candidates form
+    a last, smaller pool. Columns and order are those of `select`.
     """
     draw_pools(connection, method, domain, tau, batch, seed)
     chosen = _ranked(connection, method, CHOSEN_OF_POOLS, {"domain": domain, "keep": 2**62})
@@ -282,11 +283,11 @@ def draw_pools(
     seed: int,
     beyond: float = 0.0,
 ) -> None:
-    """Make the temporary tables of select_by_batch.
+    """Create the temporary tables of select_by_batch.
 
-    `numbered` has a number for each shard, in order of name; `sizes` how many are kept of each
-    pool; `pools` the number, position, score and pool of candidates: of every pool those that are
-    kept and, at least, all that score no more than `beyond` above them.
+    `numbered` has a number for each shard, in the order of names. `sizes` has how many candidates
+    each pool keeps. `pools` has shard number, position, score and pool of candidates: in every
+    pool, at least those that are kept and all whose score is at most `beyond` above theirs.
     """
     pool = int(tau * batch)
     pools = -(-count_candidates(connection) // pool)
@@ -306,7 +307,7 @@ def draw_pools(
 
 
 def drop_pools(connection: duckdb.DuckDBPyConnection) -> None:
-    """Drop what draw_pools makes."""
+    """Drop the tables that draw_pools creates."""
     for table in ("numbered", "counted", "ranges", "sizes", "pools", "short"):
         connection.execute(f"DROP TABLE {table}")
 
@@ -314,7 +315,10 @@ def drop_pools(connection: duckdb.DuckDBPyConnection) -> None:
 def losses_of(
     connection: duckdb.DuckDBPyConnection, places: pl.DataFrame, role: str, domain: str
 ) -> pl.DataFrame:
-    """Losses at these places by a domain's current model of a role: shard, position, loss."""
+    """Return losses of sequences under a domain's current model of a role.
+
+    `places` and the result are tables of sequences by shard and position; the result adds loss.
+    """
     rows = places.select("shard", "position").to_arrow()
     connection.register("wanted", rows)
     query = """
@@ -326,7 +330,7 @@ def losses_of(
 
 
 def document_tokens(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
-    """The corpus's documents by their number of tokens: shard, doc_id, n_tokens."""
+    """Return the number of tokens of the corpus's documents: shard, doc_id, n_tokens."""
     query = f"""
         SELECT shard, doc_id, n_tokens FROM documents
         WHERE {IN_CORPUS} AND n_tokens IS NOT NULL
@@ -355,15 +359,15 @@ def _ranked(
 
 
 def write_selection(chosen: pl.DataFrame, folder: Path) -> None:
-    """Write `selection.parquet`: rank, shard, position, score, color, a row per sequence."""
+    """Write `selection.parquet`, a row per sequence: rank, shard, position, score, color."""
     columns = ["rank", "shard", "position", "score", "color"]
     chosen.select(columns).write_parquet(folder / "selection.parquet", compression="zstd")
 
 
 def n_to_keep(candidates: int, tau: float, needed: int) -> int:
-    """floor(candidates / tau), if that holds the sequences that training needs.
+    """Return floor(candidates / tau), the number of sequences to keep.
 
-    Raises InputError otherwise.
+    Raises InputError if training needs more.
     """
     keep = int(candidates / tau)
     if keep < needed:

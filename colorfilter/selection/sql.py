@@ -1,4 +1,4 @@
-"""Small helpers to read a DuckDB connection, the same under DuckDB 1.5 and 2."""
+"""Helpers to read from a DuckDB connection, for DuckDB 1.5 and 2."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ Parameters = Sequence[Any] | Mapping[str, Any]
 def fetch(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Parameters = ()
 ) -> list[tuple[Any, ...]]:
-    """All rows. (A result that is not read to its end blocks the connection in DuckDB 2.)"""
+    """Return all rows. A partially read result would block the connection in DuckDB 2."""
     return connection.execute(query, parameters).fetchall()
 
 
 def fetch_row(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Parameters = ()
 ) -> tuple[Any, ...]:
-    """The one row of a query that always has one, such as an aggregate."""
+    """Return the row of a query that always returns exactly one, such as an aggregate."""
     (row,) = fetch(connection, query, parameters)
     return row
 
@@ -27,5 +27,5 @@ def fetch_row(
 def fetch_frame(
     connection: duckdb.DuckDBPyConnection, query: str, parameters: Mapping[str, Any]
 ) -> pl.DataFrame:
-    """All rows as a polars frame."""
+    """Return all rows as a polars frame."""
     return pl.DataFrame(connection.sql(query, params=dict(parameters)).to_arrow_table())

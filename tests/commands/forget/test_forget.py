@@ -183,7 +183,7 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     document = explained(project, gone["doc_id"])["document"]
     change = explained(project, ARM)
     assert change["leaving"] == [
-        {"why": "it carried a document that was forgotten", "sequences": len(withdrawn & had)}
+        {"why": "it contained a document that was forgotten", "sequences": len(withdrawn & had)}
     ]
     assert {c["why"] for c in change["entering"]} <= {"other candidates beside it"}
     assert [d["name"] for d in change["inputs"]] == [f"forgotten[{gone['sha256'][:20]}]"]
