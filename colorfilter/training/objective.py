@@ -1,7 +1,7 @@
 """What training minimizes: the summed negative log-likelihood of a batch's labels.
 
-With a z-loss (arXiv 2204.02311, section 5) also the squared log-sum-exp of their logits, which
-keeps logits from drifting.
+With a z-loss (arXiv 2204.02311, section 5), the squared log-sum-exp of the logits is added, which
+keeps the logits from drifting.
 """
 
 import torch
@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 
 from colorfilter.scoring.labels import IGNORED
 
-# Torch would choose 16 rows for the sample's models: calls of so little each that a step takes 10
-# to 30 % longer. 256 rows of logits are 2 MB for a vocabulary of 2,048, 51 MB for one of 50,304.
+# For the sample's models torch would choose 16 rows; calls that small make a step 10 to 30% slower.
+# 256 rows of logits take 2 MB for a vocabulary of 2,048 and 51 MB for one of 50,304.
 CHUNK = LinearCrossEntropyOptions(batch_chunk_size=256)
 
 
 class Objective(torch.nn.Module):
-    """Tokens and labels of a batch -> its summed loss, and what is minimized.
+    """Module from tokens and labels of a batch to its summed loss and the value to minimize.
 
-    `head_weight` as in summed_nll, `z_loss` the weight of the squared log-sum-exp.
+    `head_weight`: see summed_nll. `z_loss` is the weight of the squared log-sum-exp.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Objective(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._head_weight = (head_weight,)  # a parameter of the model, and not another one of this
+        self._head_weight = (head_weight,)  # in a tuple, so that it is not registered twice
         self._z_loss = z_loss
 
     def forward(
@@ -45,12 +45,13 @@ def summed_nll(
     tokens: torch.Tensor,
     labels: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens and labels int64 [B, T], IGNORED left out -> scalar, nats summed over the labels.
+    """Return the loss in nats summed over the labels, a scalar.
 
-    With `head_weight` [V, D], as models.head_weight gives it, no more logits are held at a time
-    than those of CHUNK rows, in the dtype of the weights. Not for autocast: torch sums the loss and
-    the weight's gradient over chunks in the dtype of the hidden states. With None, of full logits
-    and in float32 from there on.
+    tokens and labels are int64 [B, T]; IGNORED labels do not count. With `head_weight` [V, D] (see
+    checkpoints.head_weight), only the logits of CHUNK rows are held at a time, in the dtype of the
+    weights. Do not use this under autocast: torch would sum the loss and the weight's gradient over
+    chunks in the dtype of the hidden states. With None, full logits are computed, and the loss is
+    computed from them in float32.
     """
     if head_weight is None:
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -71,7 +72,7 @@ def summed_nll(
 def summed_z(
     model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from full logits, and the sum over the labels of their squared log-sum-exp."""
+    """Return the summed loss and the summed squared log-sum-exp of the labels, from full logits."""
     logits = model(input_ids=tokens, use_cache=False).logits.float().flatten(0, 1)
     counted = labels.flatten() != IGNORED
     log_sum = logits.logsumexp(dim=1)

@@ -1,7 +1,7 @@
 """Processes that train one model together, each on its share of every batch.
 
-On a CPU they take the place of OpenMP's threads, which wait for each other in every small product:
-with anything else on the cores, two threads are slower than one.
+On a CPU they replace OpenMP's threads, which wait for each other in every small product: if
+anything else uses the cores, two threads are slower than one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from colorfilter.compute import local_pool
 from colorfilter.errors import LeftAloneError
 
-# The others wait while the first process saves a state. One that is gone is noticed at once.
+# The others wait while the first process saves a state. A process that dies is noticed at once.
 LONGEST_WAIT = timedelta(days=1)
 POLL_SECONDS = 0.01
 
@@ -35,28 +35,28 @@ class Single:
     size = 1
 
     def share(self, n: int) -> tuple[torch.Tensor, int]:
-        """Which of the n rows of a batch are this process's, and how many every process takes."""
+        """Return this process's rows of a batch of n, and the number of rows per process."""
         mine = torch.arange(self.rank, n, self.size)
         return mine, -(-n // self.size)
 
     def averaging(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """The module; gradients of what it gives are averaged over the processes."""
+        """Return the module, wrapped to average gradients over the processes."""
         return module
 
     def not_yet(self, module: Callable[..., Any]) -> AbstractContextManager[None]:  # noqa: ARG002
-        """While this lasts gradients are summed up here only."""
+        """Return a context in which gradients are accumulated only in this process."""
         return contextlib.nullcontext()
 
     def total(self, numbers: np.ndarray, device: torch.device) -> np.ndarray:  # noqa: ARG002
-        """The sum of numbers (float64) over the processes, by way of their devices."""
+        """Return the sum of numbers (float64) over the processes, exchanged by way of `device`."""
         return numbers
 
     def said_by_first(self, value: Any) -> Any:
-        """What the first process has here."""
+        """Return the value that the first process passed."""
         return value
 
     def copied_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make tensors what they are in the first process."""
+        """Overwrite tensors with those of the first process."""
 
 
 class Group(Single):
@@ -67,7 +67,7 @@ class Group(Single):
         self.size = distributed.get_world_size()
 
     def averaging(self, module: torch.nn.Module) -> Callable[..., Any]:
-        with warnings.catch_warnings():  # its successor still copies the buffers once
+        with warnings.catch_warnings():  # the suggested successor still copies buffers once
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, broadcast_buffers=False)
 
@@ -82,9 +82,9 @@ class Group(Single):
         return summed.cpu().numpy()
 
     def said_by_first(self, value: Any) -> Any:
-        said = [value]
-        distributed.broadcast_object_list(said, src=0)
-        return said[0]
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def copied_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -96,9 +96,9 @@ def call_in_group(
 ) -> Any:
     """Call a function as process `rank` of a group of `size` on this machine.
 
-    They meet at the file `meeting`, which must not exist before. Raises what the function raises,
-    LeftAloneError in a process that waits for one that is gone, and workers.StoppedError where the
-    call is no longer wanted before all have begun.
+    The processes connect through the file `meeting`, which must not exist before. Raises what the
+    function raises, LeftAloneError if another process of the group has died, and
+    local_pool.StoppedError if the call is cancelled before all processes have started.
     """
     _wait_for_all(rank, size, meeting)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -107,11 +107,11 @@ def call_in_group(
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
         )
-        distributed.barrier()  # none may end before all have met
+        distributed.barrier()  # none may finish before all have joined
         return function(*arguments)
     except RuntimeError as error:
-        if "gloo" in str(error):  # torch has no type for it
-            raise LeftAloneError("another process of this training has ended") from error
+        if "gloo" in str(error):  # torch has no exception type for it
+            raise LeftAloneError("another process of this training has exited") from error
         raise
     finally:
         if distributed.is_initialized():
@@ -119,9 +119,9 @@ def call_in_group(
 
 
 def _wait_for_all(rank: int, size: int, meeting: Path) -> None:
-    """Wait until all processes of a group have begun: torch would wait for one that never does."""
-    begun = [meeting.with_name(f"{meeting.name}-{n}") for n in range(size)]
-    begun[rank].touch()
-    while not all(path.exists() for path in begun):
+    """Wait until all processes have started. Unlike torch's own wait, this can be cancelled."""
+    started = [meeting.with_name(f"{meeting.name}-{n}") for n in range(size)]
+    started[rank].touch()
+    while not all(path.exists() for path in started):
         local_pool.report(0)
         time.sleep(POLL_SECONDS)

@@ -1,9 +1,9 @@
-"""Choosing while learning: what a model trains on is picked by its own loss at the time.
+"""Selection during training: a model's own current loss decides what it trains on.
 
-RHO-down (arXiv 2406.10670, algorithm 2): of each tau * b candidates, the b with the lowest
-`conditional - current` loss, where current is that of the model which is then trained on them. The
-candidates come in the order of their rows, each once; what was chosen is written as it happens, so
-that a killed run goes on with the same choices.
+RHO-down (arXiv 2406.10670, algorithm 2) selects from each tau * b candidates the b with the lowest
+`conditional - current` loss, where current is the loss under the model that is then trained on
+them. Candidates are read once, in the order of their rows. Choices are recorded as they are made,
+so that a killed run resumes with the same choices.
 """
 
 import os
@@ -21,7 +21,7 @@ CHOSEN = np.dtype([("row", "<i8"), ("score", "<f8")])
 
 
 class Chooser:
-    """Chooses from the packed candidates in a folder, and writes down what it chose."""
+    """Chooses from a folder of packed candidates and records its choices in `chosen.bin`."""
 
     def __init__(self, online: Online, tokens: Path, out: Path, progress: Progress) -> None:
         self._online = online
@@ -33,10 +33,10 @@ class Chooser:
         self._record = (out / "chosen.bin").open("ab")
 
     def choose(self, model: PreTrainedModel, first: int, stop: int) -> np.ndarray:
-        """The rows of choices number [first, stop), int64, lowest score first; ties by row."""
+        """Return the rows of choices [first, stop), int64, lowest score first; ties by row."""
         seen = slice(self._online.candidates(first), self._online.candidates(stop))
         if self._scorer is None:
-            # Not the form that a measurement finds fastest: a run gone on with must choose alike.
+            # A fixed kernel, not the fastest measured one: a resumed run must choose the same.
             self._scorer = Scorer(model, kernel="chunked")
         training = model.training
         model.eval()
@@ -56,16 +56,16 @@ class Chooser:
         return chosen["row"].copy()
 
     def go_on_from(self, first: int) -> None:
-        """Forget choices number `first` and later: they will be made again."""
+        """Discard choices number `first` and later; they will be made again."""
         self._record.truncate(first * CHOSEN.itemsize)
 
     def sync(self) -> None:
-        """Have all choices so far stand on disk."""
+        """Flush all choices so far to disk."""
         self._record.flush()
         os.fsync(self._record.fileno())
 
 
 def chosen_rows(out: Path) -> np.ndarray:
-    """What a finished run in `out` chose, in order: `row` of the candidates and `score`."""
+    """Return what a finished run in `out` chose, in order: candidate `row` and `score`."""
     rows: np.ndarray = np.fromfile(out / "chosen.bin", CHOSEN)
     return rows

@@ -1,8 +1,8 @@
-"""The course of a training run: its phases, the rate at each step, and the order of sequences.
+"""The schedule of a training run: its phases, learning rates, and order of sequences.
 
-The schedule is warm-up, stable, decay (arXiv 2405.18392), or a cosine. With the first, one run
-has several end points for the price of their decays: the trunk at constant rate goes on, and each
-end point is a branch with a full decay. A run is thus a list of phases,
+The learning rate follows warm-up, stable, decay (arXiv 2405.18392) or a cosine. With warm-up,
+stable, decay, further end points of a run cost only their decays: the trunk continues at a constant
+rate, and each end point is a branch with a full decay. A run is then a list of phases,
 
     trunk to 0.8 a | branch to a | trunk to 0.8 b | branch to b | ...
 
@@ -20,7 +20,7 @@ from colorfilter.config.recipe import Training
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps [start, stop) towards end point `target` (an index); a branch ends there."""
+    """Steps [start, stop) towards end point `target` (an index); only a branch reaches it."""
 
     target: int
     start: int
@@ -29,7 +29,7 @@ class Phase:
 
 
 def phases(training: Training, endpoints: Sequence[int]) -> list[Phase]:
-    """The phases of a run to these end points, in sequences, rising."""
+    """Return the phases of a run to `endpoints`, which are in sequences and rising."""
     ends = [math.ceil(n / training.batch_sequences) for n in endpoints]
     course, trunk = [], 0
     for target, end in enumerate(ends):
@@ -44,7 +44,7 @@ def phases(training: Training, endpoints: Sequence[int]) -> list[Phase]:
 
 
 def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
-    """Sequences that a run to these end points trains on in all, branches included."""
+    """Return how many sequences a run to `endpoints` trains on in all, branches included."""
     size = training.batch_sequences
     sequences = 0
     for phase in phases(training, endpoints):
@@ -54,7 +54,10 @@ def planned_sequences(training: Training, endpoints: Sequence[int]) -> int:
 
 
 def learning_rate(training: Training, step: int, first_end: int, end: int, branch: bool) -> float:
-    """The rate at a step. Warm-up is a share of the first end point, so that the trunk is one."""
+    """Return the learning rate at a step.
+
+    Warm-up is a share of the first end point, so that all end points share one trunk.
+    """
     warmup = math.ceil(training.warmup * first_end)
     rate = training.learning_rate * min(1.0, (step + 1) / max(1, warmup))
     if training.schedule == "cosine":
@@ -67,8 +70,8 @@ def learning_rate(training: Training, step: int, first_end: int, end: int, branc
 
 
 def training_order(seed: int, sequences: int) -> np.ndarray:
-    """The rows in the order in which they are trained on, int64 [sequences].
+    """Return the rows in training order, int64 [sequences].
 
-    A run to an end point of n sequences has trained on the first n of these, each of them once.
+    A run to an end point of n sequences trains on the first n rows of this order, each once.
     """
     return np.random.default_rng(seed).permutation(sequences)

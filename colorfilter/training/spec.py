@@ -1,4 +1,4 @@
-"""What a training run is to do, and how many tokens that is. Nothing here loads torch."""
+"""The specification of a training run, and its number of tokens. Does not load torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,15 @@ from colorfilter.config.recipe import Model, Training
 from colorfilter.data.tokens import open_tokens, real_tokens
 from colorfilter.training.schedule import Phase, phases, training_order
 
-RUNNING = "running.safetensors"  # the state of a run that has not ended
+RUNNING = "running.safetensors"  # the state of an unfinished run
 
 
 @dataclass(frozen=True)
 class Online:
-    """What is chosen by: `conditional` is a .npy of a loss per candidate, nats per token.
+    """Settings for choosing sequences during training (see rho_down).
 
-    `eot_id` is that of its labels (labels.shifted_labels).
+    `conditional` is a .npy file with one loss per candidate, in nats per token. `eot_id` is the one
+    with which its labels were computed (see labels.shifted_labels).
     """
 
     conditional: Path
@@ -28,23 +29,23 @@ class Online:
     eot_id: int | None = None
 
     def candidates(self, chosen: int) -> int:
-        """How many candidates have been seen when so many are chosen."""
+        """Return how many candidates have been seen once `chosen` sequences are chosen."""
         return int(self.tau * chosen)
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """One training run: all that decides its result, and where things lie."""
+    """One training run: everything that determines its result, and its paths."""
 
-    start: Model | str  # a fresh architecture, or the folder or hub name of a checkpoint
+    start: Model | str  # a new architecture, or the folder or hub name of a checkpoint
     tokens: Path  # folder of packed sequences to train on
     tokenizer: Path
     training: Training
-    seed: int  # initial weights (if fresh) and order of the sequences
+    seed: int  # of initial weights (of a new architecture) and order of sequences
     endpoints: tuple[int, ...]  # in sequences, rising; each gives a checkpoint
     out: Path
     held_out: Path | None = None  # packed sequences, for the learning curve
-    online: Online | None = None  # choose from `tokens` while learning; one end point
+    online: Online | None = None  # choose from `tokens` during training; requires one end point
 
     def __str__(self) -> str:
         return f"training in {self.out}"
@@ -56,16 +57,16 @@ class Checkpoint:
 
     path: Path
     tokens: int
-    sizes: Mapping[str, int]  # as of models.n_parameters
+    sizes: Mapping[str, int]  # see checkpoints.n_parameters
 
 
 def planned_tokens(spec: TrainSpec) -> int:
-    """Tokens that a run trains on in all, branches included, and those it chooses from."""
+    """Return how many tokens a run processes: in all phases, and in candidates to choose from."""
     return _tokens(spec, phases(spec.training, spec.endpoints))
 
 
 def trained_tokens(spec: TrainSpec) -> int:
-    """How many planned tokens the saved state has already trained on."""
+    """Return how many of the planned tokens the saved state has already processed."""
     running = spec.out / RUNNING
     if not running.exists():
         return 0
@@ -75,12 +76,12 @@ def trained_tokens(spec: TrainSpec) -> int:
 
 
 def step_tokens(spec: TrainSpec) -> int:
-    """Tokens in a step, padding included."""
+    """Return the number of tokens per step, padding included."""
     return spec.training.batch_sequences * int(open_tokens(spec.tokens).shape[1])
 
 
 def state_scalars(path: Path) -> dict[str, Any]:
-    """What a state holds beside tensors: phase, step, curve."""
+    """Return the values in a state that are not tensors: phase, step, curve."""
     with safetensors.safe_open(path, "np") as file:
         scalars: dict[str, Any] = json.loads(file.metadata()["state"])
     return scalars
@@ -102,5 +103,5 @@ def _tokens(spec: TrainSpec, course: Sequence[Phase]) -> int:
 
 
 def tokens_seen(n_tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Tokens in the first 0, 1, 2, ... sequences of an order."""
+    """Return the number of tokens in the first 0, 1, 2, ... sequences of an order."""
     return np.concatenate([[0], np.cumsum(n_tokens[order])])

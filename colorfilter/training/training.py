@@ -1,8 +1,8 @@
 """Train a causal language model on packed sequences: one pass, seeded, resumable.
 
-The course of a run is that of colorfilter.training.schedule. Its state (weights, AdamW moments,
-step, curve) is one safetensors file, scalars as JSON in its header, replaced atomically; a killed
-run goes on from it and ends with the same bits as an undisturbed one on the same machine.
+A run follows colorfilter.training.schedule. Its state (weights, AdamW moments, step, curve) is one
+safetensors file with scalars as JSON in its header, and is replaced atomically. A killed run
+resumes from it and finishes with the same bits as an uninterrupted run on the same machine.
 """
 
 import contextlib
@@ -41,16 +41,16 @@ from colorfilter.training.spec import (
     tokens_seen,
 )
 
-# By kind of device. A CPU gains nothing from more, and keeps every layer's attention weights.
+# By device type. On a CPU more is not faster, and every layer's attention weights are held.
 MICRO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 CHECKPOINT_SECONDS = 30.0
-SAVING_PAUSE = 20.0  # times what it took to write and keep the last state, at least
+SAVING_PAUSE = 20.0  # minimum pause between states, as a multiple of the time to save the last
 CURVE_POINTS = 5
 
 
 @dataclass
 class _State:
-    """Where a run stands. `curve` has one row per step since the run began."""
+    """Progress of a run. `curve` has one row per step since the run began."""
 
     phase: int = 0
     step: int = 0
@@ -58,7 +58,7 @@ class _State:
 
 
 def keep_nothing() -> None:
-    """For a folder that lasts."""
+    """Do nothing: the default `keep`, for folders that outlive the process."""
 
 
 def train(
@@ -68,20 +68,20 @@ def train(
     keep: Callable[[], None] = keep_nothing,
     group: Single | None = None,
 ) -> list[Checkpoint]:
-    """Train as the spec says and return a checkpoint per end point, `<out>/tokens-<n>/`.
+    """Run the training in `spec` and return a checkpoint per end point, `<out>/tokens-<n>/`.
 
     `<out>/curve.parquet` holds endpoint, step, tokens, loss (nats per token), learning_rate and,
     at some steps, held_out_loss. `progress` is called with the tokens of every finished step.
-    A run that was killed goes on from its last state; `keep` is called when one was written, and in
-    the end, where the folder does not outlive the process. The processes of a `group` each take
-    their share of every batch, and the first one of them reads and writes what is in the folder.
-    Raises OSError where the disk has no room for its states and checkpoints.
+    A killed run resumes from its last state. `keep` is called after each state is written and at
+    the end, to keep the contents of a folder that does not outlive the process. Each process of a
+    `group` takes its share of every batch; only the first one reads and writes the folder.
+    Raises OSError if the disk has no room for the states and checkpoints.
     """
     return Run(spec, torch.device(device), progress, keep, group or Single()).run()
 
 
 class Run:
-    """A training run: its model, its optimizer, and where it stands among its phases."""
+    """A training run: its model, its optimizer and its phases."""
 
     def __init__(
         self,
@@ -99,7 +99,9 @@ class Run:
         self.tokens = open_tokens(spec.tokens)
         self.n_tokens = real_tokens(spec.tokens)
         if spec.endpoints[-1] > len(self.tokens):
-            raise ValueError(f"{spec.endpoints[-1]} sequences asked for, {len(self.tokens)} there")
+            raise ValueError(
+                f"{spec.tokens}: {spec.endpoints[-1]} sequences requested, {len(self.tokens)} exist"
+            )
         self.order = training_order(spec.seed, len(self.tokens))
         self.seen = tokens_seen(self.n_tokens, self.order)
         self.chooser = None
@@ -181,20 +183,22 @@ class Run:
 
     @property
     def first(self) -> bool:
-        """Whether this process reads and writes what is in the folder."""
+        """Whether this process reads and writes the folder."""
         return self.group.rank == 0
 
     def _bytes_on_disk(self) -> int:
-        """A model and two moments in the running state, the next one and every trunk's, and a
-        checkpoint per end point, all in float32.
+        """Return the disk space that a run needs at most.
+
+        A state is a model and two moments in float32: the running one, the next one, and one per
+        trunk. There is one checkpoint per end point.
         """
         n: int = sum(p.numel() for p in self.model.parameters())
         return 4 * n * (6 + 4 * len(self.spec.endpoints))
 
     def _trunk(self, target: int) -> Path:
-        """Where the trunk's state lies at the fork to an end point.
+        """Return the path of the trunk's state at the fork to an end point.
 
-        One file each: a killed run may stand before a fork that it has already been at.
+        There is a file per fork, because a killed run may resume before a fork it already passed.
         """
         return self.spec.out / f"trunk-{target}.safetensors"
 
@@ -234,17 +238,17 @@ class Run:
                 self._save(running, state)
 
     def _rows(self, first: int, stop: int) -> np.ndarray:
-        """The sequences to train on as number [first, stop)."""
+        """Return the rows of the sequences to train on as number [first, stop)."""
         if self.chooser:
             return self.chooser.choose(self.model, first, stop)
         return self.order[first:stop]
 
     def step(self, rows: np.ndarray, rate: float, step: int) -> float:
-        """One optimizer step on some sequences; returns their mean loss, nats per token."""
+        """Take an optimizer step on some sequences and return their mean loss, nats per token."""
         self._seed_dropout(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Examples are mostly padding: what none of the batch reaches is not computed.
+        # Examples of tasks are mostly padding: columns beyond the batch's longest row are skipped.
         longest = self.n_tokens[rows].max()
         batch = self.tokens[rows][:, :longest].astype(np.int64)
         tokens_BxT = torch.from_numpy(batch).to(self.device)
@@ -253,7 +257,7 @@ class Run:
         n_labels = int((labels != IGNORED).sum())
         micro = max(1, MICRO_BATCH_TOKENS.get(self.device.type, 4_096) // tokens_BxT.shape[1])
         mine, share = self.group.share(len(rows))
-        idle = share - len(mine)  # none may be without a row where others have one
+        idle = share - len(mine)  # filled with ignored rows: all processes need the same number
         tokens_BxT = torch.cat([tokens_BxT[mine], tokens_BxT[:idle]])
         labels = torch.cat([labels[mine], torch.full_like(labels[:idle], IGNORED)])
         losses = []
@@ -272,10 +276,10 @@ class Run:
         return float(self.group.total(here, self.device)) / max(1, n_labels)
 
     def _seed_dropout(self, step: int) -> None:
-        """Fix a step's random numbers.
+        """Seed the random numbers of a step.
 
-        On the device that is used alone: torch.manual_seed notes the call for every other kind,
-        with a trace of the stack, which takes time and is kept for good.
+        Only the device in use is seeded: torch.manual_seed also records the call, with a stack
+        trace, for every other device type, which takes time and memory that is never freed.
         """
         seed = self.spec.seed * 1_000_003 + step + self.group.rank * 2**40
         if self.device.type in {"cuda", "mps"}:
@@ -311,7 +315,7 @@ class Run:
         self.saving = self.saved - begun
 
     def _restore(self, path: Path, curve: list[Any] | None = None) -> _State:
-        """Load a state. A trunk's own curve is older than the run's: `curve` stands in for it."""
+        """Load a state. `curve` replaces a trunk's own curve, which is older than the run's."""
         read: dict[str, torch.Tensor] = {}
         scalars: dict[str, Any] = {}
         if self.first:
@@ -351,13 +355,13 @@ _CURVE = {
 
 
 def held_out_loss(model: PreTrainedModel, tokens: Path, group: Single) -> float:
-    """Mean loss over all labels of packed sequences, nats per token.
+    """Return the mean loss over all labels of packed sequences, nats per token.
 
-    Each process of the group scores its share. A sequence's loss has the same bits in any company,
-    so the mean is that of one process.
+    Each process of the group scores its share. A sequence's loss has the same bits in any batch, so
+    the mean is that of a single process.
     """
     sequences, real = open_tokens(tokens), real_tokens(tokens)
-    losses = np.zeros((2, len(sequences)))  # and how many labels
+    losses = np.zeros((2, len(sequences)))  # losses and numbers of labels
     mine = slice(group.rank, None, group.size)
     if len(real[mine]):
         (losses[:, mine],) = sequence_losses([Scorer(model)], sequences[mine], real[mine])

@@ -352,7 +352,7 @@ def test_planned_tokens_are_those_that_are_trained_on(
 
 def test_more_than_the_data_holds_is_refused(spec: TrainSpec, tmp_path: Path) -> None:
     n = len(sizes(spec))
-    with pytest.raises(ValueError, match=f"{n + 1} sequences asked for, {n} there"):
+    with pytest.raises(ValueError, match=f"{n + 1} sequences requested, {n} exist"):
         train(replace(spec, endpoints=(8, n + 1), out=tmp_path))
 
 
