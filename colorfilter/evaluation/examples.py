@@ -201,10 +201,11 @@ EXTREMES = """
 def extremes(
     connection: duckdb.DuckDBPyConnection, domain: str, length: int, share: float, n: int = 5
 ) -> pl.DataFrame:
-    """Return `n` documents of lowest color, near the best `share`'s edge, near the median, highest.
+    """Return `n` documents each of lowest, cutoff, median and highest color.
 
-    Only documents of at least `length` tokens, the length of a sequence, are considered. A
-    document's color is the token-weighted mean color of the sequences it is packed in.
+    The cutoff is the edge of the best `share` of documents. Only documents of at least `length`
+    tokens, the length of a sequence, are considered. A document's color is the token-weighted mean
+    color of the sequences it is packed in.
     """
     parameters = {"domain": domain, "length": length, "share": share, "n": n}
     table = fetch_frame(connection, EXTREMES, parameters)

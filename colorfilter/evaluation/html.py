@@ -130,7 +130,7 @@ def _beginnings(examples: Sequence[Example]) -> Table:
         cells = (", ".join(files), begins)
         code = ("`" + cell.replace("`", "'") + "`" for cell in cells)
         rows.append([example.place, f"{example.color:.3f}", *code])
-    return Table(["place", "color", "file", "begins"], rows)
+    return Table(["rank", "color", "file", "text begins with"], rows)
 
 
 def _data_uri(svg: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Metrics that show whether selected data trains a better model, and the probe."""
+"""Metrics of models trained on selected data, and how scores rank the probe."""
 
 import itertools
 import math
@@ -155,17 +155,17 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Summary | None:
-    """Return the mean of loss minus the other arm's loss over shared seeds; None if there are none.
+    """Summarize loss minus the other arm's loss over shared seeds; None if there are none.
 
-    Both arms map seeds to losses. Target models of equal seeds start from the same weights, so the
-    difference varies less than either loss.
+    `losses` and `others` are losses by seed. Target models with equal seeds start from the same
+    weights, so their difference varies less than either loss.
     """
     shared = sorted(losses.keys() & others.keys())
     return summarize([losses[s] - others[s] for s in shared]) if shared else None
 
 
 def verdict(difference: Summary) -> str:
-    """Return whether the 95% interval of a paired difference of losses excludes 0, in words."""
+    """Return in words if the 95% interval of a difference of losses is below, above or around 0."""
     if difference.n < 2:
         return "one seed"
     if difference.mean + difference.half_width < 0:

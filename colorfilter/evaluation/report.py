@@ -98,7 +98,7 @@ def _by_seed(losses: pl.DataFrame) -> dict[int, float]:
 
 
 def match_rows(evaluations: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return tokens-to-match as evaluations; the metric shows if a value is exact or a bound."""
+    """Return tokens-to-match as evaluations; the metric's name tells exact values from bounds."""
     metrics = {
         "=": "tokens_to_match",
         ">": "tokens_to_match_more_than",
@@ -293,9 +293,9 @@ def sections(
     """Return the sections of the report in reading order, omitting those without content.
 
     `evaluations` has the columns EVALUATIONS. `curves` are the learning curves of each arm, one per
-    seed. `colors` are values of color to draw as histograms, by name; `cutoffs` are cutoffs of
-    color by arm. `confidence`, `leakage` and `cost` are table rows; all rows of a table have the
-    same keys.
+    seed. `colors` are values of color to draw as histograms, by name; `cutoffs` are the arms'
+    cutoffs in color. `confidence`, `leakage` and `cost` are table rows; all rows of a table have
+    the same keys.
     """
     lines = arm_lines(evaluations)
     words = COMPARISON.format(loss=LOSSES[judged_by(evaluations)])

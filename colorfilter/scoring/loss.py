@@ -20,7 +20,7 @@ from colorfilter.scoring.labels import IGNORED, mean_over_labels
 def sequence_nll(
     hidden: torch.Tensor, head_weight: torch.Tensor, labels: torch.Tensor, kernel: str = "chunked"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean negative log-likelihood of each sequence, by logits hidden @ head_weight.T.
+    """Return the mean negative log-likelihood of each sequence for logits hidden @ head_weight.T.
 
     hidden [B, T, D] and head_weight [V, D] of one dtype, labels int64 [B, T], where IGNORED does
     not count -> (float32 [B] nats per token, int32 [B] number of labels). A row without labels is

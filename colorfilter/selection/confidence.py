@@ -32,7 +32,7 @@ SAMPLED = """
 def flips(
     connection: duckdb.DuckDBPyConnection, arm: Arm, domain: str, losses: pl.DataFrame
 ) -> dict[str, str | int | float]:
-    """Compare an arm's selection with that of a second conditional, on a sample; return FLIPS.
+    """Compare an arm's selection from a sample with a second conditional's; return a row of FLIPS.
 
     `losses` (shard, position, loss) are the sample's losses under the second conditional. The arm's
     method is color or conditional_only. `sampled` is the number of candidates in the sample,

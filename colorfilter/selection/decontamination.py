@@ -242,7 +242,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return mixed
 
 
-# What was selected --------------------------------------------------------------------------
+# Matches in selected text -------------------------------------------------------------------
 
 LEAKS = {
     "shard": pl.String(),

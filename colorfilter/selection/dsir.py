@@ -60,7 +60,7 @@ def rank_documents(
             cache,
             raw_load_dataset_fn=texts,
             target_load_dataset_fn=lambda path: read_documents(Path(path), ["text"]),
-            num_proc=1,  # keeps weights in the order of the files, and so the noise
+            num_proc=1,  # so that weights, and the noise on them, are in file order
         )
         package.fit_importance_estimator()
         package.compute_importance_weights()

@@ -151,7 +151,7 @@ LOW = """
         * least(1, (1 + 5 / sqrt($batch)) / $tau)
 """
 
-# Contenders: low scores, and all of the ranges that are cut. Only the latter sort random keys.
+# Contenders: low scores, and all candidates of cut ranges. Only cut ranges sort by random key.
 POOLED = """
     CREATE OR REPLACE TEMP TABLE pools AS
     WITH {scores},

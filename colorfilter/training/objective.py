@@ -16,7 +16,7 @@ CHUNK = LinearCrossEntropyOptions(batch_chunk_size=256)
 
 
 class Objective(torch.nn.Module):
-    """Module from tokens and labels of a batch to its summed loss and the value to minimize.
+    """Module that maps a batch's tokens and labels to its summed loss and the value to minimize.
 
     `head_weight`: see summed_nll. `z_loss` is the weight of the squared log-sum-exp.
     """

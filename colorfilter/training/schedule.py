@@ -20,7 +20,7 @@ from colorfilter.config.recipe import Training
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps [start, stop) towards end point `target` (an index); only a branch reaches it."""
+    """Steps [start, stop) towards end point `target` (an index), which only a branch reaches."""
 
     target: int
     start: int

@@ -187,7 +187,7 @@ class Run:
         return self.group.rank == 0
 
     def _bytes_on_disk(self) -> int:
-        """Return the disk space that a run needs at most.
+        """Return the disk space that a run needs, in bytes.
 
         A state is a model and two moments in float32: the running one, the next one, and one per
         trunk. There is one checkpoint per end point.

@@ -60,7 +60,7 @@ def sequence_nll(
 
 
 def tile_for(hidden: torch.Tensor) -> Tile:
-    """Return the largest tile that fits. Independent of the batch, so that losses are too."""
+    """Return the largest tile that fits. The batch is ignored, so losses do not depend on it."""
     if hidden.dtype == torch.float32:
         return EXACT
     if hidden.is_cuda:
@@ -149,7 +149,7 @@ def split_log_sums(
         for depth in range(0, width, DEPTH):
             states = hidden_tiles.load([first_row, depth])
             weights = weight_tiles.load([first_column, depth])
-            if INTERPRETED:  # it would multiply bfloat16 as integers
+            if INTERPRETED:  # the interpreter would multiply bfloat16 as integers
                 states, weights = states.to(tl.float32), weights.to(tl.float32)
             logits = tl.dot(states, weights.T, logits, input_precision="ieee")
         if first_column + COLUMNS > vocab:
@@ -163,7 +163,8 @@ def split_log_sums(
     tl.store(maxima + split * n_rows + row, maximum, row < n_rows)
     tl.store(sums + split * n_rows + row, total, row < n_rows)
 
-    # Computed again: picking it from the tiles above costs a comparison per logit and registers.
+    # The label's logit is computed again: picking it out of the tiles above would cost a comparison
+    # per logit and many registers.
     if split == 0:
         label = tl.load(labels + row, row < n_rows, -1)
         known = (label >= 0) & (label < vocab)
