@@ -1,8 +1,8 @@
-"""What an experiment costs, known before anything runs: model forwards and FLOPs.
+"""The cost of an experiment before it runs, in model forwards and FLOPs.
 
 The unit is the paper's (arXiv 2406.10670, compute cost): one forward of one token through the
-auxiliary model; a backward counts as two. With m tokens of D_prior, n selected, and L the cost of a
-forward of the target model in that unit, an arm by itself takes
+auxiliary model; a backward counts as two. With m tokens of D_prior, n selected tokens, and L the
+cost of a forward of the target model in that unit, a single arm takes
 
     color              3m + 2 tau n          + 3nL
     conditional_only   3m +   tau n          + 3nL
@@ -10,9 +10,9 @@ forward of the target model in that unit, an arm by itself takes
     rho_down_prior     3m + 2 tau n + 2n     + 3nL
     random, dsir, full                         3nL
 
-(`paper_forwards`). A whole recipe is made of the same parts (`predict`), but what its arms share is
-done once: one prior, one conditional a domain, and every sequence of the corpus scored once by each
-of them, also where the paper would score tau n tokens only.
+(`paper_forwards`). A recipe adds up the same parts (`predict`), but counts work that its arms share
+once: one prior, one conditional per domain, and one pass of each over every sequence of the corpus,
+even where the paper would score tau n tokens only.
 """
 
 import math
@@ -28,18 +28,18 @@ from colorfilter.training.schedule import planned_sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-TRAINING = 3  # forwards per token trained on: one forward, and a backward
-CHARS_PER_TOKEN = 4.5  # English web text with a vocabulary of some fifty thousand
+TRAINING = 3  # forwards per trained token: one forward, and a backward that counts as two
+CHARS_PER_TOKEN = 4.5  # English web text with a vocabulary of about fifty thousand
 VOCAB_SIZE = 50_304
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a method takes besides training the target model."""
+    """The work of a method in addition to training the target model."""
 
-    prior: bool = False  # a model trained on D_prior
-    scores: int = 0  # models that score all candidates beforehand
-    proxy: bool = False  # a learner that scores all candidates and trains on what it chooses
+    prior: bool = False  # whether it needs a model trained on D_prior
+    scores: int = 0  # number of models that score all candidates beforehand
+    proxy: bool = False  # whether a proxy scores all candidates and trains on what it chooses
 
 
 METHODS = {
@@ -54,10 +54,11 @@ METHODS = {
 
 
 def paper_forwards(method: str, m: float, n: float, tau: float | None, L: float) -> float:
-    """Forwards of an arm by itself, by the paper's formula, for one domain and one target model.
+    """Return the forwards of a single arm for one domain and one target model (paper's formula).
 
-    m tokens of D_prior (0 where the prior is given) and n selected, one of tau candidates each;
-    L target forward in auxiliary forwards. tau counts for methods that score.
+    `m`: tokens of D_prior, 0 if the prior is loaded. `n`: selected tokens, out of tau * n
+    candidates. `L`: cost of a target forward in auxiliary forwards. Only methods that score use
+    `tau`.
     """
     parts = METHODS[method]
     candidates = (tau or 0) * n
@@ -65,13 +66,13 @@ def paper_forwards(method: str, m: float, n: float, tau: float | None, L: float)
     if parts.prior:
         forwards += TRAINING * m
     if parts.proxy:
-        forwards += candidates + (TRAINING - 1) * n  # the forward of choosing is kept
+        forwards += candidates + (TRAINING - 1) * n  # training reuses the forward that chose
     return forwards
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens of a domain's text, by what they are used for."""
+    """Number of tokens of a domain's text, by use."""
 
     down: float
     held_out: float
@@ -80,28 +81,28 @@ class Text:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of an experiment in tokens and FLOPs, and what of them is assumed, in words."""
+    """The sizes of an experiment in tokens and FLOPs, and the assumptions behind them."""
 
     sample: int  # tokens of D_prior that the prior is trained on
     corpus: int  # tokens to choose from
-    auxiliary: float  # FLOPs of a forward, per token
-    target: float
-    domains: Mapping[str, Text] = field(default_factory=dict)  # those whose sizes are known
-    assumed: tuple[str, ...] = ()
+    auxiliary: float  # FLOPs of one forward of the auxiliary model, per token
+    target: float  # FLOPs of one forward of the target model, per token
+    domains: Mapping[str, Text] = field(default_factory=dict)  # only domains of known size
+    assumed: tuple[str, ...] = ()  # human-readable
 
     @property
     def ratio(self) -> float:
-        """L: a forward of the target model in forwards of the auxiliary one."""
+        """L: the cost of a target forward in auxiliary forwards."""
         return self.target / self.auxiliary
 
 
 def sizes_of(
     recipe: Recipe, corpus_tokens: int | None = None, domain_tokens: int | None = None
 ) -> Sizes:
-    """The sizes that a recipe says or implies. Opens no source and asks no network.
+    """Return the sizes that a recipe states or implies. Opens no source and uses no network.
 
-    Each domain is taken to have `domain_tokens`, divided as the recipe says. Raises InputError for
-    a model that cannot be, and for a corpus that does not suffice.
+    Each domain is assumed to have `domain_tokens`, split by the recipe's shares. Raises InputError
+    for an invalid model and for a corpus that is too small.
     """
     from colorfilter.models.checkpoints import configuration
 
@@ -110,29 +111,29 @@ def sizes_of(
     if recipe.prior.model:
         sample = round(recipe.prior.sample_chars / CHARS_PER_TOKEN)
         assumed.append(
-            f"m from prior.sample_chars at {CHARS_PER_TOKEN} characters a token, as of English "
-            "with a large vocabulary"
+            f"m from prior.sample_chars at {CHARS_PER_TOKEN} characters per token, typical of "
+            "English with a large vocabulary"
         )
     least = max(_candidates(recipe, arm) for arm in recipe.arms)
     if corpus_tokens is None:
         assumed.append(
-            f"corpus of {least:,} tokens, the least that the arms need; --corpus-tokens says how "
-            "many there are"
+            f"corpus of {least:,} tokens, the minimum that the arms need; set --corpus-tokens to "
+            "its actual size"
         )
     elif corpus_tokens < least:
         raise InputError(
-            f"--corpus-tokens: {corpus_tokens:,} are too few, the arms choose from {least:,}; give "
-            "more, or lower target.training_tokens or tau"
+            f"--corpus-tokens: {corpus_tokens:,} are too few, the arms need {least:,} to choose "
+            "from; raise it, or lower target.training_tokens or tau"
         )
     if domain_tokens is None:
         assumed.append(
-            "D_down and held-out text left out, as in the paper: the recipe does not say how many "
-            "tokens a domain has; --domain-tokens does"
+            "D_down and held-out text excluded, as in the paper, because their size is unknown; "
+            "set --domain-tokens to include them"
         )
     elif domain_tokens < 1:
-        raise InputError(f"--domain-tokens: {domain_tokens} cannot be; give at least 1")
+        raise InputError(f"--domain-tokens: must be at least 1; got {domain_tokens}")
     if any(domain.tasks for domain in recipe.domains):
-        assumed.append("evaluation on the items of tasks left out, which is little")
+        assumed.append("evaluation on task items excluded; it costs little")
 
     path = recipe.prior.path
     given = _given(path) if path else None
@@ -141,7 +142,7 @@ def sizes_of(
         vocab_size = int(given.get_text_config().vocab_size)
     elif vocab_size is None:
         vocab_size = VOCAB_SIZE
-        assumed.append(f"a vocabulary of {VOCAB_SIZE:,}; that of tokenizer.path is not looked up")
+        assumed.append(f"vocabulary of {VOCAB_SIZE:,} tokens; tokenizer.path is not read")
     length = recipe.sequence_length
     target = flops_per_token(configuration(recipe.target.model, vocab_size, length), length)
     if recipe.prior.model:
@@ -151,20 +152,20 @@ def sizes_of(
         auxiliary = flops_per_token(given, length)
     else:
         auxiliary = target
-        assumed.append(f"a prior as large as the target model: {path} is not on this disk")
+        assumed.append(f"prior as large as the target model: {path} is not on this disk")
     domains = {d.name: _divided(d, domain_tokens) for d in recipe.domains if domain_tokens}
     return Sizes(sample, corpus_tokens or least, auxiliary, target, domains, tuple(assumed))
 
 
 def _divided(domain: Domain, tokens: int) -> Text:
-    # A task's test items have a file of their own, or are few.
+    # A task's test items are in a separate file, or are few.
     held_out = 0.0 if domain.tasks else domain.held_out * tokens
     probe = domain.probe * tokens
     return Text(tokens - held_out - probe, held_out, probe)
 
 
 def _given(path: str) -> "PreTrainedConfig | None":
-    """The configuration of a checkpoint by folder or hub name, if it is on this disk."""
+    """Return the configuration of a checkpoint (folder or hub name), or None if not on disk."""
     from transformers import AutoConfig
 
     try:
@@ -177,12 +178,13 @@ def _given(path: str) -> "PreTrainedConfig | None":
 
 
 def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
-    """FLOPs of one forward, per token, of a model that exists as a configuration only.
+    """Return the FLOPs of one forward, per token, of a model given by its configuration.
 
-    2 * (weights that every token is multiplied with, the head's among them)
-      + 2 * 2 * T * d_attn / 2 per layer: each query meets half of the T keys and values in the
-    mean, attention being causal. d_attn is heads times their width. Of a mixture of experts all
-    are counted, though a token passes few. Raises InputError for a model that cannot be built.
+    2 * (weights that every token is multiplied with, including the head)
+      + 2 * 2 * T * d_attn / 2 per layer: attention is causal, so a query attends to half of the T
+    keys and values on average. d_attn is the number of heads times their width. All experts of a
+    mixture are counted, although a token passes through few. Raises InputError for a model that
+    cannot be built.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -192,7 +194,7 @@ def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever an architecture makes of a value that cannot be
+    except Exception as error:  # architectures raise anything for invalid values
         raise InputError(f"model of type {config.model_type}: {one_line(error)}") from error
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a model without attention has none
@@ -203,10 +205,10 @@ def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """What an asset does with a model.
+    """The work that an asset does with a model.
 
-    `tokens` pass in all (None where nobody said how many), each for `per_token` auxiliary forwards,
-    backwards included; `runs` is the number of seeds that they are the sum of.
+    `tokens` is the total over `runs` seeds, None if unknown. Each token takes `per_token` auxiliary
+    forwards, including backwards.
     """
 
     asset: str
@@ -217,15 +219,15 @@ class Stage:
 
     @property
     def forwards(self) -> float | None:
-        """Auxiliary forwards of a token, in all."""
+        """Auxiliary forwards in total, None if the number of tokens is unknown."""
         return None if self.tokens is None else self.tokens * self.per_token
 
 
 def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
-    """Every stage of a recipe that takes forwards, in the order in which they are run.
+    """Return every stage of a recipe that runs a model, in execution order.
 
-    Not counted: the items of tasks, held-out loss along a learning curve, and what lies near a
-    cutoff and is scored again.
+    Not counted: task items, held-out loss along a learning curve, and sequences near a cutoff that
+    are scored again.
     """
     ratio, domains = sizes.ratio, recipe.domains
     stages = []
@@ -254,8 +256,8 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
             asset = f"{d.name}/{arm.name}"
             if METHODS[arm.method].proxy and arm.tau:
                 n = _chosen(recipe, arm, sizes)
-                # The candidates' forwards, and those again that are learnt from: n more than the
-                # paper's formula has, in which the forward of choosing is kept.
+                # One forward per candidate, and a full training step on the chosen ones: n more
+                # than the paper's formula, which reuses the forward that chose.
                 stages.append(_passes(f"{asset}/selection", n, arm.tau * n))
             seeds = len(recipe.seeds(arm))
             tokens = seeds * _trained(recipe, arm, sizes)
@@ -272,26 +274,26 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
 
 
 def _training(asset: str, text: Text | None, scored: float = 0) -> Stage:
-    """An auxiliary model's epoch over D_down, and what is scored by it in the same stage."""
+    """Return the stage of an auxiliary model: one epoch over D_down, then `scored` tokens."""
     if text is None:
         return Stage(asset, "train", None, TRAINING)
     return _passes(asset, text.down, scored)
 
 
 def _passes(asset: str, trained: float, scored: float) -> Stage:
-    """Auxiliary passes over so many tokens for training and so many for scoring."""
+    """Return a stage of auxiliary passes over `trained` and `scored` tokens."""
     tokens = trained + scored
     return Stage(asset, "train", tokens, (TRAINING * trained + scored) / tokens)
 
 
 def _chosen(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
-    """Tokens that a proxy chooses: what training needs, and a little more where there is more."""
+    """Return the tokens that a proxy chooses: what training needs, plus a reserve if possible."""
     sequences = int(sizes.corpus / recipe.sequence_length / (arm.tau or 1))
     return recipe.sequence_length * min(sequences, recipe.with_spare(arm))
 
 
 def arm_forwards(recipe: Recipe, sizes: Sizes) -> list[tuple[str, int, float]]:
-    """By arm and end point its name, the tokens it trains on, and the paper's forwards for it."""
+    """Return (arm, tokens trained on, forwards by the paper's formula) per arm and end point."""
     arms = []
     for arm in recipe.arms:
         for end in _endpoints(recipe, arm, sizes):
@@ -306,19 +308,19 @@ def _endpoints(recipe: Recipe, arm: Arm, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _candidates(recipe: Recipe, arm: Arm) -> int:
-    """Tokens of the corpus that an arm must have to choose from."""
+    """Return how many tokens of the corpus an arm needs to choose from."""
     return math.ceil((arm.tau or 1) * recipe.endpoints(arm, 0)[-1] * recipe.sequence_length)
 
 
 def _trained(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
-    """Tokens that one target model of an arm is trained on, the decays of its branches included."""
+    """Return the tokens that one target model of an arm trains on, including branch decays."""
     ends = _endpoints(recipe, arm, sizes)
     return recipe.sequence_length * planned_sequences(recipe.target.training, ends)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage took: tokens that passed and seconds, added up over workers."""
+    """What a stage took: tokens and seconds, summed over workers."""
 
     tokens: int
     seconds: float
@@ -327,9 +329,9 @@ class Measured:
 def rates(
     stages: Iterable[Stage], measured: Mapping[str, Measured], auxiliary: float
 ) -> dict[str, float]:
-    """Sustained FLOP/s of one worker by verb, from what stages took (by asset).
+    """Return the sustained FLOP/s of one worker, by verb.
 
-    `auxiliary` FLOPs of an auxiliary forward, per token.
+    `measured` is keyed by asset; `auxiliary` is the FLOPs of an auxiliary forward, per token.
     """
     flops: dict[str, float] = {}
     seconds: dict[str, float] = {}

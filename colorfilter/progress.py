@@ -1,4 +1,4 @@
-"""How long work says how far it is: it calls a function with the amount just done."""
+"""Progress reports of long-running work: a callback receives the amount just done."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,4 @@ Progress = Callable[[int], None]
 
 
 def silent(_amount: int) -> None:
-    """Say nothing."""
+    """Ignore progress."""

@@ -1,4 +1,4 @@
-"""Stages of the pipeline, and what names say: of artifacts and of shards."""
+"""Stages of the pipeline, and the names of artifacts and shards."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import Enum, StrEnum
 
 
 class Stage(StrEnum):
-    """What makes an artifact; the last component of an asset's name."""
+    """The step that produces an artifact; the last component of an asset's name."""
 
     RECIPE = "recipe"
     RAW_CORPUS = "raw_corpus"
@@ -36,9 +36,9 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class ArtifactName:
-    """The name of an artifact, or of a folder of one: `<domain>/<arm>/<stage>/<part>[<partition>]`.
+    """The name of an artifact or of a folder in it: `<domain>/<arm>/<stage>/<part>[<partition>]`.
 
-    `partition` is a shard, a target model's seed, or what else an asset is divided by.
+    `partition` is a shard, a target model's seed, or another key of the asset's partitions.
     """
 
     stage: Stage
@@ -49,9 +49,9 @@ class ArtifactName:
 
     @classmethod
     def parse(cls, name: str) -> "ArtifactName":
-        """The components of a name. Raises ValueError where none of them is a stage.
+        """Split a name into its components. Raises ValueError if none of them is a stage.
 
-        No domain has the name of a stage (colorfilter.config.recipe), so a name is read in one way.
+        No domain has the name of a stage (colorfilter.config.recipe), so parsing is unambiguous.
         """
         found = re.fullmatch(r"([^\[]+)(?:\[(.*)\])?", name)
         words = found[1].split("/") if found else []
@@ -63,7 +63,7 @@ class ArtifactName:
 
 
 class ShardKind(Enum):
-    """What a shard holds, by the prefix of its name. Only those of the corpus are selected from."""
+    """What a shard holds, by the prefix of its name. Sequences are selected from CORPUS only."""
 
     CORPUS = ""
     PROBE = "_probe_"
@@ -71,15 +71,15 @@ class ShardKind(Enum):
 
     @classmethod
     def of(cls, shard: str) -> "ShardKind":
-        """The kind of the shard of this name."""
+        """Return the kind of the shard with this name."""
         return next(
             (kind for kind in (cls.PROBE, cls.DRAWN) if shard.startswith(kind.value)), cls.CORPUS
         )
 
     def named(self, name: str) -> str:
-        """The shard of this kind for a domain, or the corpus's shard of this name."""
+        """Return the shard name of this kind for a domain; CORPUS returns `name` unchanged."""
         return self.value + name
 
 
-# In SQL: the condition that `shard` is one of the corpus.
+# SQL condition: `shard` belongs to the corpus.
 IN_CORPUS = "NOT starts_with(shard, '_')"
