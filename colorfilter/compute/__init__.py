@@ -1,1 +1,1 @@
-"""Where the work is done: local worker processes, or a Ray cluster."""
+"""Execution of heavy work: local worker processes or a Ray cluster."""

@@ -1,4 +1,4 @@
-"""Processes that do heavy work for this one, with its progress, and end when it ends."""
+"""Local worker processes that report progress and exit when their parent exits."""
 
 import multiprocessing
 import os
@@ -22,35 +22,37 @@ from colorfilter.errors import LeftAloneError
 from colorfilter.progress import Progress, silent
 
 POLL_SECONDS = 0.2
-# Bytes of a path to a socket on Linux, and of what multiprocessing adds to the temporary folder's.
+# Maximum length in bytes of a socket path on Linux, and what multiprocessing appends to the path of
+# the temporary folder.
 SOCKET_PATH, ADDED_TO_PATH = 107, 32
-# Loaded once, by the server that workers are forked from. Only what starts no threads of its own:
-# polars and pyarrow do, and a fork may inherit a lock that such a thread holds.
+# Loaded once by the server that workers are forked from. Must not start threads, as polars and
+# pyarrow do: a fork could inherit a lock that such a thread holds.
 PRELOADED = ["colorfilter", "torch", "transformers.modeling_utils"]
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory() -> int:
-    """Bytes of this machine's memory."""
+    """Return the memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class StoppedError(Exception):
-    """The work was called off by the process that wanted it."""
+    """The process that requested the work has cancelled it."""
 
 
 def process_context() -> BaseContext:
-    """How worker processes start: on Linux as forks of a server that has loaded torch.
+    """Return the start method of worker processes: on Linux, forks of a server with torch loaded.
 
-    Loading torch and transformers takes a process 4 to 12 s. The server is itself a fresh process,
-    so a fork of it has no thread and no CUDA context of this one. Elsewhere, and where the path of
-    the temporary folder is too long for the server's socket, every worker is a fresh process.
+    Loading torch and transformers takes 4 to 12 s per process. The server itself is a fresh
+    process, so its forks inherit no threads and no CUDA context from this one. On other platforms,
+    or if the path of the temporary folder is too long for the server's socket, every worker is a
+    fresh process.
     """
     path = len(os.fsencode(tempfile.gettempdir())) + ADDED_TO_PATH
     if sys.platform != "linux" or path > SOCKET_PATH:
@@ -62,7 +64,7 @@ def process_context() -> BaseContext:
 
 @dataclass(frozen=True)
 class Call:
-    """A function by its name, `module:function`, whose module only the worker imports."""
+    """A function given by name, `module:function`; only the worker imports its module."""
 
     name: str
 
@@ -71,7 +73,7 @@ class Call:
 
 
 class Timing(NamedTuple):
-    """What a piece of work took: tokens, seconds, on which kind of device, on which machine."""
+    """Cost of a piece of work: tokens, seconds, kind of device, machine."""
 
     tokens: int
     seconds: float
@@ -80,9 +82,9 @@ class Timing(NamedTuple):
 
 
 class Workers:
-    """Some processes, started when first needed and kept until closed.
+    """A pool of processes, started when first needed and kept until closed.
 
-    A worker has the environment variables that this process had when it made the pool.
+    Workers get the environment variables that this process has when it creates the pool.
     """
 
     def __init__(self, count: int) -> None:
@@ -93,8 +95,8 @@ class Workers:
         arguments = self._done, self._stop, begun, dict(os.environ)
         self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=arguments)
         self.broken = False
-        # A process that multiprocessing started waits for its own children before it lets the
-        # pool end them. This comes before that, and before the queues close (10).
+        # A process started by multiprocessing joins its children at exit before the pool stops
+        # them, and would block. This finalizer runs earlier, also before the queues close (10).
         Finalize(self, self._pool.shutdown, exitpriority=100)
 
     def __enter__(self) -> "Workers":
@@ -109,12 +111,12 @@ class Workers:
         arguments: Sequence[tuple[Any, ...]],
         progress: Progress = silent,
     ) -> Iterator[tuple[int, Any]]:
-        """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
+        """Call `function(*arguments[i])` for all i; yield (i, result) as each call finishes.
 
-        What the function passes to `report` comes to `progress` here. Raises what a call raises
-        (LeftAloneError only after all others); then, or where the caller leaves early, the other
-        calls are stopped and waited for. Raises RuntimeError where a process was killed, or none
-        could be started.
+        Amounts that the function passes to `report` reach `progress` here. An exception of a call
+        is raised here (LeftAloneError only after all other calls). After an exception, or when the
+        caller stops iterating, the remaining calls are stopped and awaited. Raises RuntimeError if
+        a process was killed or none could be started.
         """
         reported = self._done.value
         try:
@@ -123,16 +125,16 @@ class Workers:
         except BrokenProcessPool as error:
             self.broken = True
             raise RuntimeError(
-                "a worker process was killed, for want of memory perhaps; run again to go on"
+                "a worker process was killed, perhaps because memory ran out; run again to resume"
             ) from error
 
     def _submitted(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         try:
             return self._pool.submit(function, *arguments)
-        except (EOFError, ConnectionError) as error:  # of the server that workers are forks of
+        except (EOFError, ConnectionError) as error:  # raised if the fork server has exited
             self.broken = True
             raise RuntimeError(
-                f"no worker process could be started: loading {' or '.join(PRELOADED)} failed, "
+                f"no worker process could be started: loading {' or '.join(PRELOADED)} failed "
                 "with the error above"
             ) from error
 
@@ -143,7 +145,7 @@ class Workers:
         try:
             while pending:
                 finished, _ = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-                done = self._done.value  # read once: it grows meanwhile
+                done = self._done.value  # read once, since workers increment it
                 if done > reported:
                     progress(done - reported)
                     reported = done
@@ -152,7 +154,7 @@ class Workers:
                     try:
                         result = future.result()
                     except LeftAloneError as error:
-                        alone = error  # what the other process raises says more
+                        alone = error  # the other process raises the actual cause
                     else:
                         yield number, result
             if alone:
@@ -160,13 +162,13 @@ class Workers:
         finally:
             if pending:
                 self._stop.set()
-                # Not for those that could be cancelled: a pool that breaks never says so of them.
+                # Skip cancelled calls: a broken pool never marks them as finished.
                 wait([future for future in pending if not future.cancel()])
                 self._stop.clear()
 
 
 class Inside(Protocol):
-    """What a worker knows: which one of its machine's it is, on which, and who listens to it."""
+    """The context of a worker: its index on its machine, the machine, and a progress receiver."""
 
     index: int
     node: str
@@ -176,7 +178,7 @@ class Inside(Protocol):
 
 @dataclass
 class _Inside:
-    """What a worker knows of its pool."""
+    """The context of a worker of a local pool."""
 
     index: int
     done: "Synchronized[int]"
@@ -199,21 +201,21 @@ def become(inside: Inside) -> None:
 
 
 def report(amount: int) -> None:
-    """In a worker: say how much was done just now. Elsewhere nobody listens.
+    """Report the amount of work just done; has no effect outside a worker.
 
-    Raises StoppedError if the work is no longer wanted.
+    Raises StoppedError if the work was cancelled.
     """
     for inside in _inside:
         inside.report(amount)
 
 
 def index() -> int:
-    """In a worker: which one of its machine's it is, counted from 0."""
+    """Return the index of this worker on its machine, from 0. Call in a worker only."""
     return _inside[0].index
 
 
 def node() -> str:
-    """In a worker: the machine that it is on."""
+    """Return the machine that this process or worker runs on."""
     return _inside[0].node if _inside else platform.node()
 
 
@@ -229,12 +231,12 @@ def _begin(
     with begun.get_lock():
         become(_Inside(begun.value, done, stop))
         begun.value += 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal too and decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, be it killed."""
+    """Exit this worker when its parent process is gone, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

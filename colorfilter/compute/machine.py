@@ -1,4 +1,4 @@
-"""The devices of this machine, and how trainings are divided among them."""
+"""The devices of this machine, and how training runs share them."""
 
 import operator
 import tempfile
@@ -10,18 +10,18 @@ from colorfilter.compute.local_pool import Call, Workers, cores, memory
 from colorfilter.progress import Progress
 from colorfilter.training.spec import TrainSpec, step_tokens
 
-# Named and not imported: what they import takes seconds, and this process does not need it.
+# Given by name: importing these modules takes seconds, and only workers need them.
 TRAIN = Call("colorfilter.compute.worker_calls:train")
 PARAMETERS = Call("colorfilter.compute.worker_calls:parameters")
 IN_GROUP = Call("colorfilter.training.process_group:call_in_group")
-# Of fewer tokens in a step a process, or a thread, waits for the others more than it works.
+# With fewer tokens per step, a process or thread waits for the others longer than it works.
 TOKENS_PER_CORE = 512
-# A parameter's weight, gradient and two moments in float32, and as much again for a step's work.
+# Weight, gradient and two moments of a parameter in float32, plus the same for working memory.
 BYTES_PER_PARAMETER = 32
 
 
 class Machine(Workers):
-    """The devices of this machine: a worker on each, kept from call to call."""
+    """The devices of this machine, with one worker on each that is kept between calls."""
 
     def __init__(self, kind: str, devices: int) -> None:
         super().__init__(devices)
@@ -30,11 +30,11 @@ class Machine(Workers):
     def train(
         self, calls: Sequence[tuple[Any, ...]], share: int, progress: Progress
     ) -> Iterator[tuple[int, Any]]:
-        """Call device.train for all (spec, places); give (i, result) as each is done.
+        """Call worker_calls.train for all (spec, places); yield (i, result) as each finishes.
 
-        On a CPU each of `share` runs has its part of the cores: a process on each, which train the
-        model together, as far as memory goes, and else threads. A run that chooses online is one
-        process.
+        On a CPU, each of `share` concurrent runs gets an equal part of the cores. One process per
+        core trains the model jointly if memory allows; otherwise fewer processes use threads. A run
+        that selects online uses one process.
         """
         divided = self._divided([spec for spec, _ in calls], share)
         with tempfile.TemporaryDirectory(prefix="colorfilter-") as meetings:
@@ -53,7 +53,7 @@ class Machine(Workers):
                     yield firsts[number], result
 
     def _divided(self, specs: Sequence[TrainSpec], share: int) -> list[tuple[int, int]]:
-        """How many processes each run has, and how many threads each of them."""
+        """Return (processes, threads per process) of each run."""
         if self.kind != "cpu":
             return [(1, 1)] * len(specs)
         part = max(1, cores() // share)

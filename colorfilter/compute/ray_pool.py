@@ -1,8 +1,8 @@
-"""Heavy work on a Ray cluster: a worker on each of its devices, calls made anew where one is lost.
+"""Heavy work on a Ray cluster: one worker per device; calls of lost workers are repeated.
 
-Ray packs the devices, starts the workers and says which are gone; what is to be done, and that it
-is done once, is kept here. A worker has one call at a time, so nothing piles up. The workers end
-with the calls, and with the process that made them, be it killed.
+Ray places and starts the workers and reports lost ones. This module tracks the calls, so that each
+result counts once. A worker has one call at a time, so no queue builds up on it. Workers exit when
+all calls are finished, or when the process that started them exits or is killed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when ray is imported: a call made after the connection has ended must not start a cluster.
+# Ray reads this on import. Without it, a call after the connection has closed starts a cluster.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
@@ -33,25 +33,25 @@ from colorfilter.storage.scratch import sweep
 
 POLL_SECONDS = 0.5
 REACH_SECONDS = 10.0
-HIRE_SECONDS = 5.0  # between two looks at whether devices came or went
-WAIT_SECONDS = 30.0  # until it is said that none has one
-LOSSES = 4  # of a call with its worker, until it is taken to be the cause
-STRAGGLES = 3.0  # times the median of the calls that were done, until one is begun elsewhere too
-STRAGGLE_SECONDS = 30.0  # at least
-STORE_BYTES = 100 * 2**20  # of Ray's own object store, for a cluster that is started here
+HIRE_SECONDS = 5.0  # between two checks of the cluster's devices
+WAIT_SECONDS = 30.0  # without any worker before a notice
+LOSSES = 4  # lost workers of one call before the call is considered the cause
+STRAGGLES = 3.0  # multiple of the median duration after which a call is started a second time
+STRAGGLE_SECONDS = 30.0  # minimum duration before a call is started a second time
+STORE_BYTES = 100 * 2**20  # Ray's object store of a local cluster
 
 Notice = Callable[[str], None]
 
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be connected to the cluster at an address, or at RAY_ADDRESS, else to one started here.
+    """Connect to the cluster at an address or at RAY_ADDRESS; without either, start one here.
 
-    Raises UnreachableError where none is found there.
+    Raises UnreachableError if there is no cluster at the address.
     """
     named = address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"num_cpus": local_pool.cores(), "object_store_memory": STORE_BYTES}
-    # The code that runs there is the code here: nodes need the libraries only.
+    # Ship this code to the nodes, which then need the libraries only.
     variables = {name: os.environ[name] for name in WAIT_ASLEEP if name in os.environ}
     environment = {"py_modules": [str(Path(__file__).parents[1])], "env_vars": variables}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,7 +60,7 @@ def connected(address: str | None) -> Iterator[None]:
     handlers = _handlers()
     try:
         ray.init(
-            named or "local",  # which takes no jobs without the token that Ray makes for its user
+            named or "local",  # a local cluster accepts jobs with this user's token only
             runtime_env=environment,
             logging_level=logging.ERROR,
             log_to_driver=False,
@@ -71,8 +71,8 @@ def connected(address: str | None) -> Iterator[None]:
         where = named or "this machine"
         if _wants_token(error):
             raise UnreachableError(
-                f"compute.address: the Ray cluster at {where} takes nobody without its token; set "
-                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has it"
+                f"compute.address: the Ray cluster at {where} requires its token; set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that contains it"
             ) from error
         raise UnreachableError(
             f"compute.address: no Ray cluster at {where} ({one_line(error)}); correct it or start "
@@ -88,7 +88,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 def _wants_token(error: BaseException | None) -> bool:
     while error:
-        # What Ray raises has the first one's name in its text only.
+        # Ray wraps the original error; its name may appear in the message only.
         if AuthenticationError.__name__ in f"{type(error)} {error}":
             return True
         error = error.__cause__ or error.__context__
@@ -96,9 +96,9 @@ def _wants_token(error: BaseException | None) -> bool:
 
 
 def _reach(address: str) -> None:
-    """Refuse an address where nobody listens: Ray itself tries for minutes."""
+    """Raise UnreachableError if nothing listens at an address; Ray itself retries for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not (colon and port.isdigit()):  # such as auto
+    if not (colon and port.isdigit()):  # for example auto
         return
     try:
         socket.create_connection((host, int(port)), REACH_SECONDS).close()
@@ -109,12 +109,12 @@ def _reach(address: str) -> None:
 
 
 def is_connected() -> bool:
-    """Whether this process is connected to a cluster."""
+    """Return whether this process is connected to a cluster."""
     return bool(ray.is_initialized())
 
 
 def _handlers() -> dict[int, Any]:
-    """What this process does when it is told to end; Ray has its own way, which loses Dagster's."""
+    """Return the current handlers of SIGTERM and SIGINT: Ray replaces those that Dagster set."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -154,14 +154,15 @@ class _Worker:
 
 
 _Actor: Any = ray.remote(_Worker)
-AT_ONCE = 2  # it is asked how far it is while it works
+AT_ONCE = 2  # concurrent methods of an actor: the work, and queries of its progress
 
 
 @dataclass
 class _Member:
-    """A worker as it is seen from here. `call` is what it is at, `told` how far it said it was.
+    """A worker as the driver sees it: its current call and the progress reported for the call.
 
-    One that is `left_out` holds its device, so that no other is started there.
+    A worker that is `left_out` gets no more calls but keeps its device, so that no other worker
+    starts there.
     """
 
     actor: Any
@@ -170,7 +171,7 @@ class _Member:
     call: int | None = None
     work: Any = None
     begun: float = 0.0
-    told: int = 0
+    reported: int = 0
     watch: Any = None
     left_out: bool = False
 
@@ -179,11 +180,11 @@ class _Member:
 class Cluster:
     """The devices of a Ray cluster that this process is connected to.
 
-    `most` is how many workers to ask for at most, be there as many or not (a cluster that grows
-    on demand grows by what is asked for); by default there is one per device that is there. With
-    `begin_twice` an idle worker begins a call that takes several times as long as the others did a
-    second time, and the first result counts. `together` is how many devices make each call, as the
-    processes of one group. `notice` is called with what was lost and is done again.
+    `most`: maximum workers to request, even beyond current capacity (for autoscaling); by default
+    one per available device. `begin_twice`: whether an idle worker starts a call a second time if
+    the call takes several times as long as the others did; the first result counts. `together`:
+    number of devices per call, as the processes of one group. `notice` receives messages about
+    lost workers and repeated calls.
     """
 
     most: int | None = None
@@ -193,12 +194,12 @@ class Cluster:
 
     @property
     def kind(self) -> str:
-        """The kind of device: cuda where the cluster has any, else cpu."""
+        """The kind of device: cuda if the cluster has GPUs, else cpu."""
         return "cuda" if self.resource == "GPU" else "cpu"
 
     @property
     def resource(self) -> str:
-        """Ray's name of it."""
+        """Ray's name of the kind of device: GPU or CPU."""
         return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
     def run(
@@ -207,16 +208,16 @@ class Cluster:
         arguments: Sequence[tuple[Any, ...]],
         progress: Progress = silent,
     ) -> Iterator[tuple[int, Any]]:
-        """Call `function(*arguments[i])` for all i; give (i, result) as each is done.
+        """Call `function(*arguments[i])` for all i; yield (i, result) as each call finishes.
 
-        As workers.Workers.run. A call that is lost with its worker is made again on another; one
-        that fails is too, once, and the device that it failed on is left out. Raises what it raised
-        there as well, and RuntimeError where one was lost LOSSES times.
+        Like local_pool.Workers.run. A call whose worker is lost is repeated on another worker. A
+        call that fails is repeated once, and the device that it failed on gets no more calls. If it
+        fails again, its exception is raised. Raises RuntimeError if a call loses LOSSES workers.
         """
         if not arguments:
             return
         if self.together > 1:
-            from colorfilter.compute import ray_train  # with Ray Train, which loads torch
+            from colorfilter.compute import ray_train  # slow: Ray Train loads torch
 
             groups = self._groups()
             yield from ray_train.run(
@@ -226,13 +227,14 @@ class Cluster:
             yield from _Run(self, function, arguments, progress).results()
 
     def _groups(self) -> int:
-        """How many groups there are devices for."""
-        there = self.most or int(ray.cluster_resources().get(self.resource, 0))
-        if there < self.together:
+        """Return how many groups fit on the devices."""
+        available = self.most or int(ray.cluster_resources().get(self.resource, 0))
+        if available < self.together:
             raise UnreachableError(
-                f"compute.devices_per_model: {self.together} are asked for, {there} are there"
+                f"compute.devices_per_model: {self.together} are requested, but only {available} "
+                "are available; lower it, or add devices to the cluster"
             )
-        return there // self.together
+        return available // self.together
 
 
 class _Run:
@@ -252,7 +254,7 @@ class _Run:
         self.pool: list[_Member] = []
         self.lost: Counter[int] = Counter()
         self.failed: set[int] = set()
-        self.failures = 0  # of workers that ended before they had begun
+        self.failures = 0  # consecutive workers that failed to start
         self.seconds: list[float] = []
         self.looked = -HIRE_SECONDS
         self.waited = time.monotonic()
@@ -270,13 +272,13 @@ class _Run:
                 ray.kill(member.actor)
 
     def _scale_up(self) -> None:
-        """Ask for workers, as many as there are devices for, and calls."""
+        """Request workers, up to the number of devices and of unfinished calls."""
         if time.monotonic() - self.looked < HIRE_SECONDS:
             return
         self.looked = time.monotonic()
-        there = self._devices()
+        available = self._devices()
         left_out = sum(member.left_out for member in self.pool)
-        wanted = self.cluster.most or there - left_out
+        wanted = self.cluster.most or available - left_out
         wanted = min(wanted, len(self.arguments) - len(self.done)) + left_out
         on_gpu = self.resource == "GPU"
         device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
@@ -287,7 +289,9 @@ class _Run:
             self.waited = time.monotonic()
         elif time.monotonic() - self.waited > WAIT_SECONDS:
             self.waited = time.monotonic()
-            self.cluster.notice(f"still waiting for one of the cluster's {there} {self.resource}s")
+            self.cluster.notice(
+                f"still waiting for one of the cluster's {available} {self.resource}s"
+            )
 
     def _devices(self) -> int:
         return int(ray.cluster_resources().get(self.resource, 0))
@@ -300,11 +304,11 @@ class _Run:
                 if call is None:
                     return
                 arguments = self.arguments[call]
-                member.call, member.begun, member.told = call, time.monotonic(), 0
+                member.call, member.begun, member.reported = call, time.monotonic(), 0
                 member.work = member.actor.do.remote(call, self.function, arguments)
 
     def _straggling(self) -> int | None:
-        """A call that takes far longer than others did and is at work once."""
+        """Return a running call that takes far longer than the others and was started only once."""
         if not self.seconds or not self.cluster.begin_twice:
             return None
         limit = max(STRAGGLE_SECONDS, STRAGGLES * statistics.median(self.seconds))
@@ -315,12 +319,14 @@ class _Run:
             if call is None or call in self.done or at_work[call] > 1:
                 continue
             if taken > limit:
-                self._say(call, f"takes {taken:.0f} s on {member.node}; begun elsewhere too")
+                self._say(
+                    call, f"running for {taken:.0f} s on {member.node}; also started elsewhere"
+                )
                 return call
         return None
 
     def _collect(self) -> Iterator[tuple[int, Any]]:
-        """What became of the calls at work, and of the workers that are starting."""
+        """Handle running calls and starting workers that finished or failed; yield results."""
         refs = {m.work: m for m in self.pool if m.call is not None}
         refs |= {m.ready: m for m in self.pool if m.node is None}
         if not refs:
@@ -336,7 +342,7 @@ class _Run:
             except RayTaskError as error:
                 self._leave_out(member, error)
                 continue
-            except RayError as error:  # it, its node, or what it gave is gone
+            except RayError as error:  # the worker, its node or its result is lost
                 self._on_lost(member, error)
                 continue
             if member.node is None:
@@ -351,22 +357,25 @@ class _Run:
     def _finish(self, member: _Member, result: Any, counted: int) -> Iterator[tuple[int, Any]]:
         call, member.call = member.call, None
         assert call is not None
-        if call in self.done:  # the other one of two was first
-            self.progress(-member.told)
+        if call in self.done:  # the same call has finished on another worker
+            self.progress(-member.reported)
             return
-        self.progress(counted - member.told)
+        self.progress(counted - member.reported)
         self.done.add(call)
         self.seconds.append(time.monotonic() - member.begun)
         yield call, result
 
     def _leave_out(self, member: _Member, error: RayTaskError) -> None:
-        """A call failed: whether its device is at fault shows when another makes it."""
+        """Handle a failed call: repeat it on another device to see whether the device is at fault.
+
+        The device gets no more calls. Raises the exception of a call that has failed before.
+        """
         call, member.call, member.left_out = member.call, None, True
-        if call is None:  # it could not begin
+        if call is None:  # the worker could not start
             raise error
-        self.progress(-member.told)
-        what = f"failed on {member.node} ({one_line(error.cause)}), which is left out"
-        if call in self.done:  # the other one of two was first
+        self.progress(-member.reported)
+        what = f"failed on {member.node} ({one_line(error.cause)}), which gets no more calls"
+        if call in self.done:  # the same call has finished on another worker
             self._say(call, what)
             return
         if call in self.failed or self._devices() <= sum(m.left_out for m in self.pool):
@@ -375,38 +384,38 @@ class _Run:
         self.looked = -HIRE_SECONDS
         if all(m.call != call for m in self.pool):
             self.waiting.appendleft(call)
-        self._say(call, f"{what}; done again elsewhere")
+        self._say(call, f"{what}; retrying elsewhere")
 
     def _on_lost(self, member: _Member, error: RayError) -> None:
-        """A worker is gone: what it had begun is to be done again."""
+        """Handle a lost worker: queue its call again."""
         self.pool.remove(member)
         ray.kill(member.actor)
         if member.node is None:
             self.failures += 1
             if self.failures >= LOSSES and not any(m.node for m in self.pool):
-                raise RuntimeError(f"workers cannot start on the cluster: {one_line(error)}")
+                raise RuntimeError(f"no worker can start on the cluster: {one_line(error)}")
             self.cluster.notice(f"a worker did not start: {one_line(error)}")
             return
         self.looked = -HIRE_SECONDS
         call = member.call
         if call is None or call in self.done:
             return
-        self.progress(-member.told)
+        self.progress(-member.reported)
         self.lost[call] += 1
         if self.lost[call] >= LOSSES:
             raise RuntimeError(
-                f"{self.arguments[call][0]}: its worker was lost {LOSSES} times, for want of "
-                "memory perhaps; run again to go on"
+                f"{self.arguments[call][0]}: its worker was lost {LOSSES} times, perhaps because "
+                "memory ran out; run again to resume"
             )
         if all(m.call != call for m in self.pool):
             self.waiting.appendleft(call)
-            self._say(call, f"lost with its worker on {member.node}; done again")
+            self._say(call, f"lost with its worker on {member.node}; retrying")
 
     def _say(self, call: int, what: str) -> None:
         self.cluster.notice(f"{self.arguments[call][0]}: {what}")
 
     def _watch(self) -> None:
-        """Tell how far the calls at work are, and notice who is gone without one."""
+        """Report the progress of running calls, and detect lost workers that have no call."""
         for member in list(self.pool):
             if member.node is None:
                 continue
@@ -419,7 +428,7 @@ class _Run:
                 except RayError as error:
                     if member.call is None:
                         self._on_lost(member, error)
-                    continue  # else its call tells
-                if member.call is not None and call == member.call and counted > member.told:
-                    self.progress(counted - member.told)
-                    member.told = counted
+                    continue  # a lost worker with a call is found by _collect
+                if member.call is not None and call == member.call and counted > member.reported:
+                    self.progress(counted - member.reported)
+                    member.reported = counted

@@ -1,4 +1,4 @@
-"""Calls that several devices of a Ray cluster make together, by Ray Train and torch.distributed."""
+"""Calls made jointly by several devices of a Ray cluster, with Ray Train and torch.distributed."""
 
 import concurrent.futures
 import contextlib
@@ -20,12 +20,12 @@ from colorfilter.errors import InputError, one_line
 from colorfilter.progress import Progress
 
 POLL_SECONDS = 1.0
-SILENT_SECONDS = 60.0  # until it is said that nothing is heard
-FAILURES = 3  # of a group, until it is given up
+SILENT_SECONDS = 60.0  # without progress before a notice
+FAILURES = 3  # failures of a group before it is given up
 
 
 class _Counter:
-    """Where the first process of each group says how far its call is."""
+    """Collects the progress that the first process of each group reports."""
 
     def __init__(self) -> None:
         self._counted: Counter[int] = Counter()
@@ -71,15 +71,15 @@ def run(
     progress: Progress,
     notice: Callable[[str], None],
 ) -> Iterator[tuple[int, Any]]:
-    """Call `function(*arguments[i])` for all i, each in `size` processes that know of each other.
+    """Call `function(*arguments[i])` for all i, each in a group of `size` processes.
 
-    Gives (i, what the first of them returns) as each is done, `groups` at work at a time;
-    `resource` is 'GPU' or 'CPU', one to a process. A group that loses a process begins its call
-    again; `notice` is told where none is heard of, for Ray waits for devices without a word.
+    Yields (i, result of the group's first process) as each call finishes; `groups` calls run at a
+    time. `resource` is 'GPU' or 'CPU', one per process. A group that loses a process restarts its
+    call. `notice` is called when no group reports progress, because Ray waits for devices silently.
     """
     counters: Any = ray.remote(_Counter)
     counter = counters.options(num_cpus=0).remote()
-    told, heard = 0, time.monotonic()
+    reported, heard = 0, time.monotonic()
     waiting = deque(range(len(arguments)))
     at_work: dict[concurrent.futures.Future[Any], int] = {}
     pool = concurrent.futures.ThreadPoolExecutor(groups)
@@ -93,21 +93,21 @@ def run(
             done, _ = concurrent.futures.wait(
                 at_work, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
             )
-            with contextlib.suppress(RayError):  # without it nobody hears how far they are
+            with contextlib.suppress(RayError):  # a lost counter costs the progress only
                 counted: int = ray.get(counter.counted.remote())
-                if counted != told:
-                    progress(counted - told)
-                    told, heard = counted, time.monotonic()
+                if counted != reported:
+                    progress(counted - reported)
+                    reported, heard = counted, time.monotonic()
             if time.monotonic() - heard > SILENT_SECONDS:
                 heard = time.monotonic()
                 notice(
-                    f"nothing heard for {SILENT_SECONDS:.0f} s: {len(at_work)} groups at work "
-                    f"start, or wait for {size} {resource}s each"
+                    f"no progress for {SILENT_SECONDS:.0f} s: {len(at_work)} groups are starting, "
+                    f"or waiting for {size} {resource}s each"
                 )
             for future in done:
                 yield at_work.pop(future), future.result()
     finally:
-        if at_work:  # groups end with the connection and in no other way
+        if at_work:  # closing the connection is the only way to stop groups
             ray.shutdown()
         pool.shutdown()
 
@@ -136,7 +136,7 @@ def _fit(config: dict[str, Any], size: int, resource: str) -> Any:
 
 
 def _cause(error: TrainingFailedError) -> Exception:
-    """What went wrong in a process of the group."""
+    """Return the error of the group's process that failed."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     failures = [getattr(f, "_base_exc", f) for f in failures]
     wrong = next((f for f in failures if isinstance(f, InputError)), None)

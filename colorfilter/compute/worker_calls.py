@@ -1,4 +1,4 @@
-"""What is done in a worker process that has a device: chunks scored, models trained, evaluated."""
+"""The calls that worker processes run on their devices: scoring, training and evaluation."""
 
 import contextlib
 import functools
@@ -25,26 +25,26 @@ from colorfilter.training import training
 from colorfilter.training.process_group import Group, Single
 from colorfilter.training.spec import Checkpoint, TrainSpec
 
-# What is tried in turn where a precision is asked for.
+# Precisions to try in order, by the requested one.
 FALLBACKS = {
     "fp16": ("fp16", "bf16", "float32"),
     "bf16": ("bf16", "float32"),
     "float32": ("float32",),
 }
-TOLERANCE = 5e-3  # nats per token, of a sequence's loss in 16 bits against float64
+TOLERANCE = 5e-3  # nats per token: largest error of a sequence's loss against float64
 
 _loaded: dict[tuple[str, str], Scorer] = {}
 
 
 def kind() -> str:
-    """The kind of device that this machine works on: cuda, else mps, else cpu."""
+    """Return the kind of device that this machine uses: cuda, else mps, else cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def multiplies(precision: str) -> bool:
-    """Whether the device has products in a precision. (On a CPU, fp16 is emulated and slow.)"""
+    """Return whether the device multiplies natively in a precision (on a CPU, fp16 is emulated)."""
     if precision == "bf16" and kind() == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if precision == "bf16" and kind() == "cuda":
@@ -53,13 +53,13 @@ def multiplies(precision: str) -> bool:
 
 
 def devices() -> tuple[str, int]:
-    """The kind of device that this machine works on, and how many of it can work at once."""
+    """Return the kind of device that this machine uses, and how many workers it can hold."""
     counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": local_pool.cores()}
     return kind(), counts[kind()]
 
 
 def own_device() -> torch.device:
-    """The worker's own device of that kind."""
+    """Return the device of this worker."""
     if kind() == "cuda":
         return torch.device("cuda", local_pool.index() % torch.cuda.device_count())
     return torch.device(kind())
@@ -70,7 +70,7 @@ def _took(tokens: int, begun: float) -> Timing:
 
 
 def score(chunk: Chunk) -> list[Receipt]:
-    """Score and commit a chunk."""
+    """Score a chunk with its models and commit the losses; return one receipt per model."""
     torch.set_num_threads(1)
     for gone in _loaded.keys() - {(m, chunk.precision) for m in chunk.models}:
         del _loaded[gone]
@@ -92,7 +92,7 @@ def score(chunk: Chunk) -> list[Receipt]:
 
 
 def parameters(spec: TrainSpec) -> int:
-    """Number of parameters of the model that a run trains."""
+    """Return the number of parameters of the model that a run trains."""
     length = open_tokens(spec.tokens).shape[1]
     return checkpoints.parameters_of(spec.start, Encoder(spec.tokenizer).vocab_size, length)
 
@@ -100,10 +100,10 @@ def parameters(spec: TrainSpec) -> int:
 def train(
     spec: TrainSpec, threads: int, places: Mapping[Path, Place]
 ) -> tuple[list[Checkpoint], Timing]:
-    """Train as the spec says, on so many CPU threads; also what it took.
+    """Train by a spec on `threads` CPU threads; return the checkpoints and what it took.
 
-    `places` says where the spec's folders lie for all machines. Where torch has a process group,
-    its processes train the model together, and the first one counts.
+    `places` maps the spec's folders to locations that all machines can read. In a torch process
+    group, its processes train the model jointly, and the first one reports progress.
     """
     unload()
     tokens = 0
@@ -127,13 +127,15 @@ def train(
 def _on_this_machine(
     spec: TrainSpec, places: Mapping[Path, Place], first: bool
 ) -> Iterator[tuple[TrainSpec, Callable[[], None]]]:
-    """The spec with its folders on this machine, and what keeps what was made so far elsewhere,
-    which is for the first process of a group.
+    """Yield the spec with its folders on this machine, and a function that saves output so far.
+
+    The function mirrors the output folder to its location in `places`. In a group, only the first
+    process's function does so.
     """
     with contextlib.ExitStack() as until_trained:
 
         @functools.cache
-        def lent(folder: Path) -> Path:
+        def local(folder: Path) -> Path:
             return until_trained.enter_context(borrowed(places[folder]))
 
         out, keep = places[spec.out], training.keep_nothing
@@ -143,16 +145,16 @@ def _on_this_machine(
                 keep = MirroredFolder(out, places[spec.out]).push
         start, online = spec.start, spec.online
         if isinstance(start, str) and Path(start) in places:
-            start = str(lent(Path(start)))
+            start = str(local(Path(start)))
         if online:
-            pool = lent(online.conditional.parent)
+            pool = local(online.conditional.parent)
             online = replace(online, conditional=pool / online.conditional.name)
         own = replace(
             spec,
             start=start,
-            tokens=lent(spec.tokens),
-            tokenizer=lent(spec.tokenizer),
-            held_out=spec.held_out and lent(spec.held_out),
+            tokens=local(spec.tokens),
+            tokenizer=local(spec.tokenizer),
+            held_out=spec.held_out and local(spec.held_out),
             online=online,
             out=out,
         )
@@ -160,7 +162,7 @@ def _on_this_machine(
 
 
 def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Timing]:
-    """Losses of packed tokens by one checkpoint, in float32; also what it took."""
+    """Compute the losses of packed tokens with a checkpoint, in float32; also return the cost."""
     torch.set_num_threads(1)
     scorers = [Scorer(_load(here(checkpoint), "float32"))]
     begun = time.perf_counter()
@@ -170,9 +172,7 @@ def evaluate(checkpoint: Place, tokens: Place) -> tuple[Losses, Timing]:
 
 
 def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], Timing]:
-    """Metrics of tasks by one checkpoint, in float32, as harness.evaluate gives them; also what it
-    took.
-    """
+    """Compute task metrics with a checkpoint, in float32 (see harness.evaluate), and the cost."""
     from colorfilter.evaluation import harness
 
     torch.set_num_threads(1)
@@ -188,8 +188,9 @@ def evaluate_tasks(checkpoint: Place, items: Place) -> tuple[dict[str, float], T
 def losses_by_token(
     checkpoint: Place, tokens: np.ndarray, eot_id: int | None
 ) -> tuple[np.ndarray, Timing]:
-    """Losses of every token [N, T] by one checkpoint, in float32, as of token_losses; also what it
-    took.
+    """Compute the loss of every token [N, T] with a checkpoint, in float32; also return the cost.
+
+    See token_losses.token_losses.
     """
     torch.set_num_threads(1)
     model = checkpoints.to_device(checkpoints.load(here(checkpoint)), own_device())
@@ -199,10 +200,10 @@ def losses_by_token(
 
 
 def scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> Scorer:
-    """Return the scorer of a model, which is loaded once and kept.
+    """Return the scorer of a model, loaded on first use and cached.
 
-    It has the first precision, from the given one on, in which the losses of a sample of sequences
-    [N, T] are accurate.
+    Its precision is the first one, starting with `precision`, in which the losses of a sample of
+    sequences [N, T] are accurate.
     """
     key = model, precision
     if key not in _loaded:
@@ -215,7 +216,7 @@ def scorer(model: str, checkpoint: Path, precision: str, sample: np.ndarray) -> 
 
 
 def unload() -> None:
-    """Let go of the models that are kept."""
+    """Release the cached models."""
     _loaded.clear()
 
 
@@ -224,7 +225,7 @@ def _load(checkpoint: Path, precision: str) -> PreTrainedModel:
 
 
 def _holds(scorer: Scorer, checkpoint: Path, sample: np.ndarray) -> bool:
-    """Whether losses of a sample of sequences [N, T] are those in float64, within tolerance."""
+    """Return whether losses of a sample [N, T] are within tolerance of those in float64."""
     device = torch.device("cpu") if kind() == "mps" else own_device()
     exact = checkpoints.to_device(checkpoints.load(checkpoint).double(), device)
     n_tokens = np.full(len(sample), sample.shape[1])
@@ -242,12 +243,12 @@ def _matrix_share(scorer: Scorer, receipt: Receipt) -> float:
 
 @functools.cache
 def _matrix_rate(dtype: torch.dtype) -> float:
-    """Floating point operations per second of one large matrix product on this device."""
+    """Return the floating-point operations per second of a large matrix product on this device."""
     size = 1024 if kind() == "cpu" else 8192
     left, right = torch.ones(2, size, size, dtype=dtype, device=own_device())
     seconds = []
     for _ in range(5):
         begun = time.perf_counter()
-        (left @ right)[0, 0].item()  # which waits for a device
+        (left @ right)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - begun)
     return 2 * size**3 / min(seconds)

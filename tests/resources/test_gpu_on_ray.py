@@ -172,7 +172,7 @@ def test_neither_a_killed_node_nor_a_late_worker_changes_a_loss(
     nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     assert killed
     assert files(root, "killed") == local
-    assert "done again" in caplog.text
+    assert "retrying" in caplog.text
 
 
 def test_a_driver_that_is_killed_loses_no_chunk_that_was_committed(

@@ -145,7 +145,9 @@ def test_a_device_that_fails_is_left_out(
     assert first.read_text(encoding="utf-8") not in {node for _, node in found}
     assert sum(told) == n_calls
     (line,) = said
-    assert "(the device has fallen off the bus), which is left out; done again elsewhere" in line
+    assert (
+        "(the device has fallen off the bus), which gets no more calls; retrying elsewhere" in line
+    )
 
 
 def test_what_a_call_raises_on_two_devices_is_raised_here(three: Cluster, said: list[str]) -> None:
@@ -196,7 +198,7 @@ def test_stragglers_are_begun_again_where_that_is_wanted(
     found = list(both.run(slow_at_first, arguments, told.append))
     assert time.monotonic() - begun < 55
     assert sorted(found) == [(n, f"call {n}") for n in range(5)]
-    again = [line for line in said if "begun elsewhere too" in line]
+    again = [line for line in said if "also started elsewhere" in line]
     assert sorted(line.split(":")[0] for line in again) == ["call 0", "call 1"]
     assert sum(told) - 50 in {0, 10, 20}  # of those that were given up too
 
@@ -217,7 +219,7 @@ def test_the_slower_of_two_that_fails_changes_nothing(
     arguments = [(f"call {n}", str(tmp_path / "begun")) for n in range(5)]
     found = list(Cluster(begin_twice=True, notice=said.append).run(fail_late, arguments))
     assert sorted(found) == [(n, f"call {n}") for n in range(5)]
-    assert any("call 0: failed on" in line and "left out" in line for line in said)
+    assert any("call 0: failed on" in line and "gets no more calls" in line for line in said)
 
 
 def test_workers_end_where_the_caller_leaves(three: Cluster) -> None:
@@ -289,7 +291,7 @@ def test_the_place_of_one_that_is_left_out_is_free_when_its_node_is_gone(
     for done, (_, node) in enumerate(run):
         used.add(node)
         if done == 12:
-            assert "left out" in said[0]
+            assert "gets no more calls" in said[0]
             nodes.remove_node(bad, allow_graceful=False)
         if done == 20:
             added = nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
@@ -297,7 +299,7 @@ def test_the_place_of_one_that_is_left_out_is_free_when_its_node_is_gone(
 
 
 def test_more_devices_together_than_there_are_is_refused(nodes: Any) -> None:
-    with pytest.raises(UnreachableError, match="devices_per_model: 9 are asked for"):
+    with pytest.raises(UnreachableError, match="devices_per_model: 9 are requested"):
         list(Cluster(together=9).run(calls()[0], [("", 1)]))
 
 
@@ -367,4 +369,4 @@ def test_a_cluster_that_is_started_here_takes_its_user_only(nodes: Any, tmp_path
     assert started.returncode == 0
     assert done.returncode != 0
     assert "let in" not in done.stdout
-    assert "takes nobody without its token; set RAY_AUTH_MODE=token" in done.stderr
+    assert "requires its token; set RAY_AUTH_MODE=token" in done.stderr
