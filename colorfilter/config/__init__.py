@@ -1,1 +1,1 @@
-"""What an experiment is: the recipe and its file."""
+"""The definition of an experiment: the recipe and its YAML file."""

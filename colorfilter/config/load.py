@@ -1,9 +1,9 @@
-"""A recipe's YAML file, and what its paths mean.
+"""Loading a recipe from YAML and resolving its paths.
 
-Unknown keys and impossible values are refused with the field's path and the mend. Paths may hold
-`{stdlib}` and `{packages}` (the folders of this Python's standard library and of what is installed
-in it) and environment variables; relative ones are relative to the recipe's folder, so that a
-recipe means one thing anywhere.
+Unknown keys and invalid values are refused with the field's path and a fix. Paths may contain
+environment variables, `{stdlib}` and `{packages}` (the folders of this Python's standard library
+and of its installed packages). Relative paths are relative to the recipe's folder, so a recipe
+means the same in every working directory.
 """
 
 import glob
@@ -18,14 +18,15 @@ from pydantic import BaseModel, ValidationError
 from colorfilter.config.recipe import Domain, Recipe, Source, Task
 from colorfilter.errors import InputError
 
-# Of a path, by the names of sysconfig.
+# Placeholders in paths, and their names in sysconfig.
 FOLDERS = {"{stdlib}": "stdlib", "{packages}": "purelib"}
 
 
 def load(path: Path, sources: bool = True) -> Recipe:
-    """Read a recipe from a YAML file. Without `sources`, for what opens none, they stay as written.
+    """Read a recipe from a YAML file.
 
-    Raises InputError, one line, for a file that is not there, not YAML or not a valid recipe.
+    `sources=False` leaves the paths of sources as written, for callers that open none. Raises
+    InputError, one line, for a file that is missing, not YAML or not a valid recipe.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -47,16 +48,16 @@ def load(path: Path, sources: bool = True) -> Recipe:
 
 
 def as_text(recipe: Recipe) -> str:
-    """A recipe as YAML without what is at its default, and its paths as they were understood.
+    """Return a recipe as YAML, without default values and with resolved paths.
 
-    Loaded again it is the same recipe.
+    Loading the text gives the same recipe.
     """
     facts = recipe.model_dump(mode="json", exclude_defaults=True)
     return str(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic report as 'field.path: what is wrong'."""
+    """Return the first problem of a pydantic error as 'field.path: what is wrong'."""
     problems = error.errors()
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"]) or "the recipe"
@@ -73,7 +74,7 @@ def first_problem(error: ValidationError) -> str:
 
 def _with_model_paths(recipe: Recipe, folder: Path) -> Recipe:
     def local(path: str | None, where: str) -> str | None:
-        # A hub name such as 'EleutherAI/pythia-160m' has no leading dot or slash and stays.
+        # A hub name such as 'EleutherAI/pythia-160m' has no leading dot or slash; keep it.
         if path is None or not path.startswith((".", "/", "~", "$", "{")):
             return path
         return _expand(path, folder, where)
@@ -114,7 +115,7 @@ def _with_source_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _fill_in(path: str, where: str) -> str:
-    """The path with the folders and variables that it names."""
+    """Return a path with its placeholders and environment variables replaced."""
     for name, key in FOLDERS.items():
         path = path.replace(name, sysconfig.get_path(key))
     filled = os.path.expandvars(path)
@@ -122,7 +123,7 @@ def _fill_in(path: str, where: str) -> str:
     if unset:
         raise InputError(
             f"recipe: {where}: the environment variable {unset.group(1)} is not set; set it to "
-            "the folder that holds the data"
+            "the folder that contains the data"
         )
     return filled
 
@@ -134,4 +135,6 @@ def _expand(path: str, folder: Path, where: str) -> str:
     try:
         return str(folder / Path(expanded).expanduser())
     except RuntimeError as error:
-        raise InputError(f"recipe: {where}: {path}: no such user; write the folder out") from error
+        raise InputError(
+            f"recipe: {where}: {path}: no such user; write the full path instead"
+        ) from error

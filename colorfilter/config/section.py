@@ -1,4 +1,4 @@
-"""What every part of a recipe is: typed, frozen, strict about what it does not know."""
+"""Base class of the sections of a recipe."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,14 +7,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the recipe. Frozen, and strict about unknown keys."""
+    """A section of the recipe: typed, frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def facts(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """The section as plain JSON values: what enters an artifact's key.
+        """Return the section as plain JSON values, as they enter an artifact's key.
 
-        Without what is at its default, so that keys stay when the recipe gains a field. Another
-        default is another result: it wants a raised code number where the section is read.
+        Default values are omitted, so that keys stay the same when the recipe gains a field. When a
+        default changes, raise the code number of the stages that read the section.
         """
         return self.model_dump(mode="json", exclude_defaults=True, exclude=set(without))
