@@ -1,1 +1,1 @@
-"""From text to sequences: shards, documents, samples, tasks and packed tokens."""
+"""Data preparation, from text to sequences: shards, documents, samples, tasks, packed tokens."""

@@ -1,4 +1,4 @@
-"""A shard of the corpus, from raw files to packed tokens; runs in a worker process."""
+"""Building a shard of the corpus, from raw files to packed tokens, in a worker process."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,16 +12,16 @@ from colorfilter.data.shards import InputFile
 def read_shard(
     folder: Path, files: Sequence[InputFile], sources: Sequence[Source], unwanted: Mapping[str, str]
 ) -> dict[str, int]:
-    """Build one shard of `raw_corpus`; returns counts as documents.write_documents does."""
+    """Build one shard of `raw_corpus`; return counts (see documents.write_documents)."""
     return documents.write_documents(files, sources, folder, local_pool.report, unwanted)
 
 
 def pack_shard(
     folder: Path, raw: Path, tokenizer: Path, left_out: Sequence[Path], length: int
 ) -> dict[str, int]:
-    """Build one shard of `corpus_tokens` without the documents of the folders in `left_out`.
+    """Build one shard of `corpus_tokens`, excluding the documents of the folders in `left_out`.
 
-    Returns counts as tokens.pack does.
+    Returns counts (see tokens.pack).
     """
     skipped = {
         row["sha256"]

@@ -1,8 +1,9 @@
-"""Raw files to documents: read as a stream, every loss accounted for.
+"""Reading raw files into documents as a stream, with a record of everything rejected.
 
-Files are read line by line (JSON Lines), row group by row group (Parquet) or one at a time (text),
-so memory does not grow with a file. What cannot be used is kept in a rejects table with the reason;
-exact duplicates within a shard go there too. Every file's sha256 is taken as it is read.
+Files are read line by line (JSON Lines), in batches of rows (Parquet) or as a whole (text, up to
+16 MiB), so memory does not grow with file size. Unusable records and exact duplicates within a
+shard are written to a rejects table with the reason. The sha256 of every file is computed while
+reading it.
 """
 
 import ast
@@ -78,7 +79,7 @@ UNREADABLE = (
 
 
 class Document(NamedTuple):
-    """A text with the place it came from and its other fields."""
+    """A text with its file, its line and its other fields."""
 
     file: str
     line: int
@@ -87,14 +88,14 @@ class Document(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A record of a file as it stands there, with its number."""
+    """A record as read from a file, with its line or row number."""
 
     line: int
     value: Any
 
 
 class Reject(NamedTuple):
-    """What could not be used, and why."""
+    """A record that could not be used, and why."""
 
     file: str
     line: int
@@ -103,7 +104,7 @@ class Reject(NamedTuple):
 
 
 class Hashed(io.RawIOBase):
-    """A binary stream that is read once from start to end, and the hash of what was read."""
+    """A binary stream that is read once from start to end and hashes what is read."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -121,14 +122,17 @@ class Hashed(io.RawIOBase):
         return len(data)
 
     def hexdigest(self) -> str:
-        """The sha256 of the whole stream: what has not been read yet is read now."""
+        """Read the rest of the stream and return the sha256 of the complete stream."""
         while self.readinto(bytearray(2**20)):
             pass
         return self._sha256.hexdigest()
 
 
 def content_of(file: InputFile) -> dict[str, Any]:
-    """What a file is now, as a row of FILES. Raises OSError where it cannot be read."""
+    """Return the current size and sha256 of a file as a row of FILES.
+
+    Raises OSError if it cannot be read.
+    """
     with fsspec.open(file.uri, "rb") as raw:
         return _content(file, Hashed(raw))
 
@@ -150,7 +154,10 @@ Contents = list[dict[str, Any]]
 def read_file(
     file: InputFile, source: Source, contents: Contents | None = None
 ) -> Iterator[Document | Reject]:
-    """Stream one file's documents and rejects, in order. `contents` and errors as in read_rows."""
+    """Yield one file's documents and rejects in file order.
+
+    See read_rows for `contents` and exceptions.
+    """
     for row in read_rows(file, source, contents):
         if isinstance(row, Row):
             yield _document(file.uri, row, source.text_field)
@@ -161,10 +168,10 @@ def read_file(
 def read_rows(
     file: InputFile, source: Source, contents: Contents | None = None
 ) -> Iterator[Row | Reject]:
-    """Stream one file's records, and what is none, in order.
+    """Yield one file's records and rejects in file order.
 
-    In the end a row of FILES, with the sha256 of what was read, is added to `contents`. Raises
-    InputError where the file as a whole cannot be read.
+    After the last record, a row of FILES with the sha256 of the file is appended to `contents`.
+    Raises InputError if the file is unreadable or its format is unknown.
     """
     path, compression = file.uri, None
     for suffix, name in COMPRESSIONS.items():
@@ -173,14 +180,14 @@ def read_rows(
     kind = source.format or SUFFIXES.get(Path(path).suffix)
     if kind is None:
         raise InputError(
-            f"source {source.name}: {file.uri}: unknown suffix; name one of jsonl, parquet, text "
-            "as the source's `format`"
+            f"source {source.name}: {file.uri}: unknown suffix; set the source's `format` to "
+            "jsonl, parquet or text"
         )
     read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "python_dict": _python_dict}[kind]
     try:
         with fsspec.open(file.uri, "rb") as raw:
             hashed = Hashed(raw)
-            # Parquet is read from its end: it is hashed in a pass of its own.
+            # Parquet is not read sequentially, so it is hashed in a separate pass.
             begun = raw if kind == "parquet" else io.BufferedReader(hashed)
             with _decompressed(begun, compression) as stream:
                 yield from read(stream, file.uri, source.text_field)
@@ -190,7 +197,7 @@ def read_rows(
                     )
     except UNREADABLE as error:
         raise InputError(
-            f"source {source.name}: {file.uri} cannot be read ({one_line(error)}); mend or "
+            f"source {source.name}: {file.uri} cannot be read ({one_line(error)}); fix or "
             "exclude it"
         ) from error
 
@@ -199,7 +206,7 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
     if compression == "gzip":
         return cast("BinaryIO", gzip.open(raw))
     if compression == "zstd":
-        # Unlike zstandard's own reader, Arrow's notices a file that was cut off.
+        # Unlike zstandard's own reader, Arrow's detects truncated files.
         return cast("BinaryIO", io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
     return raw
 
@@ -246,7 +253,7 @@ def _text(stream: BinaryIO, uri: str, field: str) -> Iterator[Row | Reject]:
 
 
 def _python_dict(stream: BinaryIO, _uri: str, field: str) -> Iterator[Row | Reject]:
-    """The string values of a module's dict literals, parsed and never run."""
+    """Yield the constant values of a module's dict literals; the module is parsed, never run."""
     for statement in ast.parse(stream.read()).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             for key, value in zip(statement.value.keys, statement.value.values, strict=True):
@@ -271,18 +278,18 @@ def _document(uri: str, found: Row, field: str) -> Document | Reject:
 
 
 def excerpt(value: str | bytes) -> str:
-    """The beginning of what is rejected, as it is kept."""
+    """Return the first 200 characters of a rejected record, as valid UTF-8 text."""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return text[:200].encode("utf-8", "replace").decode("utf-8")
 
 
 def text_sha256(text: str) -> str:
-    """What makes two documents the same: the sha256 of the text in UTF-8."""
+    """Return the sha256 of a text in UTF-8, the identity used to find duplicates."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def document_id(source: str, path: str, line: int, sha256: str) -> str:
-    """Stable: the same document at the same place of its source has the same id everywhere."""
+    """Return a document's id, which depends only on its source, path, line and text."""
     return hashlib.sha256(f"{source}\n{path}\n{line}\n{sha256}".encode()).hexdigest()[:20]
 
 
@@ -295,8 +302,8 @@ def write_documents(
 ) -> dict[str, int]:
     """Read files into `documents.parquet` and `rejects.parquet` in `folder`.
 
-    `files.parquet` says what each file was, by its sha256. `unwanted` gives, by the sha256 of a
-    text, the reason why it is rejected; nothing of it is kept. `progress` is called with the size
+    Also writes `files.parquet`, with the size and sha256 of each file. `unwanted` maps the sha256
+    of texts to reject to the reason; no excerpt of them is kept. `progress` is called with the size
     of each finished file. Returns counts: documents, chars, bytes, duplicates, rejects. Raises
     InputError for a file that cannot be read.
     """
@@ -361,7 +368,7 @@ def write_contents(contents: Contents, folder: Path) -> None:
 def read_documents(
     path: Path, columns: Sequence[str] = ("doc_id", "sha256", "text")
 ) -> Iterator[dict[str, Any]]:
-    """Stream rows of a documents table, less those whose text is empty."""
+    """Yield the rows of a documents table, skipping rows with empty text (redacted documents)."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns)):
         for row in batch.to_pylist():
             if row.get("text") != "" and row.get("n_chars") != 0:

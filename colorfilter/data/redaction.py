@@ -1,7 +1,7 @@
-"""Making copies of tables and packed tokens without a document, in which nothing else moves.
+"""Removing documents from copies of tables and packed tokens; all other positions stay the same.
 
-A row of a table keeps its place and ids, without its text and with 0 characters. Tokens become
-end-of-text tokens, so every other sequence stays where it is.
+A redacted row of a table keeps its position and ids, but has no text and 0 characters. Redacted
+tokens become end-of-text tokens, so every other sequence keeps its position.
 """
 
 import functools
@@ -21,18 +21,18 @@ from colorfilter.data.documents import excerpt
 from colorfilter.storage.files import link_folder
 from colorfilter.storage.manifest import MANIFEST
 
-# A text is known by its pieces of this many letters and digits. A page is looked at in places this
-# far apart: what shows 29 of its characters in a row is found; a table in a report shows more.
+# A text is recognized by its pieces of PIECE letters and digits. A page is checked at every
+# APART-th position, so 29 consecutive characters of a text are found; tables of a report show more.
 PIECE = 24
 APART = 6
-# What is in the columns of a redacted row; its ids and its place stay.
+# Values of the columns of a redacted row; its ids and position stay.
 EMPTY: dict[str, str | int] = {"text": "", "extra": "{}", "n_chars": 0, "quote": "", "excerpt": ""}
-ROWS = 2_048  # rows of a redacted table in a group: what is held in memory at a time
+ROWS = 2_048  # rows per row group of a redacted table, to bound memory
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A text to remove: its sha256, its ids and its places as `file:line`, and itself if known."""
+    """A text to remove: its sha256, ids and locations (`file:line`), and the text if known."""
 
     sha256: str
     doc_ids: Set[str]
@@ -40,12 +40,12 @@ class Forgotten:
     text: str | None = None
 
     def is_shown_in(self, page: str) -> bool:
-        """Whether a page or a record shows a piece of the text, however it is wrapped."""
+        """Return whether a page or record shows a piece of the text, regardless of line breaks."""
         size, pieces = self._pieces
-        if size < PIECE:  # too common to be looked for within others
+        if size < PIECE:  # a text this short may be part of others: compare complete cells
             cells = re.split(r"<[^>]*>|[\n|`]", page)
             return any(_condensed(html.unescape(cell)) in pieces for cell in cells if size)
-        apart = min(APART, len(pieces))  # so that one of few pieces is at such a place as well
+        apart = min(APART, len(pieces))  # a text with few pieces must not fall between positions
         return any(
             form[i : i + size] in pieces
             for form in _forms(page)
@@ -54,30 +54,33 @@ class Forgotten:
 
     @functools.cached_property
     def _pieces(self) -> tuple[int, Set[str]]:
-        """How long the pieces are that the text is known by, and the pieces."""
+        """The length of the pieces that identify the text, and the pieces."""
         known = _condensed(self.text or "")
         size = min(PIECE, len(known))
         return size, {known[i : i + size] for i in range(len(known) - size + 1)}
 
 
-@functools.lru_cache(maxsize=1)  # the next document is looked for in the same page
+@functools.lru_cache(maxsize=1)  # callers check several documents against one page in a row
 def _forms(page: str) -> Set[str]:
-    """A page condensed, with what is in angle brackets, for it may be no markup, and without it."""
+    """Return a page condensed in two ways: with angle brackets as text, and with tags removed."""
     return {_condensed(page), _condensed(html.unescape(re.sub(r"<[^>]*>", "", page)))}
 
 
 def _condensed(text: str) -> str:
-    """Letters and digits alone, without what escapes, markup and line breaks change."""
+    """Return the letters and digits of a text, so that escapes and line breaks do not matter."""
 
     def letters(escaped: re.Match[str]) -> str:
         return bytes.fromhex(re.sub(r"\\+u", "", escaped[0])).decode("utf-16-be", "replace")
 
-    text = re.sub(r"(?:\\+u[0-9a-fA-F]{4})+", letters, text)  # as JSON has what is not ASCII
+    text = re.sub(r"(?:\\+u[0-9a-fA-F]{4})+", letters, text)  # non-ASCII characters in JSON
     return re.sub(r"(?:\\[nrt]|[\W_])+", "", text)
 
 
 def holding_files(folder: Path, documents: Sequence[Forgotten]) -> list[str]:
-    """Tables and packed tokens below a folder that hold documents, as paths relative to it."""
+    """Return the tables and packed tokens in a folder that contain any of the documents.
+
+    Paths are relative to the folder.
+    """
     tables = sorted(folder.rglob("*.parquet"))
     found = [table for table in tables if _redacted_table(table, documents)[1]]
     for spans in sorted(folder.rglob("spans.parquet")):
@@ -89,15 +92,15 @@ def holding_files(folder: Path, documents: Sequence[Forgotten]) -> list[str]:
 def write_redacted(
     source: Path, target: Path, documents: Sequence[Forgotten], files: Collection[str]
 ) -> Collection[str]:
-    """Write a folder's content to another folder, without documents in `files`. Return `files`.
+    """Write a redacted copy of folder `source` to `target`, and return `files`.
 
-    `files` are those that `holding_files` gives. All others are linked, not copied. What an earlier
-    attempt left in `target` is replaced.
+    The documents are removed from `files`, the result of `holding_files`. All other files are
+    linked, not copied. Leftovers of an earlier attempt in `target` are replaced.
     """
     link_folder(source, target, without=MANIFEST)
     for name in files:
         old, new = source / name, target / name
-        new.unlink()  # a second name of the old file
+        new.unlink()  # a link to the original, which must not be overwritten
         if old.name == "tokens.npy":
             np.save(new, _redacted_tokens(old.parent, documents)[0])
         elif old.name == "sequences.parquet":
@@ -105,13 +108,13 @@ def write_redacted(
         else:
             table, _ = _redacted_table(old, documents)
             table.sink_parquet(new, compression="zstd", row_group_size=ROWS)
-        with new.open("rb") as written:  # on the disk before the original is removed
+        with new.open("rb") as written:  # flush to disk before the original is removed
             os.fsync(written.fileno())
     return files
 
 
 def _redacted_table(table: Path, documents: Sequence[Forgotten]) -> tuple[pl.LazyFrame, bool]:
-    """A table without texts, quotes and excerpts of documents, and whether it had any."""
+    """Return a table without texts, quotes and excerpts of documents, and whether it had any."""
     content, columns = pl.scan_parquet(table), set(pq.read_schema(table).names)
     empty = {column: value for column, value in EMPTY.items() if column in columns}
     if not empty:
@@ -133,19 +136,22 @@ def _redacted_table(table: Path, documents: Sequence[Forgotten]) -> tuple[pl.Laz
 
 
 def touched_sequences(packed: Path, document: Forgotten) -> pl.DataFrame:
-    """The sequences of a folder of packed tokens that carry a piece: position, sha256."""
+    """Return the packed sequences that contain tokens of a document: position, sha256."""
     sequences = pl.read_parquet(packed / "sequences.parquet", columns=["position", "sha256"])
     return sequences.join(_spans(packed, [document]), on="position", how="semi").sort("position")
 
 
 def _redacted_tokens(packed: Path, documents: Sequence[Forgotten]) -> tuple[np.ndarray, Set[int]]:
-    """Packed tokens with the documents' replaced by end-of-text, and the positions that changed."""
-    tokens = np.load(packed / "tokens.npy", mmap_mode="c")  # changed in memory, not in the file
+    """Return packed tokens with the documents' tokens replaced by end-of-text.
+
+    Also returns the positions of the sequences that changed.
+    """
+    tokens = np.load(packed / "tokens.npy", mmap_mode="c")  # copy-on-write: the file is unchanged
     spans = _spans(packed, documents).select("position", "offset", "n_tokens").rows()
     changed = set()
     if spans:
         position, offset, n = spans[-1]
-        end_of_text = tokens[position, offset + n - 1]  # it closes every document
+        end_of_text = tokens[position, offset + n - 1]  # the last token of every document
     for position, offset, n in spans:
         piece = tokens[position, offset : offset + n]
         if (piece != end_of_text).any():
@@ -155,7 +161,7 @@ def _redacted_tokens(packed: Path, documents: Sequence[Forgotten]) -> tuple[np.n
 
 
 def _redacted_sequences(packed: Path, documents: Sequence[Forgotten]) -> pl.DataFrame:
-    """The table of packed sequences with the sha256 of those that changed."""
+    """Return the table of packed sequences with the new sha256 of redacted sequences."""
     tokens, changed = _redacted_tokens(packed, documents)
     rows = pl.read_parquet(packed / "sequences.parquet")
     sha256 = {
@@ -168,7 +174,7 @@ def _redacted_sequences(packed: Path, documents: Sequence[Forgotten]) -> pl.Data
 
 
 def _spans(packed: Path, documents: Sequence[Forgotten]) -> pl.DataFrame:
-    """Where packed tokens have pieces of documents. The last of them closes its document."""
+    """Return the spans of documents in packed tokens; the last row closes its document."""
     ids = {doc_id for document in documents for doc_id in document.doc_ids}
     spans = pl.scan_parquet(packed / "spans.parquet").filter(pl.col("doc_id").is_in(ids))
     return spans.sort("doc_id", "doc_start").collect()

@@ -1,7 +1,7 @@
-"""Draws over documents: the sample for D_prior, and a domain's split.
+"""Random draws of documents: the sample for D_prior, and the split of a domain.
 
-Every draw is a sort by a number that is made of the text and the seed alone. So it depends neither
-on the order of files nor on how documents lie in shards, and it is the same on every machine.
+A draw sorts documents by a random key that depends on the text and the seed only. So it does not
+depend on the order of files or on the shards, and it is the same on every machine.
 """
 
 import contextlib
@@ -22,25 +22,25 @@ SPLITS = ("held_out", "probe", "down")
 
 
 def draw_sample(shards: Mapping[str, Path], seed: int, chars: int, folder: Path) -> dict[str, int]:
-    """Draw documents at random from shards (name -> folder) until they hold `chars` characters.
+    """Draw random documents from shards (name -> folder) until they have `chars` characters.
 
-    The draw depends on the texts and the seed alone, not on how they lie in shards; memory grows
-    with the sample and not with the corpus. Writes `documents.parquet`, the documents with their
-    shard, and returns counts. Raises InputError where the corpus holds no more than that.
+    The draw depends on the texts and the seed only. Memory grows with the sample, not with the
+    corpus. Writes `documents.parquet`, the documents with their shard, and returns counts. Raises
+    InputError if the sample would take the whole corpus.
     """
     drawn: dict[bytes, _Drawn] = {}
-    passed_over = 0
+    skipped = 0
     for name, path in sorted(shards.items()):
         for row in read_documents(path / "documents.parquet", ["sha256", "n_chars"]):
             key = random_key(seed, row["sha256"])
             drawn.setdefault(key, _Drawn(name, row["sha256"], row["n_chars"]))
         kept = _lowest(drawn, chars)
-        passed_over += len(drawn) - len(kept)
+        skipped += len(drawn) - len(kept)
         drawn = kept
-    if chars and not passed_over:
+    if chars and not skipped:
         raise InputError(
-            f"prior.sample_chars: {chars} characters are wanted for D_prior, which would take the "
-            f"whole corpus ({sum(d.chars for d in drawn.values())}); add to the corpus or lower it"
+            f"prior.sample_chars: a D_prior of {chars} characters would take the whole corpus "
+            f"({sum(d.chars for d in drawn.values())}); lower it or add text to the corpus"
         )
     with TableWriter(folder / "documents.parquet", SAMPLE) as writer:
         for name, path in sorted(shards.items()):
@@ -59,7 +59,7 @@ class _Drawn(NamedTuple):
 
 
 def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
-    """The documents of lowest key until they hold `chars` characters."""
+    """Return the documents with the lowest keys until they have `chars` characters."""
     kept, held = {}, 0
     for key, document in sorted(drawn.items()):
         if held >= chars:
@@ -70,7 +70,7 @@ def _lowest(drawn: Mapping[bytes, _Drawn], chars: int) -> dict[bytes, _Drawn]:
 
 
 def random_key(seed: int, sha256: str) -> bytes:
-    """A document's place in a random order that the seed fixes."""
+    """Return the sort key of a document in a random order determined by the seed."""
     return hashlib.sha256(f"{seed}|{sha256}".encode()).digest()[:8]
 
 
@@ -79,8 +79,8 @@ def split_domain(
 ) -> dict[str, int]:
     """Split a domain's documents at random into held-out, probe and D_down, by characters.
 
-    Writes `<split>/documents.parquet` for each, whole documents only, and returns their numbers
-    of documents and characters. Raises InputError where a split would be empty.
+    Documents are not divided. Writes `<split>/documents.parquet` for each split, and returns its
+    number of documents and characters. Raises InputError if a split would be empty.
     """
     table = pl.read_parquet(documents, columns=["sha256", "n_chars"])
     table = table.with_columns(
@@ -107,15 +107,17 @@ def split_domain(
     if empty:
         raise InputError(
             f"{len(table)} documents are too few to split into D_down, held-out and probe "
-            f"({' and '.join(empty)} would be empty); add documents or cut them smaller"
+            f"({' and '.join(empty)} would be empty); add documents or divide them into smaller "
+            "ones"
         )
     return counts
 
 
 def shared_documents(corpus: Mapping[str, Path], texts: Mapping[str, Path]) -> list[dict[str, str]]:
-    """Documents of the corpus that also stand in one of `texts` (name -> documents table).
+    """Return the documents of the corpus that are also in one of `texts` (name -> table).
 
-    Compared by the sha256 of the text. Returns source_file, source_line, text (which one).
+    Documents are compared by the sha256 of the text. Returns rows of source_file, source_line and
+    text, the name in `texts`.
     """
     known: dict[str, str] = {}
     for name, path in texts.items():

@@ -1,7 +1,7 @@
-"""Raw files listed and planned into shards, before anything is read.
+"""Listing raw files and grouping them into shards, without reading them.
 
-A shard is a list of whole input files, planned from their names and sizes alone. So shards are
-known at once, and a file that arrives or changes moves no shard but its own.
+A shard is a list of complete input files, planned from their names and sizes only. So shards are
+known immediately, and a new or changed file affects no shard but its own.
 """
 
 import fnmatch
@@ -22,9 +22,9 @@ from colorfilter.errors import InputError
 class InputFile:
     """One raw file.
 
-    `path` is relative to the fixed part of the source's glob, so that names derived from it are
-    the same wherever the data lies; `version` is the cheap sign of change: modification time,
-    ETag or the like. `vanished` where it was read once and is no longer there.
+    `path` is relative to the fixed part of the source's glob, so that names derived from it do not
+    depend on where the data is stored. `version` detects changes cheaply: a modification time, ETag
+    or similar. `vanished` marks a file that was read before and is now missing.
     """
 
     source: str
@@ -41,7 +41,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """A list of whole input files of one source."""
+    """A list of complete input files of one source."""
 
     name: str
     files: tuple[InputFile, ...]
@@ -55,9 +55,9 @@ class Shard:
 
 
 def list_files(sources: Iterable[Source]) -> list[InputFile]:
-    """Every file that the sources match, in order of source and path.
+    """Return every file that the sources match, in order of source and path.
 
-    Raises InputError for a source that matches nothing or whose place cannot be reached.
+    Raises InputError for a source that matches nothing or cannot be listed.
     """
     files = []
     for source in sources:
@@ -102,23 +102,25 @@ def _excluded(source: Source, uri: str) -> bool:
 def with_vanished(
     files: Sequence[InputFile], sources: Sequence[Source], read: Sequence[Shard]
 ) -> list[InputFile]:
-    """The listed files, and as `vanished` those of shards that were read which are not there now.
+    """Return the listed files, and the missing files of shards that were read, as `vanished`.
 
-    What was read of them stands, so they stay in the corpus until someone decides otherwise. Not
-    those that the recipe no longer asks for, nor those of a shard of which another file has
-    changed, since all of it must be read again.
+    The text of vanished files is kept, so they stay in the corpus until the user removes them.
+    Excluded are missing files that no source of the recipe matches any more, and those of a shard
+    in which another file has changed, because the whole shard must be read again.
     """
-    there = {f.name: (f.size, f.version) for f in files}
+    present = {f.name: (f.size, f.version) for f in files}
     kept = []
     for shard in read:
-        gone = [f for f in shard.files if f.name not in there]
-        if all(there.get(f.name, (f.size, f.version)) == (f.size, f.version) for f in shard.files):
+        gone = [f for f in shard.files if f.name not in present]
+        if all(
+            present.get(f.name, (f.size, f.version)) == (f.size, f.version) for f in shard.files
+        ):
             kept += [replace(f, vanished=True) for f in gone if _asked_for(sources, f)]
     return sorted([*files, *kept], key=lambda f: (f.source, f.path))
 
 
 def _asked_for(sources: Sequence[Source], file: InputFile) -> bool:
-    """Whether a file that is not there would be listed if it were."""
+    """Return whether the sources match a file that is missing."""
     for source in sources:
         if source.name == file.source:
             filesystem, pattern = fsspec.core.url_to_fs(source.files)
@@ -131,21 +133,21 @@ def _asked_for(sources: Sequence[Source], file: InputFile) -> bool:
 def plan_shards(
     files: Sequence[InputFile], shard_bytes: int, standing: Sequence[Shard] = ()
 ) -> list[Shard]:
-    """Group files into shards of about `shard_bytes`, from names and sizes alone.
+    """Group files into shards of about `shard_bytes`, from names and sizes only.
 
-    A standing shard stays as long as all its files are there with their sizes; only what it does
-    not cover is planned anew. So a new file brings a new shard, a changed one retires its shard,
-    and nothing else moves. Small files of a source share a shard, in order of path; a big file is
-    a shard by itself.
+    A shard in `standing` is kept while all its files exist with the same sizes; only the remaining
+    files are planned. So a new file creates a new shard, a changed file retires its shard, and no
+    other shard changes. Small files of a source share a shard, in order of path; a big file has a
+    shard of its own.
     """
-    there = {(f.source, f.path, f.size): f for f in files}
+    available = {(f.source, f.path, f.size): f for f in files}
     shards = []
     for shard in standing:
         keys = [(f.source, f.path, f.size) for f in shard.files]
-        if all(k in there for k in keys):
-            shards.append(Shard(shard.name, tuple(there.pop(k) for k in keys)))
+        if all(k in available for k in keys):
+            shards.append(Shard(shard.name, tuple(available.pop(k) for k in keys)))
     group: list[InputFile] = []
-    for file in [*there.values(), None]:
+    for file in [*available.values(), None]:
         full = sum(f.size for f in group) + (file.size if file else 0) > shard_bytes
         if group and (file is None or full or file.source != group[0].source):
             shards.append(Shard(_shard_name(group), tuple(group)))

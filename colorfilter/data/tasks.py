@@ -1,9 +1,9 @@
-"""Multiple-choice tasks as a domain: items read, put into words, and split.
+"""Multiple-choice tasks as a domain: reading, formatting and splitting items.
 
-An item is put into words as lm-evaluation-harness does it, which is also how the paper's authors
-do (arXiv 2406.10670, section 4): the text of an item is its question and the correct answer. The
-train items make D_down and the probe, the test items held-out. No test item, drawn or not, has the
-text of a train item: those are taken out of the train items.
+Items are formatted with the templates of lm-evaluation-harness, like the paper's authors do
+(arXiv 2406.10670, section 4): the text of an item is its question and the correct answer. Train
+items go to D_down and the probe, test items to held-out. Train items whose text equals that of a
+test item, drawn or not, are removed.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from colorfilter.storage.parquet import TableWriter
 
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
-# What lm-evaluation-harness reads of each task's data set on the hub.
+# Fields of each task's data set on the hub that lm-evaluation-harness reads.
 FIELDS = {
     "piqa": ("goal", "sol1", "sol2", "label"),
     "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
@@ -46,7 +46,7 @@ FIELDS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "winogrande": ("sentence", "option1", "option2", "answer"),
 }
-# Where an item's answer stands, and the form in which the harness understands it.
+# Field of an item's answer, and its conversion to the form that the harness expects.
 _KEY = ("answerKey", lambda key: str(key).strip())
 ANSWERS: dict[str, tuple[str, Callable[[Any], int | str]]] = {
     "piqa": ("label", int),
@@ -57,7 +57,7 @@ ANSWERS: dict[str, tuple[str, Callable[[Any], int | str]]] = {
     "arc_challenge": _KEY,
     "winogrande": ("answer", lambda answer: str(int(answer))),
 }
-# The same fields within a finished prompt, as OLMo's files of these tasks have them.
+# The fields of FIELDS inside a formatted prompt, as in OLMo's files of these tasks.
 _ARC = r"Question: (?P<question>.*)\nAnswer:"
 PROMPTS = {
     "hellaswag": r"(?P<activity_label>.*?): (?P<ctx_a>.*)",
@@ -68,15 +68,16 @@ PROMPTS = {
 }
 LETTERS = "ABCDEFGH"
 
-Files = Mapping[str, Sequence[InputFile]]  # of each task, by its name
+Files = Mapping[str, Sequence[InputFile]]  # task name -> files
 
 
 @dataclass(frozen=True)
 class Item:
-    """A multiple-choice question in words: for every choice what comes before it and what it says.
+    """A formatted multiple-choice question: a context and a continuation for every choice.
 
-    The contexts are all the same but in winogrande, where they hold the choice and the
-    continuation is the same (partial evaluation). `gold` is the index of the correct one.
+    The contexts of all choices are the same, except in winogrande, where the choice is part of the
+    context and the continuations are the same (partial evaluation). `gold` is the index of the
+    correct choice.
     """
 
     contexts: tuple[str, ...]
@@ -90,15 +91,15 @@ class Item:
 
     @property
     def text(self) -> str:
-        """Question and correct continuation: what a model learns from."""
+        """Question and correct continuation: the text that a model trains on."""
         return "".join(self.correct)
 
 
 def hub_fields(task: str, row: Any) -> dict[str, Any]:
-    """What lm-evaluation-harness reads of an item, from a record in either of two forms.
+    """Return the fields of an item that lm-evaluation-harness reads.
 
-    Either it has the fields of the task's data set on the hub, or it is a finished prompt: `query`,
-    `choices` and `gold`, counted from 0. Raises ValueError where it is neither.
+    `row` has either the fields of the task's data set on the hub, or a formatted prompt: `query`,
+    `choices` and `gold`, the index from 0. Raises ValueError if it has neither.
     """
     if not isinstance(row, dict):
         raise ValueError("not a record")
@@ -130,21 +131,21 @@ def hub_fields(task: str, row: Any) -> dict[str, Any]:
 
 
 def to_item(task: str, fields: Mapping[str, Any]) -> Item:
-    """Put the fields of `hub_fields` into words, as the task's template in lm-evaluation-harness.
+    """Format the result of `hub_fields` with the task's template in lm-evaluation-harness.
 
-    Raises ValueError for an item without a correct answer, or that is not text.
+    Raises ValueError for an item without a correct answer or with a part that is not text.
     """
     if task == "winogrande":
-        before, _, behind = fields["sentence"].partition("_")
+        before, _, after = fields["sentence"].partition("_")
         options = (fields["option1"], fields["option2"])
         contexts = tuple(before + option for option in options)
-        return _checked(contexts, (behind.strip(),) * 2, int(fields["answer"]) - 1)
+        return _checked(contexts, (after.strip(),) * 2, int(fields["answer"]) - 1)
     if task == "piqa":
         context = f"Question: {fields['goal']}\nAnswer:"
         choices, gold = [fields["sol1"], fields["sol2"]], int(fields["label"])
     elif task == "hellaswag":
-        told = fields["ctx_a"] + " " + fields["ctx_b"].capitalize()
-        context = _without_marks(f"{fields['activity_label']}: {told}")
+        story = fields["ctx_a"] + " " + fields["ctx_b"].capitalize()
+        context = _without_marks(f"{fields['activity_label']}: {story}")
         choices = [_without_marks(ending) for ending in fields["endings"]]
         gold = int(fields["label"])
     elif task == "boolq":
@@ -162,7 +163,7 @@ def to_item(task: str, fields: Mapping[str, Any]) -> Item:
 
 
 def _without_marks(text: str) -> str:
-    """A piece of hellaswag as lm-evaluation-harness has it, without the marks of WikiHow."""
+    """Remove WikiHow's markup from a text of hellaswag, as lm-evaluation-harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub("\\[.*?\\]", "", text).replace("  ", " ")
 
@@ -173,13 +174,13 @@ def _checked(contexts: tuple[str, ...], choices: tuple[str, ...], gold: int) -> 
     if not all(isinstance(part, str) and part.strip() for part in (*contexts, *choices)):
         raise ValueError("an empty question or choice")
     item = Item(contexts, tuple(f" {choice}" for choice in choices), gold)
-    item.text.encode("utf-8")  # a lone surrogate is a ValueError
+    item.text.encode("utf-8")  # raises ValueError for a lone surrogate
     return item
 
 
 @dataclass(frozen=True)
 class _Example:
-    """An item with its record and where it stands."""
+    """An item with its record, file and line."""
 
     task: str
     item: Item
@@ -194,7 +195,7 @@ class _Example:
         return _reject(self.task, Reject(self.file.uri, self.line, reason, excerpt))
 
     def document(self) -> dict[str, Any]:
-        """As a row of a documents table."""
+        """Return the example as a row of a documents table."""
         text = self.item.text
         return {
             "doc_id": document_id(self.task, self.file.path, self.line, self.sha256),
@@ -209,7 +210,7 @@ class _Example:
 
 
 def read_items(items: Path) -> list[Item]:
-    """The items of a file `<task>.jsonl` that `split_tasks` has written."""
+    """Read the items of a file `<task>.jsonl` written by `split_tasks`."""
     lines = items.read_text(encoding="utf-8").splitlines()
     return [to_item(items.stem, json.loads(line)) for line in lines]
 
@@ -226,16 +227,16 @@ def split_tasks(
 ) -> dict[str, int]:
     """Read tasks' items and split them into held-out, probe and D_down.
 
-    Held-out are the test items; where the same files are a task's train and test, so is the share
-    `held_out` of their items, drawn by the seed. Of each task `test_items` of them are drawn, if it
-    says so. `probe` is the share of the train items, by characters and drawn by the seed, that goes
-    to the probe; D_down is the rest. Each text stands once.
+    Test items go to held-out. If a task's train and test files are the same, a random share
+    `held_out` of their items are its test items. `test_items` limits the number of test items drawn
+    from each task. A random share `probe` of the train items, by characters, goes to the probe, and
+    the rest to D_down. All draws are determined by `seed`. Each text occurs once.
 
-    Writes `<split>/documents.parquet`, whose documents are the items' texts, `rejects.parquet`,
-    `files.parquet` and `tasks/<task>.jsonl`, the test items in the fields of the hub (with those,
-    few in practice, that have one question and answer and differ in a wrong choice). Returns
-    counts; holds all items in memory. Raises InputError where files have no usable item, or a split
-    would be empty.
+    Writes `<split>/documents.parquet`, with the items' texts as documents, `rejects.parquet`,
+    `files.parquet` and `tasks/<task>.jsonl`, the drawn test items in the fields of the hub. The
+    latter also contains the few items that have the same question and answer as another but differ
+    in a wrong choice. Returns counts; keeps all items in memory. Raises InputError if files have no
+    usable item, or if a split would be empty.
     """
     rejects: list[dict[str, Any]] = []
     contents: Contents = []
@@ -264,7 +265,9 @@ def split_tasks(
         before += len(example.item.text)
     for split in SPLITS:
         if not splits[split]:
-            raise InputError(f"{len(learnt)} train items are too few to split: {split} is empty")
+            raise InputError(
+                f"{len(learnt)} train items are too few to split: {split} is empty; add items"
+            )
 
     _write(splits, drawn, rejects, folder)
     write_contents(contents, folder)
@@ -292,7 +295,7 @@ def _read(
     contents: Contents,
     progress: Progress,
 ) -> list[_Example]:
-    """The usable items of files, in the order of their random keys."""
+    """Return the usable items of files, in the order of their random keys."""
     examples, refused = [], len(rejects)
     for file in files:
         source = Source.model_validate({"name": task, "files": file.uri})
@@ -305,7 +308,9 @@ def _read(
         progress(file.size)
     if not examples:
         why = f" (the first: {rejects[refused]['reason']})" if len(rejects) > refused else ""
-        raise InputError(f"task {task}: {files[0].uri} has no usable item{why}; name its own files")
+        raise InputError(
+            f"task {task}: {files[0].uri} has no usable item{why}; name files of this task"
+        )
     return sorted(examples, key=lambda e: e.key)
 
 
@@ -321,7 +326,7 @@ def _example(task: str, file: InputFile, row: Row, seed: int) -> _Example | Reje
 
 
 def _reject(task: str, reject: Reject) -> dict[str, Any]:
-    """As a row of a rejects table."""
+    """Return a reject as a row of a rejects table."""
     return {
         "source_file": reject.file,
         "source_line": reject.line,
@@ -332,14 +337,17 @@ def _reject(task: str, reject: Reject) -> dict[str, Any]:
 
 
 def _in_order(examples: Mapping[str, Sequence[_Example]]) -> Iterator[_Example]:
-    """The examples of all tasks in the order of their random keys."""
+    """Yield the examples of all tasks in the order of their random keys."""
     yield from sorted((e for of_task in examples.values() for e in of_task), key=lambda e: e.key)
 
 
 def _each_once(
     examples: Iterator[_Example], others: set[str], reason: str, rejects: list[dict[str, Any]]
 ) -> list[_Example]:
-    """Those whose text stands neither in an earlier one nor in `others`."""
+    """Return the examples whose text is neither that of an earlier example nor in `others`.
+
+    The rest is appended to `rejects`: texts in `others` with `reason`, copies as duplicates.
+    """
     seen: set[str] = set()
     kept = []
     for example in examples:
@@ -376,9 +384,9 @@ def _write(
 
 
 def refuse_without_harness() -> None:
-    """Raise InputError where lm-evaluation-harness, which tasks are evaluated by, is missing."""
+    """Raise InputError if lm-evaluation-harness, which evaluates tasks, is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
-            "tasks are evaluated by lm-evaluation-harness, which is not installed: "
+            "tasks are evaluated with lm-evaluation-harness, which is not installed; run "
             "pip install '.[eval]'"
         )

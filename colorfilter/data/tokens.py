@@ -1,17 +1,17 @@
-"""Documents to fixed-length sequences: tokenizer, packing, spans back to documents.
+"""Packing documents into fixed-length sequences: tokenizer, packing, spans back to documents.
 
-Documents are encoded, each closed by the end-of-text token, joined in order and cut into sequences
-of T tokens (the paper's way, section 4). Examples of tasks are not joined: each is a sequence. A
-folder of packed tokens holds
+Documents are encoded, each followed by the end-of-text token, concatenated in order and cut into
+sequences of T tokens (as in the paper, section 4). Examples of tasks are not concatenated: each is
+a sequence of its own. A folder of packed tokens contains
 
-- `tokens.npy`         uint16 or uint32 [n_sequences, T], memory-mapped; padded behind `n_tokens`
-- `sequences.parquet`  position, n_tokens (T but for the last row, or of an example), sha256 of the
-                       row's real tokens
+- `tokens.npy`         uint16 or uint32 [n_sequences, T], memory-mapped; padded after `n_tokens`
+- `sequences.parquet`  position, n_tokens (T, or less in the last row and in examples), sha256 of
+                       the row's real tokens
 - `spans.parquet`      position, offset, doc_id, doc_start, n_tokens, char_start, char_end
 
-A span is a piece of one document in one sequence: `n_tokens` tokens at `offset` of the sequence
-are tokens `doc_start...` of the document and its text[char_start:char_end]. The end-of-text token
-belongs to the document that it closes, so the spans cover every token exactly once.
+A span is a piece of one document in one sequence: the `n_tokens` tokens at `offset` in the sequence
+are tokens `doc_start...` of the document, and encode its text[char_start:char_end]. The end-of-text
+token belongs to the document before it, so the spans cover every token exactly once.
 """
 
 import hashlib
@@ -52,10 +52,10 @@ SPANS = pa.schema(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer and save it in the form that transformers loads.
+    """Train a byte-level BPE tokenizer and save it in the format of transformers.
 
-    Deterministic in the order of the texts. Raises InputError where the texts hold too little
-    for the vocabulary asked for.
+    Deterministic for a given order of texts. Raises InputError if the texts are too few for the
+    requested vocabulary.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -78,9 +78,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def copy_tokenizer(path: str, folder: Path) -> None:
-    """Save a Hugging Face tokenizer, given by folder or hub name, in `folder`.
+    """Save a Hugging Face tokenizer, given by folder or hub name, to `folder`.
 
-    Raises InputError where there is none, it has no fast form, or it has no end-of-text token.
+    Raises InputError if there is none, it has no fast version, or it has no end-of-text token.
     """
     from transformers import AutoTokenizer
 
@@ -89,12 +89,15 @@ def copy_tokenizer(path: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer.path: no tokenizer at {path} ({one_line(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise InputError(f"tokenizer.path: {path} needs a tokenizer.json and an eos_token")
+        raise InputError(
+            f"tokenizer.path: {path} has no fast tokenizer or no eos_token; use a tokenizer that "
+            "has tokenizer.json and eos_token"
+        )
     tokenizer.save_pretrained(folder)
 
 
 class Encoder:
-    """Text to token ids. What looks like a special token in a text is encoded as plain text."""
+    """Encodes text to token ids. Special tokens that occur in a text are encoded as plain text."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -127,9 +130,9 @@ def pack(
     left_out: Collection[str] = (),
     progress: Progress = silent,
 ) -> dict[str, int]:
-    """Encode documents (`doc_id`, `sha256`, `text`) and cut them into sequences of `length`.
+    """Encode documents (`doc_id`, `sha256`, `text`) and pack them into sequences of `length`.
 
-    Documents whose sha256 is in `left_out` are passed over. Returns counts: documents, left_out,
+    Documents whose sha256 is in `left_out` are skipped. Returns counts: documents, left_out,
     tokens, sequences. Memory is bounded by a batch of texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,13 +154,13 @@ def pack(
 def pack_examples(
     documents: Iterable[dict[str, Any]], encoder: Encoder, length: int, folder: Path
 ) -> dict[str, int]:
-    """Encode documents (`doc_id`, `text`) and give each a sequence of its own.
+    """Encode documents (`doc_id`, `text`), each as a sequence of its own.
 
-    The paper's form of a task's examples (section 4). The end-of-text token closes it, and what is
-    left of the row is padding, which is in no label (labels.shifted_labels): the loss is that of
-    the whole text, question and answer, as with the authors, but not of the padding, unlike theirs.
-    A document longer than a sequence loses its beginning, so that the answer stays. Returns counts:
-    documents, cut, tokens, label_bytes (of the text behind each row's first token), sequences.
+    This is the paper's form of a task's examples (section 4). A row is the text, the end-of-text
+    token, and padding, which is not a label (see labels.shifted_labels). The loss covers the
+    complete text, question and answer, like the authors'; unlike theirs, it excludes the padding. A
+    document longer than a sequence is cut at the start, so that the answer stays. Returns counts:
+    documents, cut, tokens, label_bytes (of the text after each row's first token), sequences.
     Memory is bounded by a batch of texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,16 +182,17 @@ def pack_examples(
 
 
 def token_ends(encoding: tokenizers.Encoding, n_chars: int) -> list[int]:
-    """Where each token's text ends in a document of so many characters, the end-of-text token last.
+    """Return where the text of each token ends in a document of `n_chars` characters.
 
-    It, and whatever a tokenizer strips behind the last word, end the text.
+    The end-of-text token comes last. It and the token before it end at `n_chars`, even if the
+    tokenizer strips characters at the end of the text.
     """
-    # Asking for the end of one token at a time takes time in the document's length.
+    # Read `offsets` once: each access takes time proportional to the document's length.
     return [end for _, end in encoding.offsets[:-1]] + [n_chars, n_chars]
 
 
 def batches_of_text(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows (`text`) in lists of some BATCH_CHARS characters."""
+    """Yield lists of rows (`text`) of about BATCH_CHARS characters each."""
     batch: list[dict[str, Any]] = []
     chars = 0
     for document in documents:
@@ -202,7 +206,7 @@ def batches_of_text(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[s
 
 
 class _Packer:
-    """Appends documents to the three files of a packed folder."""
+    """Appends documents to the three files of a folder of packed tokens."""
 
     def __init__(self, folder: Path, length: int, dtype: type, end_of_text: int) -> None:
         self._tokens = _GrowingArray(folder / TOKENS, length, dtype)
@@ -229,7 +233,7 @@ class _Packer:
         self._spans.close()
 
     def add(self, doc_id: str, n_chars: int, encoding: tokenizers.Encoding, start: int = 0) -> None:
-        """Append a document, from its token `start` on."""
+        """Append a document, starting at its token `start`."""
         ids = np.array([*encoding.ids, self._end_of_text], dtype=self._row.dtype)
         ends = token_ends(encoding, n_chars)
         char_start = ends[start - 1] if start else 0
@@ -254,7 +258,7 @@ class _Packer:
                 self._emit()
 
     def end_sequence(self) -> None:
-        """Pad the sequence that is begun, if one is."""
+        """Pad and write the current sequence if it has tokens."""
         if self._used:
             self._emit()
 
@@ -269,7 +273,7 @@ class _Packer:
 
 
 class _GrowingArray:
-    """A .npy file that grows by rows; its header is made right when it is closed."""
+    """A .npy file that grows by rows; `close` writes the final header."""
 
     def __init__(self, path: Path, length: int, dtype: type) -> None:
         self._file = path.open("wb")
@@ -279,7 +283,7 @@ class _GrowingArray:
         self._header()
 
     def _header(self) -> None:
-        # numpy leaves room in the header for the first dimension to grow.
+        # numpy pads the header so that the first dimension can grow.
         self._file.seek(0)
         np.lib.format.write_array_header_1_0(
             self._file,
@@ -300,20 +304,20 @@ class _GrowingArray:
 
 
 def open_tokens(folder: Path) -> np.ndarray:
-    """The packed sequences of a folder, memory-mapped: [n_sequences, T]."""
+    """Return the packed sequences of a folder, memory-mapped: [n_sequences, T]."""
     tokens: np.ndarray = np.load(folder / TOKENS, mmap_mode="r")
     return tokens
 
 
 def read_tokens(place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """The packed sequences [start, stop) of a place: [n, T]. No other bytes of it are read."""
+    """Read the packed sequences [start, stop) of a folder: [n, T]. Reads no other rows."""
     if isinstance(place, Path):
         return open_tokens(place)[start:stop]
     return read_rows(place / TOKENS, start, stop)
 
 
 def real_tokens(place: Place) -> np.ndarray:
-    """How many real tokens each packed sequence has, int64 [n_sequences]."""
+    """Return the number of real tokens of each packed sequence, int64 [n_sequences]."""
     with (place / SEQUENCES_FILE).open("rb") as stream:
         column = pq.read_table(stream, columns=["n_tokens"])["n_tokens"]
     return pl.Series(column).cast(pl.Int64).to_numpy(writable=True)

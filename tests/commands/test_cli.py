@@ -96,7 +96,8 @@ def test_more_training_tokens_than_the_selection_holds(
 def test_a_corpus_too_small_for_the_sample(call: Caller, corpus: Path, tmp_path: Path) -> None:
     facts = recipe_facts(corpus)
     facts["prior"]["sample_chars"] = 10_000_000
-    assert "prior.sample_chars: 10000000 characters are wanted" in refuse(call, facts, tmp_path)
+    line = refuse(call, facts, tmp_path)
+    assert "prior.sample_chars: a D_prior of 10000000 characters would take" in line
 
 
 def test_a_domain_too_small_to_split(call: Caller, corpus: Path, tmp_path: Path) -> None:
