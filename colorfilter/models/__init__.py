@@ -1,1 +1,1 @@
-"""Causal language models: loaded, saved and made fast."""
+"""Causal language models: building, loading, saving and speeding up."""

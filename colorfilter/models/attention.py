@@ -1,8 +1,8 @@
-"""The body of a causal language model made fast, its mathematics unchanged.
+"""Speeding up the body of a causal language model without changing its mathematics.
 
-On a CPU: causal attention by blocks of rows, and float32 matrix products by oneDNN, where these are
-the faster. On CUDA: compiled, so that what lies between the products is fused, with whichever of
-the library's attentions takes less time.
+On a CPU: blockwise causal attention, and float32 matrix products with oneDNN, if they are faster.
+On CUDA: a compiled body, which fuses the operations between matrix products, and the faster one of
+torch's attention implementations.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 BLOCK_CAUSAL = "block_causal"
 BLOCKS = 4
 LEAST_ROWS = 128
-# Which of torch's attentions is tried first.
+# Orders in which torch tries its attention implementations.
 ORDERS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION],
@@ -28,7 +28,7 @@ OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a model to a device and give it what is fastest there, in place."""
+    """Move a model to a device and apply the optimizations for that device, in place."""
     torch.nn.Module.to(model, device)
     attend_by_blocks(model)
     if device.type == "cpu":
@@ -39,11 +39,11 @@ def prepare(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def attend_by_blocks(model: PreTrainedModel) -> None:
-    """Give a model on a CPU attention by blocks of rows, in place, where that is the faster.
+    """Use blockwise attention for a model on a CPU, in place, if it is faster than torch's.
 
-    In training too: torch's own takes most of its time in the backward pass.
+    Useful in training too, where torch's attention spends most of its time in the backward pass.
     """
-    # With AMX, torch's own attention is the faster of the two.
+    # With AMX, torch's attention is faster.
     own = model.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
     if not own and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BLOCK_CAUSAL)
@@ -52,26 +52,23 @@ def attend_by_blocks(model: PreTrainedModel) -> None:
 def compile_body(model: PreTrainedModel) -> None:
     """Compile a model's body for batches of one shape, in place.
 
-    What the compiler cannot take runs as it is.
+    Parts that the compiler does not support run uncompiled.
     """
     settings: Any = torch._dynamo.config
     settings.suppress_errors = True
-    # The compiler would have float32 rounded to TensorFloat32.
+    # The compiler recommends TensorFloat32, which would round float32.
     warnings.filterwarnings("ignore", message="TensorFloat32")
     model.base_model.compile(dynamic=False)
 
 
 def fastest_attention(model: PreTrainedModel, tokens: torch.Tensor) -> str | None:
-    """The order of torch's attentions in which a batch takes least time, by measurement.
-
-    None where there is nothing to choose from, which is not on CUDA.
-    """
+    """Measure which of ORDERS is fastest for a batch, and return its key; None if not on CUDA."""
     if tokens.device.type != "cuda":
         return None
     seconds = {}
     for order in ORDERS:
         with attention(order), torch.compiler.set_stance("force_eager"):
-            for _ in range(3):  # the last counts
+            for _ in range(3):  # the last run counts
                 torch.cuda.synchronize()
                 begun = time.perf_counter()
                 model.base_model(input_ids=tokens, use_cache=False)
@@ -81,18 +78,18 @@ def fastest_attention(model: PreTrainedModel, tokens: torch.Tensor) -> str | Non
 
 
 def attention(order: str | None) -> contextlib.AbstractContextManager[None]:
-    """While it lasts, torch's attentions are tried in this order; None leaves it to torch."""
+    """Return a context manager that sets the order of torch's attentions; None changes nothing."""
     if order is None:
         return contextlib.nullcontext()
     return sdpa_kernel([*ORDERS[order], *OTHERS], set_priority=True)
 
 
 def prefer_onednn() -> None:
-    """Have oneDNN do float32 matrix products where it keeps them float32.
+    """Use oneDNN for float32 matrix products if it computes them in float32.
 
-    On a processor without AMX oneDNN takes the setting as leave and still multiplies in float32,
-    on some at twice the rate of the default library. On one with AMX it multiplies in bf16: tried
-    on one product, and unset if the error shows it.
+    The setting permits bf16. On a processor without AMX, oneDNN still multiplies in float32, on
+    some at twice the speed of the default library. With AMX it multiplies in bf16. The error of one
+    product shows which of the two it does; if bf16, the setting is reverted.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -119,11 +116,11 @@ def block_causal_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, blocks of rows over the columns that each of them sees.
+    """Compute causal attention in blocks of rows, each over the columns visible to it.
 
-    query [B, H, T, D], key and value [B, H or fewer, T, D] -> [B, T, H, D]. About 5/8 of the
-    products of whole rows are made, and a block's weights stay in cache. Whatever is not plain
-    causal self-attention goes to torch's own.
+    query [B, H, T, D], key and value [B, H or fewer, T, D] -> [B, T, H, D]. This takes about 5/8 of
+    the products of full rows, and a block's weights stay in cache. Anything other than plain causal
+    self-attention is passed to torch's implementation.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
@@ -157,7 +154,7 @@ def block_causal_attention(
 
 
 def _changing(others: dict[str, Any]) -> list[Any]:
-    """Arguments that would change plain attention."""
+    """Return the arguments that would change plain attention."""
     names = ("softcap", "s_aux", "position_bias", "cache")
     return [others.get(name) for name in names]
 

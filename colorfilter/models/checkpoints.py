@@ -1,4 +1,4 @@
-"""Causal language models in Hugging Face form: build a fresh one, load, save, take apart."""
+"""Causal language models in Hugging Face format: building, loading, saving, inspecting."""
 
 import shutil
 from pathlib import Path
@@ -24,9 +24,9 @@ transformers_logging.disable_progress_bar()
 
 
 def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> PreTrainedModel:
-    """A fresh model with float32 weights that depend on the seed alone.
+    """Build a fresh model with float32 weights that depend on the seed only.
 
-    Raises InputError as `configuration` does, and for a model that is not causal.
+    Raises InputError like `configuration`, and for a model that is not causal.
     """
     config = configuration(model, vocab_size, sequence_length)
     with torch.random.fork_rng():
@@ -39,16 +39,16 @@ def build(model: Model, vocab_size: int, sequence_length: int, seed: int) -> Pre
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever an architecture makes of a value that cannot be
+    except Exception as error:  # architectures raise anything for invalid values
         raise InputError(f"model of type {config.model_type}: {one_line(error)}") from error
     return model
 
 
 def configuration(model: Model, vocab_size: int, sequence_length: int) -> PreTrainedConfig:
-    """The configuration of a fresh model.
+    """Return the configuration of a fresh model.
 
-    Raises InputError for a type that transformers does not know, a key that its configuration
-    does not have (transformers itself would take it in silence), or too short a context.
+    Raises InputError for a type that transformers does not know, a key that the type's
+    configuration does not have (transformers accepts it silently), or too short a context.
     """
     own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
     try:
@@ -68,9 +68,9 @@ def configuration(model: Model, vocab_size: int, sequence_length: int) -> PreTra
 
 
 def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
-    """A model from a folder or hub name, safetensors only, in evaluation mode.
+    """Load a model from a folder or hub name, in evaluation mode. Reads safetensors only.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none, or if the model is not causal.
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -85,21 +85,21 @@ def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
 
 @torch.inference_mode()
 def _refuse_not_causal(model: PreTrainedModel, which: str) -> None:
-    """A model whose first logits depend on what follows would see its own labels."""
+    """Raise InputError if the first logits of a model depend on later tokens, its labels."""
     training = model.training
     model.eval()
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
     first = model(input_ids=tokens).logits[:, 0].float()
     model.train(training)
     if not torch.allclose(first[0], first[1], atol=1e-2, equal_nan=True):
-        raise InputError(f"{which} is no causal language model: it looks ahead; name another type")
+        raise InputError(
+            f"{which} is not a causal language model: its outputs depend on later tokens; choose "
+            "another"
+        )
 
 
 def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
-    """Refuse a given checkpoint that the tokenizer or the sequence length does not fit.
-
-    Raises InputError.
-    """
+    """Raise InputError if a checkpoint does not fit the tokenizer or the sequence length."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -108,7 +108,7 @@ def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
     if vocab_size > text.vocab_size:
         raise InputError(
             f"tokenizer: its {vocab_size} tokens do not fit the {text.vocab_size} of the model at "
-            f"{path}; set tokenizer.path to the tokenizer that the model was trained with"
+            f"{path}; set tokenizer.path to the model's own tokenizer"
         )
     _check_context(text, sequence_length, f"the model at {path}")
 
@@ -123,7 +123,7 @@ def _check_context(config: PreTrainedConfig, sequence_length: int, which: str) -
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
-    """Save a model with its tokenizer, so that `from_pretrained(folder)` gives both."""
+    """Save a model and its tokenizer, so that `from_pretrained(folder)` loads both."""
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
@@ -131,15 +131,15 @@ def save(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model with its weights on a device."""
+    """Move a model to a device, in place, and return it."""
     torch.nn.Module.to(model, device)
     return model
 
 
 def parameters_of(start: Model | str, vocab_size: int, sequence_length: int) -> int:
-    """Number of parameters of a fresh architecture or a checkpoint, without making its weights.
+    """Return the number of parameters of a fresh model or a checkpoint, without its weights.
 
-    Raises InputError as `configuration` and `load` do.
+    Raises InputError like `configuration`, and if there is no checkpoint.
     """
     if isinstance(start, Model):
         config = configuration(start, vocab_size, sequence_length)
@@ -153,7 +153,7 @@ def parameters_of(start: Model | str, vocab_size: int, sequence_length: int) -> 
 
 
 def n_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Number of parameters, in all and without the embeddings of tokens in and out."""
+    """Count parameters in total, and without the input and output embeddings."""
     embeddings = {id(p): p.numel() for p in model.get_input_embeddings().parameters()}
     if model.get_output_embeddings() is not None:
         embeddings |= {id(p): p.numel() for p in model.get_output_embeddings().parameters()}
@@ -162,7 +162,7 @@ def n_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def weights_per_token(model: PreTrainedModel) -> int:
-    """Number of weights that every token is multiplied with: matrices, the head's among them."""
+    """Count the weights that every token is multiplied with: matrices, including the head."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in tables)
     head = model.get_output_embeddings()
@@ -172,11 +172,12 @@ def weights_per_token(model: PreTrainedModel) -> int:
 
 @torch.inference_mode()
 def head_weight(model: PreTrainedModel) -> torch.Tensor | None:
-    """The head's weight [V, D] where logits are `hidden @ weight.T` and nothing else, else None.
+    """Return the head's weight [V, D] if logits are exactly `hidden @ weight.T`, else None.
 
-    Tried on a few tokens and not believed: some architectures scale, cap or shift what goes into
-    the head or comes out of it. In a plain one both pass through it unchanged. Tried in the mode
-    that the model is in, training or evaluation; the global random numbers are left alone.
+    Some architectures scale, cap or shift the input or output of the head. To detect this, a few
+    tokens pass through the model: the head must receive the unchanged hidden states, and its output
+    must be the unchanged logits. The model stays in its mode, training or evaluation, and the
+    global random state is preserved.
     """
     head = model.get_output_embeddings()
     weight: Any = getattr(head, "weight", None)
