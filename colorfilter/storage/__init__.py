@@ -1,1 +1,1 @@
-"""How bytes are kept: files, manifests, and folders that machines share."""
+"""Storage: files, manifests, and folders shared between machines."""

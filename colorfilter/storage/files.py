@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes and content hashes."""
+"""Atomic writes, content hashes and file locks."""
 
 import fcntl
 import hashlib
@@ -10,26 +10,26 @@ from typing import IO
 
 from colorfilter.progress import Progress, silent
 
-BLOCK = 1 << 23  # bytes that are copied at a time
-TAIL = 4_096  # bytes in which the last line of a file is looked for first
+BLOCK = 1 << 23  # bytes per read when copying
+TAIL = 4_096  # bytes at the end of a file that are searched first for its last line
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
+    """Return the sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checkpoint_content(path: str) -> dict[str, str]:
-    """sha256 of the files of a checkpoint or tokenizer in a local folder; none for a hub name."""
+    """Return the sha256 of each file of a local checkpoint or tokenizer; empty for a hub name."""
     files = sorted(f for form in ("*.json", "*.safetensors") for f in Path(path).glob(form))
     return {file.name: file_sha256(file) for file in files}
 
 
 def copy_file(source: Path, target: Path, progress: Progress = silent) -> str:
-    """Copy a file, flush it to disk and return its sha256. Makes the folder of the target.
+    """Copy a file, flush it to disk and return its sha256. Creates the target's folder.
 
-    `progress` is called with the bytes of every block.
+    `progress` is called with the size of every block.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sha256 = hashlib.sha256()
@@ -44,10 +44,9 @@ def copy_file(source: Path, target: Path, progress: Progress = silent) -> str:
 
 
 def link_folder(source: Path, target: Path, without: str) -> None:
-    """Make a folder of the files of another one, but for those of the name `without`.
+    """Replicate a folder with hard links, excluding files named `without`.
 
-    The files get a second name; where the filesystem has no links they are copied. What was in
-    `target` is removed.
+    If a file cannot be linked, it is copied. Existing content of `target` is removed.
     """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_link, ignore=shutil.ignore_patterns(without))
@@ -61,24 +60,24 @@ def _link(source: str, target: str) -> None:
 
 
 def write_atomically(temporary: Path, path: Path) -> None:
-    """Flush a finished temporary file to disk and give it its name, in one step for readers."""
+    """Flush a finished temporary file to disk and rename it to `path` atomically."""
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(path)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all."""
+    """Write a small text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     write_atomically(temporary, path)
 
 
 def append_line(path: Path, line: Callable[[bytes], str]) -> None:
-    """Append a line, flushed to disk, one writer at a time.
+    """Append a line and flush it to disk, one writer at a time.
 
-    `line(last)` returns the line; `last` is that of `last_line`. A line cut off by a crash is
-    removed.
+    `line(last)` returns the line to append; `last` is the last complete line. A line cut off by a
+    crash is removed.
     """
     with path.open("ab+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -90,7 +89,7 @@ def append_line(path: Path, line: Callable[[bytes], str]) -> None:
 
 
 def last_line(stream: IO[bytes]) -> tuple[int, bytes]:
-    """Where the last whole line of a file ends, and that line; 0 and nothing if there is none."""
+    """Return the end offset of the last complete line of a file, and the line; 0, b"" if none."""
     size = stream.seek(0, os.SEEK_END)
     length = TAIL
     while True:
@@ -105,9 +104,9 @@ def last_line(stream: IO[bytes]) -> tuple[int, bytes]:
 
 
 def lock(path: Path, *, shared: bool = False) -> IO[bytes]:
-    """Wait for a lock of this name and hold it until the stream is closed, or the process ends.
+    """Wait for the lock file `path`; the lock is held until the returned stream is closed.
 
-    Several can hold one that is shared at the same time.
+    The lock is also released when the process ends. Several processes can hold a shared lock.
     """
     stream = path.open("ab")
     fcntl.flock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -115,7 +114,7 @@ def lock(path: Path, *, shared: bool = False) -> IO[bytes]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock of this name."""
+    """Return whether the lock file `path` is held by anyone."""
     if not path.exists():
         return False
     with path.open("ab") as stream:
@@ -127,13 +126,14 @@ def is_locked(path: Path) -> bool:
 
 
 def require_space(folder: Path, size: int, what: str) -> None:
-    """Raise OSError where the disk of a folder has no room for so many bytes more.
+    """Raise OSError if the disk of a folder has less than `size` bytes free.
 
-    Called before long work, which would end in that: by then what stood could be half written.
+    Call this before long work: a disk that fills up later can leave existing files partially
+    written.
     """
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(
-            f"{what} takes about {size / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free "
-            f"at {folder}; make room (`colorfilter prune` says what can go) and run again"
+            f"{what} takes about {size / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are free "
+            f"at {folder}; make room (`colorfilter prune` lists what can be removed) and run again"
         )

@@ -1,7 +1,7 @@
-"""Identity of what is made: the key (known before the work), the fingerprint (of the content).
+"""Identity of artifacts: the key, known before the work, and the fingerprint of the content.
 
-The environment is recorded beside the two and is in neither, so that neither a refactoring nor an
-upgrade makes anything be computed again by itself.
+The environment is recorded in the manifest but is part of neither, so that refactoring or an
+upgrade alone recomputes nothing.
 """
 
 import functools
@@ -40,10 +40,10 @@ def artifact_key(
     seed: int | None = None,
     precision: str | None = None,
 ) -> str:
-    """What identifies a piece of work before it is done.
+    """Return the hash that identifies a piece of work before it is done.
 
-    `inputs` are fingerprints by name, `recipe` the part of it that the work reads, `code` a number
-    raised by hand when the result of the code changes.
+    `inputs` maps names to fingerprints, `recipe` is the part of the recipe that the work reads, and
+    `code` is a number raised by hand when the result of the code changes.
     """
     facts = {
         "asset": asset,
@@ -58,14 +58,14 @@ def artifact_key(
 
 
 def canonical_json(value: Any) -> str:
-    """JSON of one form for one value: keys sorted, no spaces."""
+    """Return canonical JSON: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 class Content(NamedTuple):
-    """What a folder holds: its fingerprint, the sha256 of its manifest, and how much it is.
+    """The content of a folder: its fingerprint, the sha256 of its manifest, and its size.
 
-    `rows` are those of its Parquet files, None where it has none.
+    `rows` is the number of rows in its Parquet files, None if it has none.
     """
 
     fingerprint: str
@@ -80,11 +80,11 @@ def write_manifest(
     identity: Mapping[str, Any] | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> Content:
-    """Hash every file of a folder into its `manifest.json`, written last.
+    """Hash every file of a folder into its `manifest.json`, which is written last.
 
-    The fingerprint is a hash of the names and contents of the files alone. `identity` says what the
-    folder is and what it was made from. `origins` are, by path, the sha256 of files that these
-    replace: they take the place of the files' own in the fingerprint, which so stays.
+    The fingerprint is a hash of the names and contents of the files only. `identity` describes the
+    folder and what it was computed from. `origins` maps paths of redacted files to the sha256 of
+    the originals, which is used in the fingerprint, so that the fingerprint stays the same.
     """
     files = [
         _file(p, str(p.relative_to(folder)))
@@ -112,13 +112,13 @@ def _file(path: Path, name: str) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder says."""
+    """Read the manifest of a folder."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return manifest
 
 
 def content(folder: Path, part: str = "") -> Content:
-    """What a folder that stands holds, by its manifest, or what a subfolder of it does."""
+    """Return the content of a folder, or of its subfolder `part`, according to its manifest."""
     below = f"{part}/" if part else ""
     files = [f for f in read_manifest(folder)["files"] if f["path"].startswith(below)]
     rows = [f["rows"] for f in files if "rows" in f]
@@ -131,20 +131,20 @@ def content(folder: Path, part: str = "") -> Content:
 
 
 def parts(folder: Path) -> dict[str, str]:
-    """The fingerprints of a folder's subfolders, by name."""
+    """Return the fingerprints of a folder's subfolders, by name."""
     files = [Path(f["path"]) for f in read_manifest(folder)["files"]]
     names = sorted({path.parts[0] for path in files if len(path.parts) > 1})
     return {name: content(folder, name).fingerprint for name in names}
 
 
 def fingerprint_of(files: Sequence[Mapping[str, Any]]) -> str:
-    """The hash of the names and original contents of files, as a manifest lists them."""
+    """Return the hash of the names and original contents of files listed in a manifest."""
     content = canonical_json([[f["path"], f.get("origin", f["sha256"])] for f in files])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def stands(folder: Path) -> bool:
-    """Whether a folder is whole, by the cheap check: its manifest, and every file's size."""
+    """Return whether a folder is complete, by a cheap check: its manifest and the file sizes."""
     try:
         files = {folder / f["path"]: f["bytes"] for f in read_manifest(folder)["files"]}
         return all(path.stat().st_size == size for path, size in files.items())
@@ -154,7 +154,7 @@ def stands(folder: Path) -> bool:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """Versions of what computes here: libraries, Python, machine, git revision of this code."""
+    """Return the versions of Python, libraries, platform, and this code (git revision)."""
     versions = {}
     for library in LIBRARIES:
         try:
@@ -171,7 +171,7 @@ def environment() -> dict[str, str]:
 
 def _git_revision() -> str:
     root = Path(__file__).resolve().parents[2]
-    # Code that is installed by another user than the one who runs it is not suspicious here.
+    # Git refuses repositories owned by another user; here, such an installation is normal.
     trusted = f"safe.directory={root}"
     command = ["git", "-c", trusted, "-C", str(root), "describe", "--always", "--dirty"]
     try:

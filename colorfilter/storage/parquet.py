@@ -1,4 +1,4 @@
-"""Rows to Parquet in batches of bounded size, so that memory stays flat."""
+"""Writing rows to Parquet in batches of bounded size, so that memory stays constant."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH_BYTES = 8 * 2**20
-BATCH_ROWS = 8_192  # as Python objects they take ten times their bytes
+BATCH_ROWS = 8_192  # bounds small rows too, which take ten times their size as Python objects
 
 
 class TableWriter:
-    """A Parquet file that is written row by row."""
+    """Writes a Parquet file row by row."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
@@ -30,7 +30,7 @@ class TableWriter:
         self._writer.close()
 
     def add(self, row: dict[str, Any], size: int = 100) -> None:
-        """Append a row; `size` is its rough size in bytes."""
+        """Append a row; `size` is its approximate size in bytes."""
         self._rows.append(row)
         self._bytes += size
         if self._bytes >= BATCH_BYTES or len(self._rows) >= BATCH_ROWS:

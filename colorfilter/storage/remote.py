@@ -1,9 +1,9 @@
 """Folders that every machine of a cluster reads and writes.
 
-A place is a folder: a Path where all machines see one file system, else a UPath of one that fsspec
-knows (`s3://`, `gs://`, ...). Credentials come from each machine's own environment, as the
-filesystem's library reads them, and from nowhere else. Files in a place are whole or not there: an
-object store shows none before its last byte, and on a file system they are renamed.
+A `Place` is a folder: a Path on a file system shared by all machines, or a UPath of a file system
+that fsspec supports (`s3://`, `gs://`, ...). Credentials come only from each machine's environment,
+where the library of the file system looks for them. Files appear atomically: an object store shows
+a file when its last byte is written, and on a file system they are renamed.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from colorfilter.storage.scratch import held, own_folder, scratch
 
 Place = Path | UPath
 
-CACHE_SECONDS = 24 * 3600.0  # that a folder is kept on a machine after it was last asked for
-HEADER_BYTES = 4_096  # more than the header of a .npy file takes
+CACHE_SECONDS = 24 * 3600.0  # how long a machine keeps a folder after its last use
+HEADER_BYTES = 4_096  # larger than the header of a .npy file
 
 
 def here(place: Place) -> Path:
-    """The folder on this machine; a copy of one elsewhere, kept until a day after its last use."""
+    """Return `place` if it is local, else a local copy, cached until a day after its last use."""
     if isinstance(place, Path):
         return place
     cache = own_folder()
@@ -46,7 +46,7 @@ def _name(place: UPath) -> str:
 
 
 def _fetch_once(place: UPath, folder: Path) -> None:
-    """Fetch a folder that several processes want: one does, and the others wait for it."""
+    """Fetch a folder unless it exists. Only one process fetches it, and the others wait."""
     with lock(folder.with_suffix(".lock")):
         if not folder.exists():
             part = folder.with_suffix(".part")
@@ -58,19 +58,19 @@ def _fetch_once(place: UPath, folder: Path) -> None:
 def _forget_unused(cache: Path) -> None:
     for folder in cache.iterdir():
         kept = folder.is_dir() and not folder.name.startswith("scratch-")
-        with contextlib.suppress(FileNotFoundError):  # another process does the same
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it
             if kept and time.time() - folder.stat().st_mtime > CACHE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(place: Place, folder: Path) -> None:
-    """Copy all files of a place into a folder."""
+    """Copy all files of a place to a local folder."""
     for name in names(place):
         fetch_file(place, name, folder / name)
 
 
 def fetch_file(place: Place, name: str, path: Path) -> None:
-    """Copy a file of a place to `path`, whole or not at all."""
+    """Copy a file of a place to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -82,7 +82,7 @@ def fetch_file(place: Place, name: str, path: Path) -> None:
 
 
 def put_file(path: Path, place: Place, name: str) -> None:
-    """Copy a file into a place under a name, whole or not at all."""
+    """Copy a local file to a place under a name, atomically."""
     if isinstance(place, Path):
         fetch_file(path.parent, path.name, place / name)
     else:
@@ -92,7 +92,10 @@ def put_file(path: Path, place: Place, name: str) -> None:
 
 @contextlib.contextmanager
 def temporary_file(place: Place) -> Iterator[Path]:
-    """A temporary file for what is to be committed to a place, on its file system if it has one."""
+    """Yield a path for a temporary file to commit to a place.
+
+    The path is in the place itself if that is a local folder, so that committing is a rename.
+    """
     with contextlib.ExitStack() as until_committed:
         folder = place if isinstance(place, Path) else until_committed.enter_context(scratch())
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ def temporary_file(place: Place) -> Iterator[Path]:
 
 
 def commit(temporary: Path, place: Place, name: str) -> None:
-    """Put a file that was begun in its place, whole or not at all."""
+    """Store a finished temporary file in a place under a name, atomically."""
     if isinstance(place, Path):
         write_atomically(temporary, place / name)
     else:
@@ -112,9 +115,9 @@ def commit(temporary: Path, place: Place, name: str) -> None:
 
 
 def names(place: Place) -> list[str]:
-    """The files of a place, relative to it, in order; none where it is not there."""
+    """Return the sorted relative paths of the files of a place; empty if it does not exist."""
     folder = UPath(place)
-    folder.fs.invalidate_cache()  # other machines write there
+    folder.fs.invalidate_cache()  # other machines may have written to it
     try:
         found = folder.fs.find(folder.path)
     except FileNotFoundError:
@@ -126,7 +129,7 @@ def names(place: Place) -> list[str]:
 
 
 def remove(place: Place) -> None:
-    """Remove a place and all in it."""
+    """Remove a place and its content."""
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
     else:
@@ -136,7 +139,7 @@ def remove(place: Place) -> None:
 
 
 def read_rows(file: UPath, start: int, stop: int | None = None) -> np.ndarray:
-    """Rows [start, stop) of a remote .npy file, of which only they and the header are read."""
+    """Read rows [start, stop) of a remote .npy file, fetching only the header and these rows."""
     header = io.BytesIO(file.fs.cat_file(file.path, start=0, end=HEADER_BYTES))
     np.lib.format.read_magic(header)
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
@@ -149,9 +152,9 @@ def read_rows(file: UPath, start: int, stop: int | None = None) -> np.ndarray:
 
 @contextlib.contextmanager
 def borrowed(place: Place) -> Iterator[Path]:
-    """The folder on this machine for as long as it is needed, and no copy of it after that.
+    """Yield a folder on this machine: `place`, or a temporary copy that is removed after use.
 
-    Processes that need it at the same time have one between them.
+    Processes that use the copy at the same time share it.
     """
     if isinstance(place, Path):
         yield place
@@ -162,7 +165,7 @@ def borrowed(place: Place) -> Iterator[Path]:
 
 
 class MirroredFolder:
-    """A folder of this machine whose files are kept in a place too: what was there is here."""
+    """A local folder whose files are mirrored to a place; starts with a copy of the place."""
 
     def __init__(self, folder: Path, place: Place) -> None:
         self._folder = folder
@@ -171,10 +174,10 @@ class MirroredFolder:
         self._known = self._signs()
 
     def push(self) -> None:
-        """Bring the place to hold what the folder holds."""
+        """Update the place to the content of the folder."""
         signs = self._signs()
         changed = [name for name, sign in signs.items() if self._known.get(name) != sign]
-        # As they were written: what says that all is there was written last.
+        # Copy in order of modification: a file that marks others as complete was written last.
         for name in sorted(changed, key=lambda name: signs[name][1]):
             put_file(self._folder / name, self._place, name)
         for name in self._known.keys() - signs.keys():
@@ -188,7 +191,7 @@ class MirroredFolder:
 
 
 def write_file(content: bytes, place: Place, name: str) -> None:
-    """Write a small file of a place."""
+    """Write a small file to a place."""
     if isinstance(place, Path):
         place.mkdir(parents=True, exist_ok=True)
     (place / name).write_bytes(content)

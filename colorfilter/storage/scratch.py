@@ -1,7 +1,7 @@
-"""Folders that this machine has for a while, and that go with the last process that needs them.
+"""Temporary folders on this machine that are removed with the last process that uses them.
 
-A process that is killed says nothing, but its locks end with it: what nobody holds is removed when
-the next one begins or ends something here.
+A killed process cannot clean up, but its locks are released. Folders that no process holds are
+removed when another process acquires or releases one.
 """
 
 import contextlib
@@ -17,21 +17,22 @@ from colorfilter.storage.files import is_locked, lock
 
 
 def own_folder() -> Path:
-    """A folder for temporary files, of this user alone: what lies in it is loaded as a model.
+    """Return a folder for temporary files that is private to this user.
 
-    Raises UnreachableError where others may write to it.
+    It must be private because models are loaded from it. Raises UnreachableError if others can
+    write to it.
     """
     folder = Path(tempfile.gettempdir()) / f"colorfilter-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
-        raise UnreachableError(f"{folder}: others may write there; remove it or set TMPDIR")
+        raise UnreachableError(f"{folder}: accessible to other users; remove it or set TMPDIR")
     return folder
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder for as long as it is needed."""
+    """Yield an empty folder that is removed after use."""
     with held(uuid.uuid4().hex) as folder:
         folder.mkdir()
         yield folder
@@ -39,8 +40,10 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(name: str) -> Iterator[Path]:
-    """A path for a folder that processes of this machine share by its name; who comes first makes
-    it, and it is removed with the last of them.
+    """Yield the path of a folder that processes of this machine share by its name.
+
+    The folder does not exist until a process creates it. It is removed with the last process that
+    holds it.
     """
     own = own_folder()
     folder = own / f"scratch-{name}"
@@ -56,7 +59,7 @@ def held(name: str) -> Iterator[Path]:
 
 
 def sweep() -> None:
-    """Remove what processes that were killed have left."""
+    """Remove folders left by killed processes."""
     own = own_folder()
     with lock(own / "scratch.lock"):
         _sweep(own)

@@ -1,4 +1,4 @@
-"""What of a home the machines of a cluster read and write, as the one that has the home sees it."""
+"""Sharing folders of a home with the machines of a cluster, from the machine that has the home."""
 
 import contextlib
 import hashlib
@@ -21,12 +21,12 @@ from colorfilter.storage.remote import (
     write_file,
 )
 
-COPIES = 2  # at a time, each by many parts at a time where the filesystem's library can
-WHOLE = ".whole"  # of a folder that was copied, written last
+COPIES = 2  # concurrent copies; the file system's library may split each into concurrent parts
+WHOLE = ".whole"  # marks a folder as completely copied; written last
 
 
 class LocalStaging:
-    """A home that one machine works in: what it reads and writes lies where it belongs."""
+    """Staging for work on a single machine: folders are read and written in the home directly."""
 
     def check(self) -> None: ...
 
@@ -54,31 +54,34 @@ class LocalStaging:
 
 @dataclass(frozen=True)
 class RemoteStaging(LocalStaging):
-    """What of a home the machines of a cluster read and write, as the one that has it sees it.
+    """Staging for a cluster, from the machine that has the home.
 
-    With `storage`, a URI or a folder that all see, folders are copied there before they are read.
-    Without, the home itself lies on a file system that all see.
+    With `storage`, a URI or folder that all machines can access, folders are copied there before
+    workers read them. Without it, the home itself must be on a file system shared by all machines.
     """
 
     home: Path
     storage: str | None = None
 
     def check(self) -> None:
-        """Raise UnreachableError where the storage cannot be written."""
+        """Raise UnreachableError if the storage is not writable."""
         if self.storage is None:
             return
         try:
             probe = self._place(self.home, f"@probe-{uuid.uuid4().hex}")
             write_file(b"", probe, WHOLE)
             remove(probe)
-        except Exception as error:  # what each library makes of a wrong name, key or network
+        except Exception as error:  # libraries raise anything for a wrong name, key or network
             raise UnreachableError(
                 f"compute.storage: cannot write to {self.storage} ({one_line(error)}); correct it, "
-                "or let its library find credentials in the environment"
+                "or provide its credentials in the environment"
             ) from error
 
     def share(self, folder: Path) -> Place:
-        """A folder of the home as all machines read it; copied there where it is not yet."""
+        """Return the location where all machines can read a folder of the home.
+
+        The folder is copied there unless a copy of its current state exists.
+        """
         if self.storage is None:
             return folder
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -95,7 +98,10 @@ class RemoteStaging(LocalStaging):
 
     @contextlib.contextmanager
     def sharing(self, folders: Iterable[Path]) -> Iterator[Callable[[Path], Place]]:
-        """Share folders in their order, beside other work; gives what waits for one of them."""
+        """Share folders in the background, in their order.
+
+        Yields a function that waits for a folder and returns its location.
+        """
         pool = ThreadPoolExecutor(COPIES)
         try:
             places = {folder: pool.submit(self.share, folder) for folder in folders}
@@ -104,39 +110,39 @@ class RemoteStaging(LocalStaging):
             pool.shutdown(cancel_futures=True)
 
     def staged(self, folder: Path) -> Place:
-        """Where workers commit files that belong in a folder of the home, for `take`.
+        """Return where workers commit files for a folder of the home; `take` fetches them.
 
-        A place of its own, so that a worker which is late, or was given up, changes nothing that
-        stands.
+        The location is separate from the folder, so that late or abandoned workers change nothing
+        in the home.
         """
         if self.storage is None:
             return self.home / "staged" / folder.relative_to(self.home)
         return self._place(folder, "@staged")
 
     def begun(self, folder: Path) -> Place:
-        """Where one worker makes what a folder of the home will hold, for `take_all`."""
+        """Return where a worker writes the content of a folder of the home, for `take_all`."""
         return folder if self.storage is None else self._place(folder, "@begun")
 
     def take(self, folder: Path, name: str) -> None:
-        """Bring a committed file into its folder of the home."""
+        """Copy a committed file to its folder of the home."""
         fetch_file(self.staged(folder), name, folder / name)
 
     def clear(self, folder: Path) -> None:
-        """Remove what was committed for a folder: what counts of it was taken."""
+        """Remove committed files of a folder, after those that count were taken."""
         remove(self.staged(folder))
 
     def take_all(self, folder: Path) -> None:
-        """Bring all that was made into its folder of the home, and remove it where it was made."""
+        """Move all files that a worker wrote to their folder of the home."""
         place = self.begun(folder)
         if place != folder:
-            # States of a training that was begun here, and what was half fetched.
+            # Left over: states of a training that was started locally, partially fetched files.
             for left in [*folder.glob("*.safetensors"), *folder.rglob(".*.tmp")]:
                 left.unlink()
             fetch(place, folder)
             remove(place)
 
     def discard(self, folder: Path) -> None:
-        """Remove every copy of a folder of the home and of what is in it."""
+        """Remove every copy of a folder of the home, including copies of its subfolders."""
         remove(self.staged(folder))
         if self.storage is None:
             return
@@ -146,6 +152,6 @@ class RemoteStaging(LocalStaging):
             remove(copy)
 
     def _place(self, folder: Path, suffix: str) -> Place:
-        """Where a folder of the home lies in the storage."""
+        """Return the location of a folder of the home in the storage."""
         assert self.storage is not None
         return UPath(self.storage) / f"{folder.relative_to(self.home)}{suffix}"
