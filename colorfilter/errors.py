@@ -9,7 +9,7 @@ class InputError(Exception):
 
 
 class UnreachableError(InputError):
-    """An external system, such as a cluster, is unreachable; partial work is kept."""
+    """An external system, such as a cluster, is unreachable; partial work stays valid."""
 
 
 class LeftAloneError(RuntimeError):

@@ -32,9 +32,9 @@ class Machine(Workers):
     ) -> Iterator[tuple[int, Any]]:
         """Call worker_calls.train for all (spec, places); yield (i, result) as each finishes.
 
-        On a CPU, each of `share` concurrent runs gets an equal part of the cores. One process per
-        core trains the model jointly if memory allows; otherwise fewer processes use threads. A run
-        that selects online uses one process.
+        On a CPU, each of `share` concurrent runs gets an equal part of the cores. Its model is
+        trained jointly by one process per core or, if memory is short, by fewer processes with
+        several threads each. A run that selects online uses one process.
         """
         divided = self._divided([spec for spec, _ in calls], share)
         with tempfile.TemporaryDirectory(prefix="colorfilter-") as meetings:

@@ -35,7 +35,7 @@ class Limits(Section):
 
 
 class Refresh(Section):
-    """When the schedule, once switched on, adds new files to the dataset, and its limits."""
+    """The schedule on which new files are read, scored and selected, and limits to changes."""
 
     cron: str = Field("0 3 * * *", description="minute, hour, day, month, weekday")
     time_zone: str = "UTC"

@@ -335,7 +335,7 @@ class Recipe(Section):
         online = next((arm.name for arm in self.arms if arm.method in ONLINE), None)
         if online and self.prior.path:
             raise ValueError(
-                f"arms: {online} trains a proxy like the prior: give prior.model and "
+                f"arms: {online} trains a proxy like the prior; give prior.model and "
                 "prior.training instead of prior.path, or remove the arm"
             )
         if len(self.evaluation.random_multiples) > 1 and self.target.training.schedule != "wsd":

@@ -42,7 +42,7 @@ class Forgotten:
     def is_shown_in(self, page: str) -> bool:
         """Return whether a page or record shows a piece of the text, regardless of line breaks."""
         size, pieces = self._pieces
-        if size < PIECE:  # a text this short may be part of others: compare complete cells
+        if size < PIECE:  # a short text may occur in others by chance: compare complete cells
             cells = re.split(r"<[^>]*>|[\n|`]", page)
             return any(_condensed(html.unescape(cell)) in pieces for cell in cells if size)
         apart = min(APART, len(pieces))  # a text with few pieces must not fall between positions

@@ -81,7 +81,10 @@ def _matches(source: Source) -> Iterator[InputFile]:
     except ImportError as error:
         raise InputError(f"source {source.name}: {source.files}: {error}") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"source {source.name}: cannot list {source.files} ({error})") from error
+        raise InputError(
+            f"source {source.name}: cannot list {source.files} ({error}); correct `files` or the "
+            "access to it"
+        ) from error
     for info in infos:
         uri = filesystem.unstrip_protocol(info["name"]).removeprefix("file://")
         if info["type"] == "file" and not _excluded(source, uri):

@@ -87,7 +87,9 @@ def copy_tokenizer(path: str, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer.path: no tokenizer at {path} ({one_line(error)})") from error
+        raise InputError(
+            f"tokenizer.path: no tokenizer at {path} ({one_line(error)}); correct the path"
+        ) from error
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise InputError(
             f"tokenizer.path: {path} has no fast tokenizer or no eos_token; use a tokenizer that "

@@ -85,7 +85,7 @@ def load(path: str | Path, precision: str = "float32") -> PreTrainedModel:
 
 @torch.inference_mode()
 def _refuse_not_causal(model: PreTrainedModel, which: str) -> None:
-    """Raise InputError if the first logits of a model depend on later tokens, its labels."""
+    """Raise InputError if a model's logits depend on later tokens, which are its labels."""
     training = model.training
     model.eval()
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
@@ -103,7 +103,9 @@ def check_fit(path: str, vocab_size: int, sequence_length: int) -> None:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"prior.path: no model at {path} ({one_line(error)})") from error
+        raise InputError(
+            f"prior.path: no model at {path} ({one_line(error)}); correct the path"
+        ) from error
     text = config.get_text_config()
     if vocab_size > text.vocab_size:
         raise InputError(
