@@ -204,7 +204,7 @@ def flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """The work that an asset does with a model.
 
     `tokens` is the total over `runs` seeds, None if unknown. Each token takes `per_token` auxiliary
@@ -223,7 +223,7 @@ class Stage:
         return None if self.tokens is None else self.tokens * self.per_token
 
 
-def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
+def predict(recipe: Recipe, sizes: Sizes) -> list[StageCost]:
     """Return every stage of a recipe that runs a model, in execution order.
 
     Not counted: task items, held-out loss along a learning curve, and sequences near a cutoff that
@@ -232,7 +232,7 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
     ratio, domains = sizes.ratio, recipe.domains
     stages = []
     if recipe.prior.model:
-        stages.append(Stage("prior_model", "train", sizes.sample, TRAINING))
+        stages.append(StageCost("prior_model", "train", sizes.sample, TRAINING))
     for d in domains:
         text = sizes.domains.get(d.name)
         # The conditional is compared with the prior on held-out text.
@@ -241,11 +241,11 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
         if recipe.has_domain_only_model:
             stages.append(_training(f"{d.name}/domain_only_model", text))
     scored = sizes.corpus + sum(text.probe for text in sizes.domains.values())
-    stages.append(Stage("prior_scores", "score", scored, 1))
+    stages.append(StageCost("prior_scores", "score", scored, 1))
     for d in domains:
-        stages.append(Stage(f"{d.name}/conditional_scores", "score", scored, 1))
+        stages.append(StageCost(f"{d.name}/conditional_scores", "score", scored, 1))
         if recipe.has_domain_only_model:
-            stages.append(Stage(f"{d.name}/domain_only_scores", "score", scored, 1))
+            stages.append(StageCost(f"{d.name}/domain_only_scores", "score", scored, 1))
     for d in domains:
         text = sizes.domains.get(d.name)
         if recipe.arms_with_one_cutoff():
@@ -261,29 +261,33 @@ def predict(recipe: Recipe, sizes: Sizes) -> list[Stage]:
                 stages.append(_passes(f"{asset}/selection", n, arm.tau * n))
             seeds = len(recipe.seeds(arm))
             tokens = seeds * _trained(recipe, arm, sizes)
-            stages.append(Stage(f"{asset}/target_model", "train", tokens, TRAINING * ratio, seeds))
+            stages.append(
+                StageCost(f"{asset}/target_model", "train", tokens, TRAINING * ratio, seeds)
+            )
             checkpoints += seeds * len(_endpoints(recipe, arm, sizes))
             if recipe.evaluation.finetune:
                 down = seeds * text.down if text else None
-                stage = Stage(f"{asset}/finetuned_model", "train", down, TRAINING * ratio, seeds)
+                stage = StageCost(
+                    f"{asset}/finetuned_model", "train", down, TRAINING * ratio, seeds
+                )
                 stages.append(stage)
                 checkpoints += seeds
         held_out = checkpoints * text.held_out if text else None
-        stages.append(Stage(f"{d.name}/*/evaluation", "evaluate", held_out, ratio))
+        stages.append(StageCost(f"{d.name}/*/evaluation", "evaluate", held_out, ratio))
     return stages
 
 
-def _training(asset: str, text: Text | None, scored: float = 0) -> Stage:
+def _training(asset: str, text: Text | None, scored: float = 0) -> StageCost:
     """Return the stage of an auxiliary model: one epoch over D_down, then `scored` tokens."""
     if text is None:
-        return Stage(asset, "train", None, TRAINING)
+        return StageCost(asset, "train", None, TRAINING)
     return _passes(asset, text.down, scored)
 
 
-def _passes(asset: str, trained: float, scored: float) -> Stage:
+def _passes(asset: str, trained: float, scored: float) -> StageCost:
     """Return a stage of auxiliary passes over `trained` and `scored` tokens."""
     tokens = trained + scored
-    return Stage(asset, "train", tokens, (TRAINING * trained + scored) / tokens)
+    return StageCost(asset, "train", tokens, (TRAINING * trained + scored) / tokens)
 
 
 def _chosen(recipe: Recipe, arm: Arm, sizes: Sizes) -> int:
@@ -327,7 +331,7 @@ class Measured:
 
 
 def rates(
-    stages: Iterable[Stage], measured: Mapping[str, Measured], auxiliary: float
+    stages: Iterable[StageCost], measured: Mapping[str, Measured], auxiliary: float
 ) -> dict[str, float]:
     """Return the sustained FLOP/s of one worker, by verb.
 

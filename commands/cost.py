@@ -10,7 +10,7 @@ from rich.table import Table
 from assets.evaluated.measured_cost import kernel_runs, took_by_stage
 from colorfilter import cost
 from colorfilter.config.recipe import Recipe
-from colorfilter.cost import Measured, Sizes, Stage
+from colorfilter.cost import Measured, Sizes, StageCost
 from colorfilter.errors import InputError
 from resources.home import Home
 
@@ -93,7 +93,7 @@ def print_cost(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _predicted(stages: list[Stage], sizes: Sizes, seconds: dict[str, float]) -> Table:
+def _predicted(stages: list[StageCost], sizes: Sizes, seconds: dict[str, float]) -> Table:
     table = _table(
         "predicted",
         "stage",
@@ -113,7 +113,7 @@ def _predicted(stages: list[Stage], sizes: Sizes, seconds: dict[str, float]) -> 
 
 
 def _measured(
-    stages: list[Stage], seconds: dict[str, float], measured: dict[str, Measured]
+    stages: list[StageCost], seconds: dict[str, float], measured: dict[str, Measured]
 ) -> Table:
     table = _table(
         "predicted against measured",
@@ -136,7 +136,7 @@ def _measured(
     return table
 
 
-def _in_all(stages: list[Stage], seconds: dict[str, float]) -> float | None:
+def _in_all(stages: list[StageCost], seconds: dict[str, float]) -> float | None:
     """Seconds of all stages of a known size, if each has its seconds."""
     known = [stage.asset for stage in stages if stage.tokens is not None]
     return sum(seconds.values()) if len(seconds) == len(known) else None

@@ -4,10 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from colorfilter.config.section import Section
+from colorfilter.config.section import RecipeSection
 
 
-class Limits(Section):
+class Limits(RecipeSection):
     """How much a selection may differ from the last published one."""
 
     overlap: float = Field(
@@ -34,7 +34,7 @@ class Limits(Section):
     )
 
 
-class Refresh(Section):
+class Refresh(RecipeSection):
     """The schedule on which new files are read, scored and selected, and limits to changes."""
 
     cron: str = Field("0 3 * * *", description="minute, hour, day, month, weekday")
@@ -48,7 +48,7 @@ class Refresh(Section):
     limits: Limits = Limits.model_validate({})
 
 
-class Compute(Section):
+class Compute(RecipeSection):
     """Where models run. Changing this section recomputes nothing."""
 
     backend: Literal["local", "ray"] = Field("local", description="this machine or a Ray cluster")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from colorfilter.config.operation import Compute, Refresh
-from colorfilter.config.section import Section
+from colorfilter.config.section import RecipeSection
 from colorfilter.stages import Stage
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
@@ -29,7 +29,7 @@ TaskName = Literal[
 ]
 
 
-class Source(Section):
+class Source(RecipeSection):
     """A source of documents: files by glob or URL, and how to read them."""
 
     name: Name
@@ -39,7 +39,7 @@ class Source(Section):
     text_field: str = Field("text", description="the field that contains a document's text")
 
 
-class Corpus(Section):
+class Corpus(RecipeSection):
     """The text to select from. Shards are lists of complete files, about `shard_bytes` on disk."""
 
     sources: list[Source] = Field(min_length=1)
@@ -50,7 +50,7 @@ class Corpus(Section):
         return _unique_names(self)
 
 
-class Tokenizer(Section):
+class Tokenizer(RecipeSection):
     """The tokenizer: trained on D_prior (byte-level BPE of `vocab_size`) or loaded from `path`."""
 
     vocab_size: int | None = Field(None, ge=257, le=1_000_000)
@@ -63,7 +63,7 @@ class Tokenizer(Section):
         return self
 
 
-class Training(Section):
+class Training(RecipeSection):
     """How a model is trained. Schedules are shares of the tokens, independent of batch size."""
 
     learning_rate: float = Field(gt=0)
@@ -85,7 +85,7 @@ class Training(Section):
     )
 
 
-class Model(Section):
+class Model(RecipeSection):
     """A fresh causal language model: a transformers model type and its configuration."""
 
     type: str = Field(description="model_type in transformers, for example gpt_neox or llama")
@@ -94,7 +94,7 @@ class Model(Section):
     )
 
 
-class Prior(Section):
+class Prior(RecipeSection):
     """The auxiliary model: trained on D_prior, or any Hugging Face causal LM loaded from `path`."""
 
     sample_chars: int = Field(0, ge=0, description="size of D_prior in characters of text")
@@ -113,7 +113,7 @@ class Prior(Section):
         return self
 
 
-class Task(Section):
+class Task(RecipeSection):
     """A multiple-choice task by its name in lm-evaluation-harness, and the files of its items.
 
     If `train` and `test` name the same files, their items are split between the two.
@@ -147,7 +147,7 @@ def _not_reserved(name: str) -> str:
     return name
 
 
-class Domain(Section):
+class Domain(RecipeSection):
     """The target domain: text or tasks, split once into D_down, held-out text and probe."""
 
     name: Annotated[Name, AfterValidator(_not_reserved)]
@@ -182,7 +182,7 @@ class Domain(Section):
         return self
 
 
-class Scoring(Section):
+class Scoring(RecipeSection):
     """How losses are computed, and over which labels."""
 
     precision: Literal["float32", "bf16", "fp16"] = Field(
@@ -203,7 +203,7 @@ SCORED = ("color", "conditional_only")
 ONLINE = ("rho_down", "rho_down_prior")
 
 
-class Arm(Section):
+class Arm(RecipeSection):
     """A method with its tau: one way to select what the target model trains on.
 
     - `color`: lowest difference of conditional minus prior loss.
@@ -255,7 +255,7 @@ class Arm(Section):
         return self.model_dump(include={"method", "tau", "batch"})
 
 
-class Filtered(Section):
+class Filtered(RecipeSection):
     """The content of `documents/` in a filtered dataset."""
 
     whole_documents_from: float | None = Field(
@@ -267,7 +267,7 @@ class Filtered(Section):
     )
 
 
-class Target(Section):
+class Target(RecipeSection):
     """The model trained on each arm's selection, for `training_tokens` tokens."""
 
     model: Model
@@ -275,7 +275,7 @@ class Target(Section):
     training_tokens: int = Field(ge=1)
 
 
-class Evaluation(Section):
+class Evaluation(RecipeSection):
     """Seeds of the target models and the training lengths of the random arm."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
@@ -298,7 +298,7 @@ class Evaluation(Section):
         return self
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """The whole experiment."""
 
     name: Name
@@ -391,7 +391,7 @@ class Recipe(Section):
         return needed + needed // 20
 
 
-S = TypeVar("S", bound=Section)
+S = TypeVar("S", bound=RecipeSection)
 
 
 def _unique_names(section: S, *fields: str) -> S:
