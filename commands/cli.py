@@ -1,4 +1,4 @@
-"""The command line: run the pipeline, see what stands, open the web UI."""
+"""The entry point of the command line, and the commands run, select, cost, status and ui."""
 
 import gc
 import json
@@ -58,11 +58,15 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """CoLoR-Filter: choose pre-training data by conditional minus prior loss."""
+    """Select pre-training data for language models with CoLoR-Filter.
+
+    Sequences are ranked by conditional loss minus prior loss; the lowest are kept. Start with
+    `colorfilter run`, then `colorfilter status` or `colorfilter ui`.
+    """
 
 
 @app.command()
@@ -70,23 +74,28 @@ def run(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
     job: Annotated[
-        settings.Job, typer.Option("--job", help="A part of the pipeline.")
+        settings.Job, typer.Option("--job", help="Part of the pipeline to run; see above.")
     ] = settings.Job.EVERYTHING,
     debug: DebugOption = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the recipe, say what would run and what it costs."),
+        typer.Option(
+            "--dry-run",
+            help="Check the recipe and print what would run and what it costs. Opens no source "
+            "and writes nothing.",
+        ),
     ] = False,
 ) -> None:
-    """Run the whole pipeline, from raw text to the report, or a part of it.
+    """Run the pipeline, from raw text to the report, or one part of it with --job.
 
-    refresh: read and score what has arrived, select anew over everything. rescore: score with the
-    models as they are. reselect: select anew; no model is loaded. retrain: a new sample of the
-    corpus, auxiliary models, scores, datasets. evaluate: target models and the report.
+    Jobs: everything (default) runs all steps. refresh reads and scores new files, then selects
+    again over the whole corpus. rescore scores every shard with the existing models. reselect
+    selects again from the existing scores and loads no model. retrain draws a new sample of the
+    corpus, trains the auxiliary models, scores and selects. evaluate trains and evaluates the
+    target models and writes the report.
 
-    What stands already is found and not computed again; an interrupted run goes on where it was.
-    Exit code 0: it ran; 1: it failed; 2: the input is wrong. A dry run opens no source and writes
-    nothing.
+    Existing results are reused, and an interrupted run resumes where it stopped. Exit codes:
+    0 success, 1 failure, 2 invalid input.
     """
     from commands.display import print_report, show_progress
     from pipelines.run import bring_in, execute, refuse_missing_packages
@@ -108,46 +117,58 @@ def run(
 
 
 def _give_up(failure: "Failure", debug: bool) -> NoReturn:
-    """Say why a run failed and end."""
+    """Print why a run failed and exit with 1. Raises InputError if the input was invalid."""
     if debug and failure.details:
         errors.print(failure.details, markup=False, highlight=False)
     if failure.input_is_wrong:
         raise InputError(failure.message)
     errors.print(f"failed: {failure.message}", markup=False, highlight=False)
-    hint = "" if debug else " (--debug shows more)"
-    errors.print(f"What was finished stands; run again to go on from there{hint}.")
+    hint = "" if debug else " (--debug prints tracebacks)"
+    errors.print(f"Finished work is kept; run the same command again to resume{hint}.")
     raise typer.Exit(1)
 
 
 @app.command()
 def select(
-    domain: Annotated[str, typer.Option(help="A domain of the recipe.")],
-    tau: Annotated[float, typer.Option(help="Keep the best 1/tau.")],
-    method: Annotated[str, typer.Option(help="color or conditional_only.")] = "color",
+    domain: Annotated[str, typer.Option(help="Name of a domain in the recipe.")],
+    tau: Annotated[
+        float, typer.Option(help="Keep the 1/tau of the sequences with the lowest scores.")
+    ],
+    method: Annotated[
+        str, typer.Option(help="Score to select by: color or conditional_only.")
+    ] = "color",
     batch: Annotated[
-        int | None, typer.Option(help="The best so many of every random tau * batch.")
+        int | None,
+        typer.Option(
+            help="Keep the best BATCH sequences of every random tau * BATCH, instead of the best "
+            "1/tau overall."
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Refuse if it selects fewer (default: the recipe's training_tokens)."),
+        typer.Option(
+            help="Fail if fewer tokens than this are selected (default: training_tokens of the "
+            "recipe)."
+        ),
     ] = None,
     refine: Annotated[
         bool,
         typer.Option(
-            "--refine", help="Score what lies near the cutoff again in float32; loads models."
+            "--refine",
+            help="Score sequences near the cutoff again in float32. Loads models.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would change and write nothing.")
     ] = False,
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
     debug: DebugOption = False,
 ) -> None:
-    """Select by the standing scores at any tau, and write the dataset of it.
+    """Select from the existing scores at any tau, and write the filtered dataset.
 
-    Says how the selection differs from the last one. Takes seconds: no model is loaded, unless
-    --refine asks for it.
+    Prints how the selection differs from the last one. Takes seconds, since no model is loaded
+    unless --refine is given.
     """
     from commands.display import show_progress
     from pipelines.run import Failure
@@ -171,22 +192,25 @@ def cost(
     home: HomeOption = Path(settings.DEFAULT_HOME),
     corpus_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens to choose from; by default the least that the arms need."),
+        typer.Option(
+            help="Tokens in the corpus to choose from (default: the minimum that the arms need)."
+        ),
     ] = None,
     domain_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a domain's text; by default left out.")
+        int | None,
+        typer.Option(help="Tokens of text per domain (default: domain text is not counted)."),
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
-            help="Sustained rate of one device; by default what was measured in the home."
+            help="Sustained TFLOP/s of one device (default: the rates measured in the home)."
         ),
     ] = None,
 ) -> None:
-    """Say what a recipe costs, before it runs: model forwards, FLOPs and time of every stage.
+    """Estimate the cost of a recipe: tokens, model forwards, FLOPs and time of every stage.
 
-    Opens no source and writes nothing. Where the recipe has run in the home, what it took stands
-    beside it.
+    Opens no source and writes nothing. If the recipe has already run in the home, the measured
+    tokens and times are printed next to the prediction.
     """
     from colorfilter.config.load import load
     from commands.cost import print_cost
@@ -201,7 +225,11 @@ def status(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Say what stands in the home, and what is behind its inputs."""
+    """List every asset of the home: what exists, and what is out of date.
+
+    An artifact is out of date if its inputs have changed since it was built; the next
+    `colorfilter run` rebuilds it.
+    """
     from assets.common import shard_names
     from pipelines.graph import build_definitions
 
@@ -209,7 +237,7 @@ def status(
     artifacts = artifacts_of(place)
     entries = artifacts.entries()
     shards = shard_names(artifacts, plan) if place.shards() else []
-    table = Table("asset", "stands", "behind", "last recorded", box=box.SIMPLE)
+    table = Table("asset", "exists", "out of date", "last recorded", box=box.SIMPLE)
     graph = build_definitions(plan, str(place.root)).resolve_asset_graph()
     for key in graph.toposorted_asset_keys:
         asset = key.to_user_string()
@@ -234,29 +262,31 @@ for command in (audit, explain, openlineage, prune, forget, backup, restore):
 def ui(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 3000,
+    port: Annotated[int, typer.Option(help="Port to listen on, on 127.0.0.1.")] = 3000,
 ) -> None:
-    """Start Dagster's web UI and daemon over the home, on loopback only."""
+    """Start Dagster's web UI and daemon for the home, on 127.0.0.1 only.
+
+    Runs until interrupted with Ctrl-C.
+    """
     from pipelines.run import bring_in
 
     plan, place = open_home(recipe, home)
     _refuse_taken(port)
     say_what_arrived(bring_in(plan, place))
-    # Dagster's own: that `dagster dev` has a successor, that backfill policies are beta.
+    # Hide two of Dagster's warnings: `dagster dev` is superseded, backfill policies are beta.
     os.environ["PYTHONWARNINGS"] = (
         "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
     )
     workspace = place.dagster / "workspace.yaml"
     write_text_atomically(workspace, json.dumps({"load_from": [{"python_file": _definitions()}]}))
     console.print(
-        "starting Dagster's code server, web server and daemon: 15 s, on a busy machine "
-        f"a minute; then: http://127.0.0.1:{port}  (Ctrl-C ends it)",
+        f"starting Dagster, ready in 15 to 60 s at http://127.0.0.1:{port}  (Ctrl-C to stop)",
         highlight=False,
         soft_wrap=True,
     )
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace)]
     command += ["-h", "127.0.0.1", "-p", str(port)]
-    os.chdir(place.root)  # away from the checkout's dagster.yaml, which is not this instance's
+    os.chdir(place.root)  # leave the checkout: its dagster.yaml is not this instance's
     os.execv(sys.executable, command)  # noqa: S606
 
 
@@ -276,7 +306,7 @@ def _refuse_taken(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise InputError(f"port {port} is in use; name another with --port") from error
+            raise InputError(f"port {port} is in use; choose another with --port") from error
 
 
 def _dry_run(recipe: str, home: Path) -> None:
@@ -291,20 +321,20 @@ def _dry_run(recipe: str, home: Path) -> None:
     print_plan(console, plan, place)
 
 
-INTERRUPTED = 130  # the exit code that typer gives for Ctrl-C
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 
 def call(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, by default this process's own; returns its exit code.
+    """Run a command and return its exit code. `arguments` default to sys.argv.
 
-    Bad input is one line and exit code 2.
+    Invalid input is reported in one line, with exit code 2.
     """
     try:
         app(arguments)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
         if code == INTERRUPTED:
-            errors.print("stopped; run again to go on from there")
+            errors.print("stopped; run the same command again to resume")
         return code
     except InputError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -320,10 +350,10 @@ def main() -> None:
     code = call()
     if gpu := sys.modules.get("resources.gpu"):
         gpu.release()
-        gc.collect()  # else Python reports semaphores of the workers as leaked
+        gc.collect()  # else Python reports the workers' semaphores as leaked
     sys.stdout.flush()
     sys.stderr.flush()
-    # Leave without the interpreter's teardown, in which DuckDB 2.0 prints a page of leak reports.
+    # Skip the interpreter's teardown, during which DuckDB 2.0 prints a page of leak reports.
     os._exit(code)
 
 

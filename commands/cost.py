@@ -1,4 +1,4 @@
-"""What a recipe would do and cost, in words and tables, and beside it what its home measured."""
+"""Print what a recipe would do and cost, next to what was measured in its home."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from resources.home import Home
 
 
 def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
-    """Print what a run would do, and its cost. Opens no source and writes nothing."""
+    """Print what a run would do and what it costs. Opens no source and writes nothing."""
     from pipelines.graph import build_definitions
 
     graph = build_definitions(recipe, str(home.root)).resolve_asset_graph()
@@ -33,7 +33,7 @@ def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
     ]
     lines = [
         f"recipe   {recipe.name}: valid",
-        f"home     {home.root}: {'stands' if home.owner() else 'would be made'}",
+        f"home     {home.root}: {'exists' if home.owner() else 'would be created'}",
         *(f"source   {source.files} ({of})" for of, source in sources),
         f"assets   {groups.total()}: {assets}",
         f"arms     {', '.join(arm.name for arm in recipe.arms)}",
@@ -42,7 +42,7 @@ def print_plan(console: Console, recipe: Recipe, home: Home) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print_cost(console, recipe, home)
-    console.print("Dry run: no source was opened, nothing was written.")
+    console.print("Dry run: no source was opened and nothing was written.")
 
 
 def print_cost(
@@ -53,17 +53,17 @@ def print_cost(
     domain_tokens: int | None = None,
     tflops: float | None = None,
 ) -> None:
-    """Print the cost of every stage and arm, and what they took where the home has records.
+    """Print the predicted cost of every stage and arm, and the measured cost if the home has one.
 
-    Time is shown at `tflops` sustained, else at the rates that were measured in the home. Raises
-    InputError for sizes or a rate that cannot be. Writes nothing.
+    Times assume `tflops` TFLOP/s sustained or, if it is None, the rates measured in the home.
+    Writes nothing. Raises InputError for an invalid size or rate.
     """
     if tflops is not None and not 0 < tflops < math.inf:
-        raise InputError(f"--tflops: {tflops:g} cannot be; give a rate above 0")
+        raise InputError(f"--tflops: must be above 0; got {tflops:g}")
     sizes = cost.sizes_of(recipe, corpus_tokens, domain_tokens)
     stages = cost.predict(recipe, sizes)
     notes = [
-        f"FLOPs of a forward, per token: auxiliary model {sizes.auxiliary:.3g}, target model "
+        f"FLOPs of a forward pass per token: auxiliary model {sizes.auxiliary:.3g}, target model "
         f"{sizes.target:.3g}; L = {sizes.ratio:.3g}.",
         *(f"Assumed: {words}." for words in sizes.assumed),
     ]
@@ -71,10 +71,10 @@ def print_cost(
     if home.owner() in {None, recipe.name}:
         records = kernel_runs(home)
     else:
-        notes.append(f"Home {home.root} is another recipe's: its records are not used.")
+        notes.append(f"Home {home.root} is another recipe's: its measurements are not used.")
     if tflops is not None:
         rates = dict.fromkeys(("train", "score", "evaluate"), tflops * 1e12)
-        notes.append(f"Time is one device's, at {tflops:g} TFLOP/s.")
+        notes.append(f"Times are for one device at {tflops:g} TFLOP/s.")
     else:
         device = records[-1]["device"] if records else ""
         latest = [r for r in records if r["device"] == device]
@@ -137,15 +137,15 @@ def _measured(
 
 
 def _in_all(stages: list[StageCost], seconds: dict[str, float]) -> float | None:
-    """Seconds of all stages of a known size, if each has its seconds."""
+    """Return the seconds of all stages of known size, or None if some have no prediction."""
     known = [stage.asset for stage in stages if stage.tokens is not None]
     return sum(seconds.values()) if len(seconds) == len(known) else None
 
 
 def _arms(recipe: Recipe, sizes: Sizes) -> Table:
     table = _table(
-        "the paper's formula: one domain, one seed, scored for this arm alone",
-        "arm by itself",
+        "by the paper's formula: each arm alone, with one domain and one seed",
+        "arm",
         *("tokens", "forwards (B)", "FLOPs"),
     )
     for name, tokens, forwards in cost.arm_forwards(recipe, sizes):
@@ -156,11 +156,11 @@ def _arms(recipe: Recipe, sizes: Sizes) -> Table:
 def _words_on_rates(rates: dict[str, float], device: str) -> str:
     if not rates:
         return (
-            "Time is not known: give a sustained rate with --tflops, or a home in which this "
-            "recipe has begun to run."
+            "Times are not known: pass a sustained rate with --tflops, or a --home in which this "
+            "recipe has run."
         )
     words = ", ".join(f"{verb} {rate / 1e12:.3g} TFLOP/s" for verb, rate in rates.items())
-    return f"Time is one worker's, at the rates measured in the home on {device}: {words}."
+    return f"Times are for one worker, at the rates measured in the home on {device}: {words}."
 
 
 def _table(title: str, first: str, *heads: str) -> Table:
@@ -172,7 +172,7 @@ def _table(title: str, first: str, *heads: str) -> Table:
 
 
 def _work(forwards: float | None, sizes: Sizes) -> list[str]:
-    """Forwards in billions and FLOPs."""
+    """Format a number of forwards, in billions, and the FLOPs that they take."""
     if forwards is None:
         return ["-", "-"]
     return [f"{float(f'{forwards / 1e9:.4g}'):,.10g}", f"{forwards * sizes.auxiliary:.3g}"]

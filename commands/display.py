@@ -1,4 +1,4 @@
-"""What the terminal shows: of a run a line per finished asset and a bar, in the end the outcome."""
+"""Terminal output: progress bars, a line per finished step of a run, and the final report."""
 
 import contextlib
 import time
@@ -37,7 +37,7 @@ from resources.home import Home
 
 @contextlib.contextmanager
 def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], None]]:
-    """Draw a run while the context lasts; gives the function to call with the run's events."""
+    """Show the progress of a run. Yields the function to call with each of the run's events."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,7 +70,7 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
         elif _is_blocked(happened) and happened.step_key not in waiting:
             waiting.add(happened.step_key)
             asset = _asset(happened.step_key)
-            console.print(f"waits  {asset}: another run is using its device or the scores")
+            console.print(f"waits  {asset}: another run is using its device or the score tables")
         elif happened.event_type_value in {"STEP_SUCCESS", "STEP_FAILURE"}:
             if happened.step_key in checked:
                 return
@@ -98,12 +98,12 @@ def show_progress(console: Console) -> Iterator[Callable[[dg.EventLogEntry], Non
 
 
 def _is_blocked(happened: dg.DagsterEvent) -> bool:
-    """Whether a step waits for a slot of its pool."""
+    """Return whether a step is waiting for a slot in its pool."""
     return happened.is_engine_event and "pool" in happened.engine_event_data.metadata
 
 
 def _outcome(happened: dg.DagsterEvent) -> str:
-    """How a step ended, as markup."""
+    """Return how a step ended, as rich markup."""
     if not happened.is_step_failure:
         return "[green]done  [/]"
     return "[yellow]stopped[/]" if is_interruption(happened) else "[red]failed[/]"
@@ -111,7 +111,7 @@ def _outcome(happened: dg.DagsterEvent) -> str:
 
 @contextlib.contextmanager
 def show_copying(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Draw how far copying is; gives the function to call with the bytes done and in all."""
+    """Show the progress of copying. Yields the function to call with bytes done and in total."""
     bar = Progress(
         BarColumn(),
         DownloadColumn(),
@@ -127,9 +127,10 @@ def show_copying(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def show_steps(console: Console) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Draw steps that follow one another; gives the function to call with a step's name and size.
+    """Show the progress of consecutive steps. Yields the function that begins a step.
 
-    That gives what to call with how much is done; a size of 0 is not known.
+    It takes the step's name and size (0 if unknown), and returns the function to call with each
+    amount of work done.
     """
     bar = Progress(
         TextColumn("{task.description}"),
@@ -150,7 +151,7 @@ def show_steps(console: Console) -> Iterator[Callable[[str, int], Callable[[int]
 
 
 def print_report(console: Console, plan: Recipe, place: Home) -> None:
-    """Print how the arms compare, and where everything lies."""
+    """Print how the arms compare, and the paths of reports, datasets, scores and results."""
     artifacts = ArtifactStore(home=str(place.root))
     for domain in plan.domains:
         report = artifacts.current(f"{domain.name}/report")

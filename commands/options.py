@@ -1,4 +1,4 @@
-"""What the commands share: options, the terminal, and how a recipe and a home are opened."""
+"""Shared by the commands: options, consoles, and functions that open a recipe and a home."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resources.artifacts import ArtifactStore
     from resources.home import Home
 
-# Into a file or a pipe, where a terminal's width says nothing, names are not cut.
+# Output to a file or pipe has no terminal width; 160 columns keep long names uncut.
 console = Console(width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True)
 
@@ -26,7 +26,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         envvar=settings.RECIPE_VARIABLE,
-        help="A shipped recipe by name, or the path of a .yaml file.",
+        help="Name of a recipe that ships with colorfilter, or path of a .yaml file.",
     ),
 ]
 HomeOption = Annotated[
@@ -34,14 +34,14 @@ HomeOption = Annotated[
     typer.Option(
         "--home",
         envvar=settings.HOME_VARIABLE,
-        help="The folder for everything that is produced; it belongs to one recipe.",
+        help="Folder for everything the pipeline writes. Each recipe needs its own.",
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of failures.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Print tracebacks of failures.")]
 
 
 def open_home(recipe: str, home: Path) -> tuple["Recipe", "Home"]:
-    """Load the recipe, claim the home, and set the environment for Dagster's processes."""
+    """Load the recipe, claim the home for it, and set the environment of Dagster's processes."""
     from resources.home import Home
 
     plan = load_recipe(recipe)
@@ -52,36 +52,37 @@ def open_home(recipe: str, home: Path) -> tuple["Recipe", "Home"]:
 
 
 def load_recipe(recipe: str) -> "Recipe":
-    """Load the recipe, and name it in the environment for Dagster's processes."""
+    """Load the recipe, and pass its path to Dagster's processes in the environment."""
     path = settings.recipe_path(recipe).resolve()
     os.environ[settings.RECIPE_VARIABLE] = str(path)
     return settings.recipe()
 
 
 def artifacts_of(place: "Home") -> "ArtifactStore":
-    """The artifacts of a home."""
+    """Return the artifact store of a home."""
     from resources.artifacts import ArtifactStore
 
     return ArtifactStore(home=str(place.root))
 
 
 def say_what_arrived(found: "Arrivals") -> None:
-    """Print which shards are new or retired, and which files are gone."""
+    """Print how many shards are new or retired, and which files have disappeared."""
     if found.waiting:
         console.print(
-            "[yellow]noted [/] the sources have changed; that is planned when the run at work ends",
+            "[yellow]noted [/] the sources have changed; new shards are planned once the current "
+            "run finishes",
             highlight=False,
         )
     if found.new or found.retired:
         retired = f", {len(found.retired)} retired" if found.retired else ""
         console.print(f"{len(found.new)} new shards{retired}", highlight=False)
     for files, what in (
-        (found.vanished, "have vanished from their source; their text is kept"),
-        (found.lost, "are gone, and their text leaves the corpus with them"),
+        (found.vanished, "have disappeared from their source; their text is kept"),
+        (found.lost, "have disappeared; their text is removed from the corpus"),
     ):
         if files:
             console.print(
-                f"[yellow]noted [/] {len(files)} files {what}; the first: {escape(files[0])}",
+                f"[yellow]noted [/] {len(files)} files {what} (first: {escape(files[0])})",
                 highlight=False,
                 soft_wrap=True,
             )

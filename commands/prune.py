@@ -24,14 +24,17 @@ def prune(
     home: HomeOption = Path(settings.DEFAULT_HOME),
     vanished: Annotated[
         bool,
-        typer.Option("--vanished", help="Take text out whose files have vanished from the source."),
+        typer.Option(
+            "--vanished",
+            help="Also remove the text of files that have disappeared from their source.",
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove what the home no longer needs: older versions, retired shards, unfinished work.
+    """Free disk space: remove older versions, retired shards and unfinished work from the home.
 
-    Says what and how much first, and asks. What is current stays, and all that it was made from.
-    The ledger keeps its record of what was.
+    Lists what would be removed and its size, and asks for confirmation. Current artifacts and
+    everything they were built from are kept. The ledger keeps its entries for removed artifacts.
     """
     from assets.common import shard_names
     from pipelines.graph import gpu_of
@@ -49,7 +52,7 @@ def prune(
     if not found:
         console.print("nothing to remove")
         return
-    table = Table("folder of", "why", "folders", "MB", box=box.SIMPLE)
+    table = Table("asset", "reason", "folders", "MB", box=box.SIMPLE)
     for asset, why in dict.fromkeys((left.asset, left.why) for left in found):
         sizes = [left.size for left in found if (left.asset, left.why) == (asset, why)]
         table.add_row(asset, why, str(len(sizes)), f"{sum(sizes) / 1e6:,.1f}")

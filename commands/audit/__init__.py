@@ -1,1 +1,1 @@
-"""`colorfilter audit`: whether a home holds what its ledger says."""
+"""`colorfilter audit`: check a home against its ledger."""

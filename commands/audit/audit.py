@@ -1,4 +1,4 @@
-"""An audit of a home: what is looked at, in order, and what does not hold."""
+"""Audit a home: run every check in order and collect what they find."""
 
 import json
 import re
@@ -36,16 +36,17 @@ from resources.home import Home
 from resources.ledger import Entry
 from resources.lineage import name_of
 
-# What damaged files raise, each in its way.
+# Exceptions that reading a damaged file can raise.
 UNREADABLE = (OSError, LookupError, ValueError, InputError, duckdb.Error, pl.exceptions.PolarsError)
 
-# Begins a step, given its name and its size in bytes or tokens; returns what to call with progress.
+# Begins a step, given its name and its size in bytes or tokens (0 if unknown). Returns the function
+# to call with each amount of work done.
 Show = Callable[[str, int], Progress]
 
 
 @dataclass
 class Audit:
-    """What was looked at and what does not hold."""
+    """The result of an audit: what was checked and what was found."""
 
     subject: str
     head: str
@@ -61,18 +62,18 @@ class Audit:
         return all(finding.warning for finding in self.findings)
 
     def look(self, name: str, findings: Iterable[Finding]) -> list[Finding]:
-        """Add and return what a check finds. What it cannot read is a finding too."""
+        """Run a check; add and return its findings. A file it cannot read is a finding too."""
         found: list[Finding] = []
         try:
-            found.extend(findings)  # what comes before an error is kept
+            found.extend(findings)  # findings before an error are kept
         except UNREADABLE as error:
-            found.append(Finding(name, "on the way", "what can be read", one_line(error)))
+            found.append(Finding(name, "during the check", "readable files", one_line(error)))
         self.findings += found
         self.checked[name] = all(finding.warning for finding in found)
         return found
 
     def as_json(self) -> str:
-        """Everything as one JSON object."""
+        """Return the result as one JSON object."""
         return json.dumps({**asdict(self), "passed": self.passed}, indent=1, ensure_ascii=False)
 
 
@@ -85,20 +86,21 @@ def audit(
     again: bool = False,
     sample: int | None = None,
 ) -> Audit:
-    """Check all that is current in a home, or one artifact, back to the raw files.
+    """Audit everything current in a home, or the artifact `what`, back to the raw files.
 
-    `head` is a hash that the ledger must have; with `again` selections are made again, and `sample`
-    sequences of every shard scored again. Raises InputError where there is nothing to audit.
+    `head` is a hash that the ledger must contain. With `again`, selections are repeated. With
+    `sample`, that many random sequences of every shard are scored again. Raises InputError for an
+    invalid `head`, or if `what` names no artifact.
     """
     if head is not None:
         head = head.strip().lower()
         if not re.fullmatch("[0-9a-f]{8,64}", head):
-            raise InputError(f"--head: '{head}' is no head of a ledger; give at least 8 hex digits")
+            raise InputError(f"--head: '{head}' is not a sha256; give at least 8 hex digits of it")
     artifacts = ArtifactStore(home=str(home.root))
     record = Record(artifacts)
     current = record.lineage.current(shard_names(artifacts, recipe))
     entries = list(record.lineage.ancestry(_subject(artifacts, current, what)).values())
-    found = Audit(what or "all that is current", record.head, len(entries))
+    found = Audit(what or "everything current", record.head, len(entries))
     show("ledger", 0)
     found.look("chain of the ledger", record.chain(head))
     found.look("what was taken up again", record.reuse())
@@ -135,7 +137,7 @@ def audit(
 
 
 def _subject(artifacts: ArtifactStore, current: list[Entry], what: str | None) -> list[Entry]:
-    """Return the entries that an audit begins from. Raises InputError where there are none."""
+    """Return the entries that an audit starts from. Raises InputError if `what` names none."""
     if what is None:
         return current
     named = [e for e in current if what in {name_of(e), e["asset"], e["path"]}]
@@ -143,16 +145,19 @@ def _subject(artifacts: ArtifactStore, current: list[Entry], what: str | None) -
     of_folder = [e for e in artifacts.ledger if artifacts.at.root / e["path"] == folder]
     if not named and not of_folder:
         names = ", ".join(sorted({e["asset"] for e in current}))
-        raise InputError(f"{what}: is no artifact of this home; give the folder of one, or {names}")
+        raise InputError(f"{what}: not an artifact of this home; give a folder, or one of {names}")
     return named or of_folder[-1:]
 
 
 def history(artifacts: ArtifactStore) -> Iterator[Finding]:
-    """Find what only Dagster's history says; what it lacks (it may be wiped) is a warning."""
+    """Find events in Dagster's history that the ledger does not have.
+
+    Materializations missing from the history are a warning, since the history may be wiped.
+    """
     happened = list(_materializations(artifacts.at.dagster))
     made, ran, seen = set(), set(), set()
-    for entry in artifacts.ledger:  # read later than the events: a run may be at work
-        # Seeds are partitions in the ledger and not in Dagster.
+    for entry in artifacts.ledger:  # read after the events, because a run may be adding both
+        # Seeds are partitions in the ledger but not in Dagster.
         made |= {(name, entry["fingerprint"]) for name in (name_of(entry), entry["asset"])}
         if entry.get("run") and not entry["reused"] and entry["asset"] != RECIPE:
             ran.add((entry["asset"], entry["run"]))
@@ -164,16 +169,17 @@ def history(artifacts: ArtifactStore) -> Iterator[Finding]:
         seen.add((asset, logged.run_id))
         if not logged.run_id:
             found = "none: it was reported from outside"
-            yield Finding(asset, where, "a run that made it", found)
+            yield Finding(asset, where, "the run that produced it", found)
         elif shown is not None and (name, str(shown.value)) not in made:
-            yield Finding(name, where, "a fingerprint that the ledger has", str(shown.value)[:16])
+            wanted = "a fingerprint that is in the ledger"
+            yield Finding(name, where, wanted, str(shown.value)[:16])
     if missing := len(ran - seen):
         wanted = f"events of the {len(ran)} materializations in the ledger"
         yield Finding("dagster", "its history", wanted, f"none of {missing}", warning=True)
 
 
 def _materializations(home: Path) -> Iterator[tuple[dg.EventLogEntry, dg.AssetMaterialization]]:
-    """Yield all materializations in Dagster's history, in its folder."""
+    """Yield all materializations in Dagster's history. `home` is the DAGSTER_HOME folder."""
     if not (home / "history").exists():
         return
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -188,14 +194,14 @@ def _materializations(home: Path) -> Iterator[tuple[dg.EventLogEntry, dg.AssetMa
 
 
 def print_audit(console: Console, found: Audit) -> None:
-    """Print a line for each thing that does not hold, and what was looked at."""
+    """Print a line per finding, a line per check, and a summary."""
     for finding in found.findings:
         mark = "[yellow]noted [/]" if finding.warning else "[red]failed[/]"
         console.print(mark, escape(str(finding)), highlight=False, soft_wrap=True)
     for name, holds in found.checked.items():
         console.print("[green]passed[/]" if holds else "[red]failed[/]", name, highlight=False)
     failed = sum(not finding.warning for finding in found.findings)
-    words = f"{failed:,} things do not hold" if failed else "all holds"
+    words = f"{failed:,} problems found" if failed else "no problems found"
     console.print(f"{found.subject}, {found.artifacts:,} artifacts: {words}", highlight=False)
     if found.rescored:
         console.print(f"{found.rescored} (seed {found.seed})", highlight=False)
@@ -203,7 +209,7 @@ def print_audit(console: Console, found: Audit) -> None:
 
 
 def write_page(found: Audit, recipe: Recipe, home: Home, path: Path) -> None:
-    """Write the audit as one HTML file."""
+    """Write the result of an audit as one HTML file."""
     again = f"{found.rescored} (seed {found.seed})" if found.rescored else "nothing"
     facts = {
         "audited": found.subject,
@@ -214,14 +220,14 @@ def write_page(found: Audit, recipe: Recipe, home: Home, path: Path) -> None:
         "artifacts": f"{found.artifacts:,}",
         "scored again": again,
     }
-    verdict = "All of it holds." if found.passed else "Not all of it holds."
-    looked_at = [(name, "holds" if h else "does not hold") for name, h in found.checked.items()]
+    verdict = "No problems found." if found.passed else "Problems found."
+    looked_at = [(name, "passed" if h else "failed") for name, h in found.checked.items()]
     sections = [
-        html.Section("Verdict", verdict, html.Table(["", ""], list(facts.items()))),
-        html.Section("Looked at", "", html.Table(["", ""], looked_at)),
+        html.Section("Result", verdict, html.Table(["", ""], list(facts.items()))),
+        html.Section("Checks", "", html.Table(["", ""], looked_at)),
     ]
-    for title, warning in (("What does not hold", False), ("What cannot be shown", True)):
+    for title, warning in (("Problems", False), ("Warnings", True)):
         rows = [astuple(f)[:4] for f in found.findings if f.warning == warning]
         table = html.Table(["asset", "artifact", "expected", "found"], rows) if rows else None
-        sections.append(html.Section(title, "" if rows else "Nothing.", table))
+        sections.append(html.Section(title, "" if rows else "None.", table))
     write_text_atomically(path, html.html(f"Audit of {recipe.name}", sections))

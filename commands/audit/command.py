@@ -19,30 +19,39 @@ def audit(
     what: Annotated[
         str | None,
         typer.Argument(
-            help="An asset such as reference/color_tau16/filtered_dataset, one partition of it in "
-            "brackets, or an artifact's folder; by default all that is current."
+            help="What to audit: an asset such as reference/color_tau16/filtered_dataset, one of "
+            "its partitions as ASSET[PARTITION], or the folder of an artifact. Default: every "
+            "current artifact."
         ),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="A sha256 of the ledger that was noted down; it must be there."),
+        typer.Option(
+            help="Ledger head noted down after an earlier run or audit (at least 8 hex digits). "
+            "The ledger must still contain it."
+        ),
     ] = None,
     reselect: Annotated[
-        bool, typer.Option("--reselect", help="Select again by the scores and compare.")
+        bool, typer.Option("--reselect", help="Repeat every selection from the scores and compare.")
     ] = False,
     rescore: Annotated[
         int | None,
-        typer.Option(help="Score so many random sequences of every shard again; loads models."),
+        typer.Option(
+            help="Score this many random sequences of every shard again and compare. Loads models."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page for people.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the result to this HTML file.")
+    ] = None,
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Check that what lies in the home is what the ledger says was made, back to the raw files.
+    """Verify the home against the ledger, from datasets and models back to the raw files.
 
-    Reads every byte of what the artifact was made from. A line for each thing that does not hold:
-    asset, where, what was expected and what was found. Exit code 0: all holds; 1: not all does.
+    Reads every byte of the audited artifacts and of everything they were built from. Prints one
+    line per problem: asset, where, what was expected, what was found. Exit codes: 0 no problems
+    (warnings are allowed), 1 problems found, 2 invalid input.
     """
     from commands.audit.audit import audit as run_audit
     from commands.audit.audit import print_audit, write_page

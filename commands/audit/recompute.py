@@ -1,4 +1,4 @@
-"""Tables, selections and losses made again and compared with those on record: for an audit."""
+"""Audit checks that recompute tables, selections and losses and compare them with the record."""
 
 import contextlib
 import time
@@ -32,22 +32,22 @@ from resources.home import Home
 from resources.ledger import Entry
 from resources.score_store import PublishedSelection, ScoreStore
 
-# What is compared at a time, by file and table: the rows that have these columns in common.
+# Tables are compared group by group. By file and table: the columns to group by.
 GROUPS = {
     "scores": dict.fromkeys(["documents", "spans", "sequences", "excluded"], "shard")
     | {"models": "role", "losses": "model, shard", "paired_losses": "domain, shard"},
     "selections": {"selections": "selection", "selection_versions": "domain, arm, selection"},
 }
-SHOWN = 10  # groups of a table of which differing rows are looked for
+SHOWN = 10  # differing groups per table for which a differing row is reported
 
-# Published selections in the order in which they are entered again: current ones last.
+# Published selections in the order in which they are published again: current ones last.
 VERSIONS = "SELECT * EXCLUDE (cutoff) FROM selected.selection_versions ORDER BY current, created"
-# A table without what depends on where the home lies.
+# A table without the column that depends on the path of the home.
 ROWS = "SELECT COLUMNS(lambda name: name <> 'path') FROM {database}.{table}"
-# Published selections whose files are gone cannot be made again, and are passed over.
+# Published selections whose files are gone cannot be rebuilt and are skipped.
 REBUILT = """ WHERE selection IN (SELECT selection FROM rebuilt_selections.selection_versions)
     OR selection NOT IN (SELECT selection FROM published_selections.selection_versions)"""
-# Groups that differ in their number of rows, or in the sum of their hashes.
+# Groups that differ in the number of rows or in the sum of row hashes.
 DIFFERENT = """
     SELECT {columns}, count(*) FILTER (sign > 0) AS expected, count(*) FILTER (sign < 0) AS found
     FROM (
@@ -56,15 +56,15 @@ DIFFERENT = """
     )
     GROUP BY {columns} HAVING expected <> found OR sum(sign * content) <> 0 ORDER BY {columns}
 """
-# A row of a group that one side has, or has more often, than the other.
+# A row of a group that one side has and the other lacks, or has fewer times.
 ONLY = "FROM ({here}) WHERE {group} EXCEPT ALL FROM ({there}) WHERE {group} ORDER BY ALL LIMIT 1"
-SELECTED = ["rank", "shard", "position", "score"]  # what is compared of a selection
-# Nats per token by which a sequence's loss may lie off the true one, by the precision it is in.
+SELECTED = ["rank", "shard", "position", "score"]  # columns of a selection to compare
+# Largest allowed error of a sequence's loss, in nats per token, by precision.
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}
 
 
 def tables_are_current(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Finding]:
-    """Find out whether all that is current is published; a warning, for a run may be at work."""
+    """Warn if the published tables lack current artifacts; a run may be about to publish them."""
     try:
         _, _, inputs = publication(artifacts, recipe)
         made = artifacts.current("score_tables")
@@ -73,12 +73,12 @@ def tables_are_current(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Fin
         if made.key != score_tables_declaration(recipe).work(inputs).key:
             raise InputError("older ones; materialize score_tables")
     except InputError as error:
-        wanted = "tables of all that is current"
+        wanted = "tables of everything current"
         yield Finding("score_tables", "scores.duckdb", wanted, str(error), warning=True)
 
 
 def tables(record: Record, recipe: Recipe) -> Iterator[Finding]:
-    """Make the published tables, which are current, again from the record and compare them."""
+    """Rebuild the published tables from the record and compare. They must be up to date."""
     with record.store.read() as connection:
         versions = fetch_frame(connection, VERSIONS, {}).to_dicts()
     published = {(v["domain"], v["arm"], v["selection"]) for v in versions}
@@ -89,19 +89,19 @@ def tables(record: Record, recipe: Recipe) -> Iterator[Finding]:
         name, where = f"{domain}/{arm}/selection", "selections.duckdb, selection_versions"
         made = record.lineage.find(name, selection)
         if not made:
-            yield Finding(name, where, "a selection that was made", selection[:16])
+            yield Finding(name, where, "a selection that is in the ledger", selection[:16])
             continue
         dataset = record.artifacts.entries().get((f"{domain}/{arm}/filtered_dataset", None))
         latest = dataset["inputs"].get(name) if dataset else None
         if current != (latest == selection):
             words = ("not current", "current")
             wanted = f"{selection[:16]} {words[latest == selection]}"
-            # A run that was killed makes a dataset and does not publish its selection.
+            # A run killed between writing a dataset and publishing its selection leaves this.
             waiting = (domain, arm, latest) not in published
             yield Finding(name, where, wanted, words[current], warning=waiting)
         path = record.home.root / made[0]["path"]
         if stands(path):
-            # The models are those of the score tables that it was made by, where it says so.
+            # The models come from the score tables it was selected from, if these are recorded.
             by = made[0]["inputs"].get("score_tables", "")
             for scores in record.lineage.find("score_tables", by):
                 version["prior"] = scores["inputs"]["prior_model"]
@@ -113,12 +113,12 @@ def tables(record: Record, recipe: Recipe) -> Iterator[Finding]:
 def _differences(
     record: Record, recipe: Recipe, selections: Sequence[PublishedSelection]
 ) -> Iterator[Finding]:
-    """Make the tables again, with these selections in their order, and compare all groups."""
+    """Rebuild the tables, publish the selections in order, and compare all groups."""
     parts, models, _ = publication(record.artifacts, recipe)
     published = [p for p in (record.home.scores, record.home.selections) if p.exists()]
     with workplace(record.home) as folder, contextlib.closing(duckdb.connect()) as connection:
         size = sum(path.stat().st_size for path in published)
-        require_space(folder, 2 * size, "the tables made again")
+        require_space(folder, 2 * size, "the rebuilt tables")
         Home(folder).leases.mkdir()
         rebuilt = ScoreStore(home=str(folder))
         rebuilt.publish(parts, models, recipe.sequence_length)
@@ -134,7 +134,7 @@ def _differences(
 def _different_groups(
     connection: duckdb.DuckDBPyConnection, file: str, table: str, columns: str
 ) -> Iterator[Finding]:
-    """Find groups of a table that are not as the record has them, with a differing row of each."""
+    """Find groups of a table that differ from the record, with a differing row of each."""
     rebuilt = ROWS.format(database=f"rebuilt_{file}", table=table)
     published = ROWS.format(database=f"published_{file}", table=table)
     published += REBUILT if file == "selections" else ""
@@ -158,7 +158,7 @@ def _different_groups(
 
 
 def results(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Finding]:
-    """Find out whether the published evaluations are those of the reports."""
+    """Check that the published evaluations equal those of the reports."""
     path = artifacts.at.results
     made = [artifacts.entries().get((f"{d.name}/report", None)) for d in recipe.domains]
     if not path.exists() or not all(made):
@@ -168,14 +168,15 @@ def results(artifacts: ArtifactStore, recipe: Recipe) -> Iterator[Finding]:
     with duckdb.connect(str(path), read_only=True) as connection:
         found = fetch_frame(connection, "FROM evaluations", {}).select(expected.columns)
     if not found.cast(expected.schema).sort(pl.all()).equals(expected.sort(pl.all())):
-        wanted, got = f"the {len(expected)} rows of the reports", f"{len(found)}, others"
+        wanted, got = f"the {len(expected)} rows of the reports", f"{len(found)} that differ"
         yield Finding("evaluations", "results.duckdb, evaluations", wanted, got)
 
 
 def reselect(record: Record, recipe: Recipe, entries: Iterable[Entry]) -> Iterator[Finding]:
-    """Find selections that the current scores do not give exactly as they were made.
+    """Select again from the current scores and find selections that come out differently.
 
-    A warning where that cannot be said: of one by other scores, or by what the recipe was before.
+    A selection made from other scores, or with other settings than the recipe has now, cannot be
+    repeated; that is a warning.
     """
     for entry in entries:
         name, where = ArtifactName.parse(entry["asset"]), f"{entry['path']}/selection.parquet"
@@ -183,14 +184,14 @@ def reselect(record: Record, recipe: Recipe, entries: Iterable[Entry]) -> Iterat
             continue
         try:
             if "score_tables" not in entry["inputs"] or record.artifacts.is_behind(entry):
-                raise InputError("one by other scores than the current")
+                raise InputError("one made from other scores than the current ones")
             exact = f"{name.domain}/{Stage.REFINED_SCORES}"
             refined = [record.artifacts.current(exact)] if exact in entry["inputs"] else []
             terms = _terms(recipe, name, entry)
             with record.store.read(overlays(refined)) as connection:
                 again = choose(connection, *terms).select(SELECTED)
         except InputError as error:
-            wanted = "a selection that can be repeated"
+            wanted = "a repeatable selection"
             yield Finding(entry["asset"], where, wanted, str(error), warning=True)
             continue
         kept = pl.read_parquet(record.home.root / where, columns=SELECTED)
@@ -204,7 +205,7 @@ def reselect(record: Record, recipe: Recipe, entries: Iterable[Entry]) -> Iterat
 
 
 def _terms(recipe: Recipe, name: ArtifactName, entry: Entry) -> tuple[Recipe, Domain, Arm]:
-    """Return the arm or choice that a selection is by. Raises InputError for another recipe."""
+    """Return what `choose` needs to repeat a selection. Raises InputError if the recipe changed."""
     terms = entry["recipe"]
     if entry["seed"] in {None, recipe.seed}:
         for domain in (d for d in recipe.domains if d.name == name.domain):
@@ -215,28 +216,29 @@ def _terms(recipe: Recipe, name: ArtifactName, entry: Entry) -> tuple[Recipe, Do
             choice = {part: terms[part] for part in ("method", "tau", "batch")}
             tokens = terms["needed"] * recipe.sequence_length
             return with_choice(recipe, Choice(domain=str(name.domain), tokens=tokens, **choice))
-    raise InputError("one by another recipe than the present")
+    raise InputError("one made with other settings than the recipe has now")
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """How scoring again went: the losses compared, and how far they lie from those on record."""
+    """The outcome of scoring again: how many losses were compared, and their largest difference."""
 
     losses: int
     largest: float  # difference, nats per token
     seconds: float
 
     def __str__(self) -> str:
-        again = f"{self.losses:,} losses computed again in {self.seconds:.1f} s"
-        return f"{again}, the largest difference {self.largest:.1e} nats per token"
+        again = f"{self.losses:,} losses recomputed in {self.seconds:.1f} s"
+        return f"{again}, largest difference {self.largest:.1e} nats per token"
 
 
 def rescore(
     record: Record, recipe: Recipe, sample: int, seed: int, progress: Progress
 ) -> tuple[Rescored, list[Finding]]:
-    """Score `sample` random sequences of every shard again by all current models, and compare.
+    """Score `sample` random sequences of every shard again with all current models, and compare.
 
-    A shard that has not been scored by all of the models is passed over.
+    A shard that has not been scored with all of the models is skipped. `progress` is called with
+    tokens.
     """
     artifacts = record.artifacts
     models = {losses.asset: artifacts.current(losses.model) for losses in loss_assets(recipe)}
@@ -259,7 +261,7 @@ def rescore(
     recorded = pl.scan_parquet(chunks).join(places.lazy(), on=keys[1:], how="semi").collect()
     by, precision, begun = list(models.values()), recipe.scoring.precision, time.monotonic()
     with workplace(record.home) as folder:
-        gpu = Gpu(home=str(folder))  # whose runs are no runs of the home that is looked at
+        gpu = Gpu(home=str(folder))  # its kernel runs are not recorded in the audited home
         try:
             again = score_places(artifacts, gpu, recipe, by, places, folder, precision, progress)
         finally:
@@ -276,13 +278,13 @@ def rescore(
 
 
 def _beyond_tolerance(both: pl.DataFrame, names: Mapping[str, str]) -> list[Finding]:
-    """Return a finding for each loss that is off or missing; `names` are assets by model."""
+    """Return a finding for each loss that is off or missing. `names` maps models to assets."""
     within = (pl.col("difference") <= pl.col("tolerance")).fill_null(False)
     return [
         Finding(
             f"{names[row['model']]}[{row['shard']}]",
             f"position {row['position']}",
-            f"a loss of {row['loss']}, to {row['tolerance']:.0e}",
+            f"a loss of {row['loss']} within {row['tolerance']:.0e}",
             str(row["loss_recorded"]),
         )
         for row in both.filter(~within).iter_rows(named=True)

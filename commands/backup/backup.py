@@ -1,10 +1,10 @@
-"""Backups of a home, made while the pipeline may be at work, and homes restored from them.
+"""Back up a home while the pipeline may be running, and restore a home from a backup.
 
 A backup is a folder with `backup.json`, which names the recipe; `artifacts/`, as in the home; and
 `state-<time>/`, a copy of the files that change: the ledger, the tables, Dagster's databases. The
-manifest of the state is written last and lists the artifacts that belong to it, so a backup that is
-killed leaves the last one as it was, and the next one continues. An artifact is copied once. It
-stays when it is pruned in the home, unless it was replaced or removed for good there.
+manifest of the state is written last and lists the artifacts that belong to it. So a backup that is
+killed leaves the previous one intact, and the next one resumes. Each artifact is copied once. It
+stays in the backup when it is pruned from the home, unless `forget` replaced or removed it.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ from resources.ledger import Ledger, is_removed
 from resources.score_store import move_models
 
 OWNER = "backup.json"
-BEGUN = "begun"  # the folder that is being copied
-# The files of a home that change. The ledger comes after the tables and Dagster's history, and so
-# knows all that they refer to.
+BEGUN = "begun"  # folder of the artifact that is being copied
+# Files of a home that change. The ledger is copied after the tables and Dagster's history, so that
+# it has every artifact that they refer to.
 CHANGING = ("shards.json", "*.duckdb", "rows/*.parquet", "dagster/**/*", "*.jsonl")
-JOURNALS = ("-wal", "-shm", "-journal")  # of SQLite; the copy of a database has their content
+JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's; copying a database includes their content
 
 
 class DamagedError(InputError):
-    """The files of a folder are not those of its manifest."""
+    """The files of a folder do not match its manifest."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            f"{folder}: is damaged, its files are not those of its manifest; remove it, then run "
-            "(what a home lacks is made again) and back up (what a backup lacks is copied again)"
+            f"{folder}: is damaged, its files do not match its manifest; remove the folder, then "
+            "`colorfilter run` (rebuilds it in the home) and `colorfilter backup` (copies it again)"
         )
 
 
 @dataclass
 class Copying:
-    """Copies folders and files; counts artifacts, and bytes, which it reports to `listener`."""
+    """Copies folders and files, counts them, and calls `listener` with bytes done and in total."""
 
     listener: Callable[[int, int], None]
     copied: int = 0
@@ -65,19 +65,20 @@ class Copying:
         )
 
     def progress(self, amount: int) -> None:
-        """Report bytes that were copied."""
+        """Count and report bytes that were copied."""
         self.done += amount
         self.listener(self.done, self.total)
 
     def expect(self, size: int, place: Path, what: str) -> None:
-        """Add bytes to the total. Raises OSError where there is no room for them."""
+        """Add bytes to the total. Raises OSError if the disk has no room for them."""
         require_space(place, size, what)
         self.total = self.done + size
 
     def artifacts(self, paths: Collection[str], source: Path, target: Path, what: str) -> None:
         """Copy the artifacts that the target does not have.
 
-        Raises DamagedError for one that is not as its manifest says, unless it is pruned meanwhile.
+        Raises DamagedError for an artifact that does not match its manifest, unless it was pruned
+        in the meantime.
         """
         missing = [path for path in paths if not _same(source / path, target / path)]
         self.there = len(paths) - len(missing)
@@ -93,7 +94,7 @@ class Copying:
     def folder(self, path: str, source: Path, target: Path) -> None:
         """Copy the folder at a path. It appears in the target once every file is verified.
 
-        Raises DamagedError for a file that is not as the manifest says.
+        Raises DamagedError for a file that does not match the manifest.
         """
         begun = target / BEGUN
         shutil.rmtree(begun, ignore_errors=True)
@@ -110,9 +111,9 @@ class Copying:
         begun.rename(target / path)
 
     def changing(self, source: Path, target: Path) -> None:
-        """Copy a file that may be replaced or removed meanwhile.
+        """Copy a file that may be replaced or removed in the meantime.
 
-        An SQLite database is copied with what is committed, and JSON Lines up to the last newline.
+        An SQLite database is copied in a committed state, a JSON Lines file up to its last newline.
         """
         with contextlib.suppress(FileNotFoundError):
             if source.name.endswith(".db"):
@@ -126,10 +127,10 @@ class Copying:
 
 
 def back_up(home: Home, folder: Path, listener: Callable[[int, int], None]) -> Copying:
-    """Copy a home into a folder: the files that change, and the artifacts that it does not have.
+    """Copy a home into a folder: the files that change, and artifacts the folder does not have.
 
-    Raises InputError for a folder that is not a backup of this recipe's home, for a damaged
-    artifact, and while a command works that keeps backups away.
+    Raises InputError for a folder that is not a backup of a home of this recipe, for a damaged
+    artifact, and while another command holds the home exclusively.
     """
     home.refuse_exclusive()
     copying = Copying(listener)
@@ -163,22 +164,22 @@ def _copy(home: Home, folder: Path, copying: Copying) -> None:
 
 
 def restore(folder: Path, home: Home, listener: Callable[[int, int], None]) -> Copying:
-    """Make a home from a backup. It is one once all is there and every file was hashed again.
+    """Restore a backup into a new home, which appears once every file is copied and verified.
 
-    Raises InputError for a home that is not empty, and for a backup that is unfinished or damaged.
+    Raises InputError for a home that is not empty, and for an unfinished or damaged backup.
     """
     copying = Copying(listener)
     coming = home.root / "restoring"
     with _failures_told(folder):
         recipe = _recipe(folder)
         if recipe is None:
-            raise InputError(f"{folder}: is not a backup; name the folder of one")
+            raise InputError(f"{folder}: is not a backup; give the folder of one")
         _refuse_nested(folder, home)
         if home.root.exists() and set(home.root.iterdir()) - {coming}:
-            raise InputError(f"home {home.root}: is not empty; name a new one with --home")
+            raise InputError(f"home {home.root}: is not empty; give a new folder with --home")
         state = max((s for s in folder.glob("state-*") if stands(s)), default=None)
         if state is None:
-            raise InputError(f"backup {folder}: was never finished; back up again")
+            raise InputError(f"backup {folder}: was never finished; run `colorfilter backup` again")
         facts = read_manifest(state)["facts"]
         coming.mkdir(parents=True, exist_ok=True)
         try:
@@ -193,7 +194,7 @@ def restore(folder: Path, home: Home, listener: Callable[[int, int], None]) -> C
             shutil.rmtree(coming)
             raise
         if copying.copied + copying.there < len(facts["artifacts"]):
-            raise InputError(f"backup {folder}: has changed meanwhile; restore again")
+            raise InputError(f"backup {folder}: changed during the restore; restore again")
         move_models(coming / state.name / home.scores.name, facts["home"], str(home.root))
         (coming / state.name / MANIFEST).unlink()
         for found in [*(coming / state.name).iterdir(), *coming.glob(home.artifacts.name)]:
@@ -208,15 +209,15 @@ def _size(folder: Path) -> int:
 
 
 def _same(source: Path, target: Path) -> bool:
-    """Return whether the target is complete and has the manifest of the source."""
+    """Return whether the target is complete and has the same manifest as the source."""
     return stands(target) and (source / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
 
 def _claim(folder: Path, home: Home) -> None:
-    """Make a folder the backup of a home, or check that it is one of the same recipe."""
+    """Mark a new folder as a backup of a home, or check that it is one of the same recipe."""
     recipe = home.owner()
     if recipe is None:
-        raise InputError(f"home {home.root}: there is none; name another with --home")
+        raise InputError(f"home {home.root}: does not exist; give another with --home")
     home.check(recipe)
     _refuse_nested(folder, home)
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,15 +225,15 @@ def _claim(folder: Path, home: Home) -> None:
         write_text_atomically(folder / OWNER, json.dumps({"recipe": recipe}))
     whose = _recipe(folder)
     if whose is None:
-        raise InputError(f"{folder}: holds something else than a backup; name another folder")
+        raise InputError(f"{folder}: is not empty and not a backup; give another folder")
     if whose != recipe:
         raise InputError(
-            f"backup {folder}: is of the recipe '{whose}', not of '{recipe}'; name another folder"
+            f"backup {folder}: belongs to recipe '{whose}', not '{recipe}'; give another folder"
         )
 
 
 def _recipe(folder: Path) -> str | None:
-    """Return the recipe of a backup, or None for a folder that is not a backup."""
+    """Return the recipe name of a backup, or None for a folder that is not a backup."""
     try:
         return str(json.loads((folder / OWNER).read_text(encoding="utf-8"))["recipe"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -243,16 +244,16 @@ def _refuse_nested(folder: Path, home: Home) -> None:
     place = folder.resolve()
     if place.is_relative_to(home.root) or home.root.is_relative_to(place):
         raise InputError(
-            f"{folder}: lies in the home {home.root}, or holds it; name another folder"
+            f"{folder}: is inside the home {home.root} or contains it; give another folder"
         )
 
 
 @contextlib.contextmanager
 def _failures_told(folder: Path) -> Iterator[None]:
-    """Say in a line what the disk refuses."""
+    """Turn an OSError into a one-line InputError that says how to resume."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"backup {folder}: {error}; the same command goes on from what is copied"
+            f"backup {folder}: {error}; run the same command again to resume"
         ) from error

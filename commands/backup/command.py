@@ -11,17 +11,18 @@ from commands.options import (
 )
 from pipelines import settings
 
-BackupArgument = Annotated[Path, typer.Argument(help="The folder of the backup.")]
+BackupArgument = Annotated[Path, typer.Argument(help="Folder of the backup.")]
 
 
 def backup(
     folder: BackupArgument,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Back up the home into a folder, while the pipeline may be at work.
+    """Back up the home into a folder. The pipeline may be running.
 
-    Copies what the folder does not have yet; what was copied once stays there. A backup that was
-    stopped leaves the last one whole, and the next goes on from there.
+    Copies only what the folder does not have yet. Artifacts removed by `prune` stay in the backup;
+    documents removed by `forget` do not. If interrupted, the previous backup remains valid and the
+    next one resumes.
     """
     from commands.backup.backup import back_up
     from commands.display import show_copying
@@ -36,9 +37,9 @@ def restore(
     folder: BackupArgument,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Make a new home of a backup, every file checked against its sha256.
+    """Restore a backup into a new home, verifying the sha256 of every file.
 
-    A damaged backup is refused, and leaves no home.
+    --home must be a new or empty folder. A damaged backup is refused and leaves no home.
     """
     from commands.backup.backup import restore as bring_back
     from commands.display import show_copying

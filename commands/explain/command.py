@@ -16,19 +16,24 @@ from pipelines import settings
 
 
 def explain(
-    what: Annotated[str, typer.Argument(help="DOC_ID, SHARD:POSITION, FILE:LINE or DOMAIN/ARM.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A document: its doc_id (at least 6 digits) or FILE:LINE of its source. A "
+            "sequence: SHARD:POSITION. A dataset: DOMAIN/ARM."
+        ),
+    ],
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print all facts as one JSON object.")
+        bool, typer.Option("--json", help="Print everything as one JSON object.")
     ] = False,
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Say why a document or sequence was selected or not, or what changed in a dataset.
+    """Explain why a document or sequence was selected or not, or what changed in a dataset.
 
-    Of a document (the first digits of its doc_id, or the line of the file it was read from) or a
-    sequence: where it came from, its losses and by which models, what each arm did with it, and
-    which target models trained on it. Of a dataset: what entered and left since its last version,
-    and why. Writes nothing.
+    For a document or sequence: the source file, its losses and the models they were computed with,
+    the decision of every arm, and the target models trained on it. For a dataset: what entered and
+    left since its previous version, and why. Writes nothing.
     """
     from commands.explain.show import look_up, show
     from resources.home import Home

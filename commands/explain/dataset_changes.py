@@ -1,7 +1,7 @@
-"""A filtered dataset against its last version: what entered, what left, and why.
+"""Compare a filtered dataset with its previous version: what entered, what left, and why.
 
-The versions are those in the ledger. Where the folder of one is gone, its selection is read from
-the score tables.
+Versions are taken from the ledger. If the folder of one is gone, its selection is read from the
+score tables.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ MODELS = {
     Stage.DOMAIN_ONLY_MODEL: "another domain only",
 }
 CAUSES = {**MODELS, Stage.REFINED_SCORES: "refined scores"}
-# What decides a dataset. Its other inputs, such as losses, follow from these.
+# Stages that determine a dataset. Its other inputs, such as losses, follow from them.
 DECISIVE = {
     *(*CAUSES, Stage.CORPUS_TOKENS, Stage.DOMAIN_TEXT, Stage.FORGOTTEN),
-    *(Stage.SAMPLE_PLAN, Stage.TOKENIZER),  # of dsir and RHO-down
+    *(Stage.SAMPLE_PLAN, Stage.TOKENIZER),  # used by dsir and RHO-down
 }
-# Methods that select a share of the candidates: what training needs does not change it.
+# Methods that select a share of the candidates, whatever number of tokens training needs.
 BY_SHARE = ("color", "conditional_only", "full")
 
-# Sequences of a version (`members`) that another one (`others`) does not hold, with the reason.
-# Only in shards that are packed the same (`$same`) is the same place the same sequence. What the
-# other selection chose was left out of its dataset for a leak.
+# Sequences of one version (`members`) that another (`others`) does not have, with the reason. A
+# position identifies a sequence only in shards that were packed alike in both (`$same`). A sequence
+# that the other selection chose (`chosen`) was excluded from its dataset for a leak.
 MOVED = f"""
     SELECT members.*, CASE
         WHEN NOT ({IN_CORPUS}) THEN 'documents were drawn and packed anew'
@@ -60,10 +60,10 @@ FILE = """
 class Version:
     """A version of a filtered dataset.
 
-    `facts` are what `--json` prints of it. `inputs` are the fingerprints of what decided it, by
-    name; `packed` those of packed tokens, by shard; `tables` that of the score tables. `chosen` are
-    the sequences that its selection chose, leaks too; `members` those that the dataset holds or,
-    where its folder is gone, was to hold.
+    `facts` is what `--json` prints. `inputs` maps names of the deciding inputs to fingerprints,
+    `packed` maps shards to fingerprints of packed tokens, `tables` is the fingerprint of the score
+    tables. `chosen` are the selected sequences including leaks, `members` those in the dataset
+    (reconstructed if its folder is gone).
     """
 
     facts: Facts
@@ -75,19 +75,18 @@ class Version:
 
 
 def explain_dataset(records: Records, name: str) -> Facts:
-    """Facts of a dataset `<domain>/<arm>`, and how it differs from its last version.
+    """Return the facts of a dataset `<domain>/<arm>`, and how it differs from its last version.
 
-    `last` is of the same arm or, for an arm's first, the latest by its method in the domain.
-    Raises InputError where no dataset has that name.
+    `last` is the previous version of the arm or, for the first one, the latest dataset of the same
+    method in the domain. Raises InputError if no dataset has that name.
     """
     current = records.current(f"{name}/{Stage.FILTERED_DATASET}")
     assets = sorted(asset for asset, _ in records.artifacts.entries())
     datasets = [a for a in assets if ArtifactName.parse(a).stage is Stage.FILTERED_DATASET]
     if current is UNKNOWN:
-        known = ", ".join(map(_arm, datasets)) or "those that `colorfilter run` will make"
-        raise InputError(
-            f"{name}: no filtered dataset of that name is in the ledger; give one of {known}"
-        )
+        known = ", ".join(map(_arm, datasets))
+        hint = f"give one of {known}" if known else "there are none yet, use `colorfilter run`"
+        raise InputError(f"{name}: no filtered dataset of that name is in the ledger; {hint}")
     now, last = _version(records, current), _last(records, current, datasets)
     versions = [made["recorded"] for made in records.lineage.versions(current["asset"])]
     lists = ("inputs", "recipe", "entering", "leaving", "examples_entering", "examples_leaving")
@@ -97,18 +96,18 @@ def explain_dataset(records: Records, name: str) -> Facts:
 
 
 def _arm(dataset: str) -> str:
-    """The name `<domain>/<arm>` of a dataset's asset."""
+    """Return the name `<domain>/<arm>` of a dataset's asset."""
     of = ArtifactName.parse(dataset)
     return f"{of.domain}/{of.arm}"
 
 
 def _made_from(records: Records, dataset: Entry, stage: Stage) -> Entry:
-    """The selection or the leakage that a dataset was made from, as it was entered then."""
+    """Return the entry of the selection or leakage that a dataset was built from."""
     return records.lineage.as_of(dataset, f"{_arm(dataset['asset'])}/{stage}") or UNKNOWN
 
 
 def _last(records: Records, now: Entry, datasets: Sequence[str]) -> Entry | None:
-    """The version before or, for an arm's first, the latest by its method in the domain."""
+    """Return the previous version or, for an arm's first, the latest of its method and domain."""
     versions = [e for asset in datasets for e in records.lineage.versions(asset)]
     mine = [e for e in versions if e["asset"] == now["asset"]]
     older = [e for e in mine if e["fingerprint"] != now["fingerprint"]]
@@ -125,7 +124,7 @@ def _last(records: Records, now: Entry, datasets: Sequence[str]) -> Entry | None
 
 
 def _version(records: Records, dataset: Entry) -> Version:
-    """A version of a dataset, by its entry in the ledger."""
+    """Read a version of a dataset, given its entry in the ledger."""
     name, folder, facts = _arm(dataset["asset"]), records.folder(dataset), dataset["facts"]
     selection = _made_from(records, dataset, Stage.SELECTION)
     tables = records.input(selection, Stage.SCORE_TABLES)
@@ -164,13 +163,13 @@ def _version(records: Records, dataset: Entry) -> Version:
 
 
 def _decides(of: ArtifactName, domain: str | None) -> bool:
-    """Whether what is so named decides datasets of a domain: a model, a shard, and so on."""
+    """Return whether a named artifact (a model, a shard, ...) determines datasets of a domain."""
     ours = of.domain in {None, domain} and of.stage in DECISIVE
     return ours and ShardKind.of(of.partition or "") is ShardKind.CORPUS
 
 
 def _changes(records: Records, last: Version, now: Version) -> Facts:
-    """How a dataset differs from its last version."""
+    """Return how a dataset differs from its last version."""
     found: Facts = {"last": last.facts}
     recipes = last.facts["recipe"], now.facts["recipe"]
     for what, was, new in (("inputs", last.inputs, now.inputs), ("recipe", *recipes)):
@@ -189,7 +188,7 @@ def _changes(records: Records, last: Version, now: Version) -> Facts:
 
 
 def _causes(inputs: list[Facts], recipe: list[Facts], method: str | None) -> str:
-    """What can have changed the decision about a sequence that both versions were made over."""
+    """Return, in words, what can have changed the decision for a sequence both versions saw."""
     names = [ArtifactName.parse(difference["name"]) for difference in inputs]
     decisive = {"method", "tau", "batch", "seed"} | (set() if method in BY_SHARE else {"needed"})
     words = [CAUSES[name.stage] for name in names if name.stage in CAUSES]
@@ -202,7 +201,7 @@ def _causes(inputs: list[Facts], recipe: list[Facts], method: str | None) -> str
 def _moved(
     records: Records, version: Version, other: Version, leaving: bool, causes: str
 ) -> pl.DataFrame:
-    """The sequences of a version that another one does not hold: place, score and why."""
+    """Return the sequences of a version that the other lacks: shard, position, score and why."""
     frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
     for name, frame in frames.items():
         records.connection.register(name, frame.to_arrow())
@@ -215,7 +214,8 @@ def _moved(
         "same": [
             shard for shard, made in version.packed.items() if other.packed.get(shard) == made
         ],
-        # The table `excluded` is of the score tables: it explains what left if they are the same.
+        # The table `excluded` belongs to the current score tables, so it can only explain what left
+        # if the other version was made from them.
         "same_tables": leaving and other.tables == tables,
     }
     moved = fetch_frame(records.connection, MOVED, wanted)

@@ -1,7 +1,7 @@
-"""Facts of sequences: losses, rank, what each arm did with them, and the models trained on them.
+"""Look up sequences: losses, rank, the decision of each arm, and the models trained on them.
 
-Read from the score tables, the ledger and the artifacts; Dagster's history is not needed. All
-sequences of a document are looked up at once, at the cost of one.
+Everything is read from the score tables, the ledger and the artifacts, not from Dagster's history.
+All sequences of a document are looked up at once, at the cost of one.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,16 +25,16 @@ from resources.ledger import Entry
 from resources.lineage import Lineage
 
 PLACE = ["shard", "position"]
-QUOTE = 200  # characters of a text that are shown
+QUOTE = 200  # characters of a text to show
 DRAWN = ("random", "full")  # methods whose score is a random key
-Facts = dict[str, Any]  # an object of the JSON that `colorfilter explain --json` prints
-# Stands for an artifact that is not in the ledger: it has no inputs, no facts and no files.
+Facts = dict[str, Any]  # an object in the JSON of `colorfilter explain --json`
+# Placeholder for an artifact that is not in the ledger: no inputs, no facts, no files.
 UNKNOWN: Entry = {"path": "gone", "inputs": {}, "sources": {}, "recipe": {}, "facts": {}}
 MINE = "shard = $shard AND position IN (SELECT unnest($positions::BIGINT[]))"
 
-# Losses are in nats per token. `rank` counts from 1 among the candidates, in the order of
-# selection: (color, shard, position). What is no candidate has the rank that it would have.
-# One pass counts the candidates up to each of the sequences' colors; ties are counted apart.
+# Losses are in nats per token. `rank` counts candidates from 1 in the order of selection: (color,
+# shard, position). A sequence that is not a candidate gets the rank it would have.
+# One pass counts the candidates up to each sequence's color; ties are counted separately.
 COLORS = f"""
     WITH mine AS (FROM color WHERE {MINE}),
     candidates AS NOT MATERIALIZED (
@@ -68,7 +68,7 @@ COLORS = f"""
     JOIN losses AS c ON c.model = cm.model AND c.shard = $shard AND c.position = mine.position
     ORDER BY mine.domain
 """
-# `alike`: scored by the models whose losses are in the tables.
+# `alike`: whether it was selected with the models whose losses are in the tables now.
 VERSIONS = """
     WITH models AS (SELECT model FROM models WHERE current),
     sizes AS (SELECT selection, count(*) AS selected FROM selected.selections GROUP BY ALL)
@@ -81,37 +81,37 @@ VERSIONS = """
 
 @dataclass(frozen=True)
 class Records:
-    """All that is on record about a home: ledger, artifacts and score tables."""
+    """The records of a home: ledger, artifacts, and a connection to the score tables."""
 
     artifacts: ArtifactStore
     lineage: Lineage
     connection: duckdb.DuckDBPyConnection
 
     def current(self, asset: str, partition: str | None = None) -> Entry:
-        """The current ledger entry of an asset's partition, or UNKNOWN."""
+        """Return the current ledger entry of an asset's partition, or UNKNOWN."""
         return self.artifacts.entries().get((asset, partition), UNKNOWN)
 
     def one(self, name: str, fingerprint: str) -> Entry:
-        """The last ledger entry of this name and content, or UNKNOWN."""
+        """Return the last ledger entry with this name and fingerprint, or UNKNOWN."""
         return (self.lineage.find(name, fingerprint) or [UNKNOWN])[-1]
 
     def input(self, entry: Entry, name: str) -> Entry:
-        """The entry of what an artifact was made from by this name, or UNKNOWN."""
+        """Return the entry of the named input that an artifact was built from, or UNKNOWN."""
         made_from = dict(self.lineage.made_from(entry))
         return self.one(name, made_from[name]) if name in made_from else UNKNOWN
 
     def folder(self, entry: Entry) -> Path:
-        """The folder of an artifact, which may be gone."""
+        """Return the folder of an artifact. It may no longer exist."""
         return self.artifacts.at.root / str(entry["path"])
 
     def rows(self, query: str, **parameters: Any) -> list[Facts]:
-        """Rows of a query on the score tables, by name of column."""
+        """Return the rows of a query on the score tables, as dicts by column name."""
         return fetch_frame(self.connection, query, parameters).to_dicts()
 
     def read(
         self, entry: Entry, table: str, columns: str, where: str = "true", **parameters: Any
     ) -> pl.DataFrame:
-        """Rows of a Parquet table of an artifact; none where the table is gone."""
+        """Return rows of a Parquet table of an artifact; an empty frame if the table is gone."""
         path = self.folder(entry) / table
         if not path.exists():
             return pl.DataFrame()
@@ -120,14 +120,14 @@ class Records:
 
 
 def method_of(selection: Entry) -> str:
-    """The method of a selection. Only the recipe of dsir does not name it."""
+    """Return the method of a selection. Entries of dsir do not name it."""
     return str(selection["recipe"].get("method", "dsir"))
 
 
 def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int, Facts]:
-    """Why sequences of a shard are excluded, their scores and selections, by position.
+    """Return why sequences of a shard are excluded, their scores and selections, by position.
 
-    `margin` is score minus cutoff: negative or zero where the sequence was selected.
+    `margin` is score minus cutoff, which is negative or zero for a selected sequence.
     """
     mine = {"shard": shard, "positions": list(positions)}
     found = {p: Facts(excluded=None, scores=[], selections=[]) for p in positions}
@@ -150,7 +150,7 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
             score = None if facts["excluded"] else scores.get(position)
             place = places.get(position, {"rank": None, "score": score})
             decision, why = never or _decision(made, version, alike, facts["excluded"], place)
-            # The pools of random batches have a cutoff each.
+            # With random batches every pool has a cutoff of its own.
             cutoff = None if made["recipe"].get("batch") else version["cutoff"]
             margin = None if None in {place["score"], cutoff} else place["score"] - cutoff
             decided = {"decision": decision, "why": why, **place, "margin": margin}
@@ -160,7 +160,7 @@ def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int
 
 
 def _never_asked(records: Records, selection: Entry, shard: str) -> tuple[str, str] | None:
-    """Decision and reason where a selection was not made over a shard as it is packed now."""
+    """Return decision and reason if a selection did not consider the shard as it is packed now."""
     if ShardKind.of(shard) is ShardKind.PROBE:
         return "never", "the probe of a domain is scored and never selected"
     if method_of(selection) == "dsir":
@@ -178,7 +178,7 @@ def _never_asked(records: Records, selection: Entry, shard: str) -> tuple[str, s
 def _decision(
     selection: Entry, version: Facts, alike: bool, excluded: str | None, place: Facts
 ) -> tuple[str, str | None]:
-    """Decision and reason of a selection over a sequence; None where the score is the reason."""
+    """Return decision and reason for a sequence; the reason is None if it was the score."""
     method, score, cutoff = method_of(selection), place["score"], version["cutoff"]
     if place["rank"]:
         return "selected", None
@@ -201,7 +201,7 @@ def _decision(
 def _scores(
     records: Records, selection: Entry, domain: str, alike: bool, mine: Mapping[str, Any]
 ) -> dict[int, float]:
-    """Scores of sequences by a selection's method, where the tables still have what they need."""
+    """Return sequence scores by a selection's method; empty if the tables no longer have them."""
     method = method_of(selection)
     if method not in DRAWN and not (method in SCORED and alike):
         return {}
@@ -213,10 +213,10 @@ def _scores(
 def _datasets(
     records: Records, name: str, selection: str, shard: str, positions: Collection[int]
 ) -> dict[int, list[Facts]]:
-    """Facts of the datasets made of a selection, by position of a sequence that it chose.
+    """Return the facts of the datasets built from a selection, by position of selected sequences.
 
-    `stands` is false where the folder is gone, and with it what is known of the sequence. `row` is
-    null where the sequence was left out.
+    `stands` is whether the folder exists; without it nothing else is known. `row` is null if the
+    sequence was excluded from the dataset.
     """
     found: dict[int, list[Facts]] = {position: [] for position in positions}
     mine = {"shard": shard, "positions": list(positions)}
@@ -240,9 +240,9 @@ def _datasets(
 
 
 def leaks_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame:
-    """Sequences left out of a dataset for quoting held-out text: shard, position, words.
+    """Return sequences excluded from a dataset for quoting held-out text: shard, position, words.
 
-    Empty where what was found at the time is gone.
+    Empty if the leakage artifact that the dataset was built from is gone.
     """
     entry = records.input(dataset, f"{name}/{Stage.LEAKAGE}")
     if dataset["recipe"].get("leaks") == "keep" or not stands(records.folder(entry)):
@@ -257,10 +257,10 @@ def leaks_of(records: Records, name: str, dataset: Entry) -> pl.DataFrame:
 def _trained(
     records: Records, name: str, dataset: Entry, rows: Collection[int]
 ) -> dict[int | None, list[Facts]]:
-    """Facts of the target models of a dataset, for each of some rows.
+    """Return the facts of the target models trained on a dataset, for each of some rows.
 
-    `place` is the row's in the order of training, from 1. `reached` says, by the tokens of each
-    end point, whether training had come to it.
+    `place` is the position of the row in the training order, from 1. `reached` maps the tokens of
+    each end point to whether training had reached the row.
     """
     found: dict[int | None, list[Facts]] = {row: [] for row in rows}
     tokens = content(records.folder(dataset), "tokens").fingerprint if rows else None
@@ -273,7 +273,7 @@ def _trained(
         places[order] = np.arange(len(order))
         facts = {"path": str(records.folder(model)), "of": len(places)}
         facts |= {k: model[k] for k in ("seed", "fingerprint")}
-        # A checkpoint is named by its tokens. Its end point counts sequences.
+        # Checkpoints are named by tokens; end points count sequences.
         checkpoints = sorted(map(int, model["facts"]["checkpoints"]))
         ends = list(zip(checkpoints, sorted(model["recipe"]["endpoints"]), strict=True))
         for row in rows:
@@ -283,9 +283,9 @@ def _trained(
 
 
 def checkpoints(records: Records) -> list[Facts]:
-    """The models that gave the losses in the tables, the prior first.
+    """Return the models that the losses in the tables were computed with, the prior first.
 
-    `trained_on` is followed back through the ledger.
+    `trained_on` is traced back through the ledger.
     """
     query = "SELECT model AS fingerprint, role, domain, path FROM models WHERE current"
     models = records.rows(f"{query} ORDER BY role DESC, domain")

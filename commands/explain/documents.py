@@ -1,7 +1,8 @@
-"""What became of a document or a sequence, and why: from the raw file to the models trained on it.
+"""Trace a document or a sequence from the raw file to the models trained on it.
 
-A document is named by its doc_id, or by its line of a raw file (rejected lines have no doc_id); a
-sequence by its shard and position. `commands.explain.dataset_changes` explains datasets.
+A document is named by its doc_id, or by its line in a raw file (rejected lines have no doc_id). A
+sequence is named by shard and position. Datasets are explained by
+`commands.explain.dataset_changes`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -39,11 +40,10 @@ SPANS = f"""
 
 
 def explain(records: Records, what: str) -> Facts:
-    """All that is known of a document, sequence or dataset.
+    """Return the object that `colorfilter explain --json` prints.
 
-    Returns the object that `colorfilter explain --json` prints: `document` or `sequence`, and
-    `models`, those that the losses are by; for a dataset see `explain_dataset`. Raises InputError
-    for a name of nothing.
+    It has `document` or `sequence`, and `models`, with which the losses were computed. For a
+    dataset see `explain_dataset`. Raises InputError if `what` names nothing.
     """
     place = PLACE.fullmatch(what)
     if "/" in what and not place:
@@ -54,21 +54,21 @@ def explain(records: Records, what: str) -> Facts:
     if place and last is not None:
         sequence = next(iter(sequences(records, place[1], [int(place[2])])), None)
         if sequence is None:
-            raise InputError(f"{what}: the shard has positions 0 to {last}; give one of them")
+            raise InputError(f"{what}: no such position; the shard has positions 0 to {last}")
     elif place:
         document = _document(records, what, AT_LINE, file=place[1], line=int(place[2]))
     elif DOC_ID.fullmatch(what):
         document = _document(records, what, BY_ID, doc_id=what)
     else:
-        raise InputError(f"'{what}' names nothing that can be explained; {FORMS}")
+        raise InputError(f"'{what}' is not the name of a document, sequence or dataset; {FORMS}")
     return {"document": document, "sequence": sequence, "models": checkpoints(records)}
 
 
 def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[Facts]:
-    """Facts of the sequences at these positions of a shard, in order.
+    """Return the facts of the sequences at some positions of a shard, in order.
 
-    `spans` are the pieces of documents in a sequence: `n_tokens` tokens from `offset` on, and the
-    beginning of their text. Positions that do not exist are left out.
+    `spans` lists the pieces of documents in a sequence: `n_tokens` tokens from `offset` on, and the
+    beginning of their text. Positions that do not exist are omitted.
     """
     mine = {"shard": shard, "positions": list(positions)}
     query = "SELECT shard, position, n_tokens, sha256 FROM sequences"
@@ -90,9 +90,9 @@ def sequences(records: Records, shard: str, positions: Sequence[int]) -> list[Fa
 
 
 def _file_hashes(records: Records, entry: Entry) -> dict[str, str]:
-    """sha256 of the files that an artifact was read from, by address, where it is on record.
+    """Return the recorded sha256 of the files that an artifact was read from, by URI.
 
-    A probe's documents were read with the rest of the text of the domain, which is its input.
+    The files of inputs are included: a probe was read as part of its domain's text, its input.
     """
     inputs = [records.input(entry, name) for name in entry["inputs"]]
     tables = [records.read(made, "files.parquet", "uri, sha256") for made in (entry, *inputs)]
@@ -100,29 +100,31 @@ def _file_hashes(records: Records, entry: Entry) -> dict[str, str]:
 
 
 def _texts(records: Records, raw: Entry, doc_ids: Collection[str]) -> dict[str, str]:
-    """Texts of documents of a shard; none where its files are gone."""
+    """Return the texts of documents of a shard, by doc_id; empty if its files are gone."""
     where = "list_contains($doc_ids::VARCHAR[], doc_id)"
     texts = records.read(raw, DOCUMENTS, "doc_id, text", where, doc_ids=list(doc_ids))
     return dict(texts.rows())
 
 
 def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
-    """The document that a condition holds for, by the names of DOCUMENT, null where not known.
+    """Return the document that matches a condition, with the keys DOCUMENT, null if unknown.
 
-    Raises InputError for none or several.
+    Raises InputError if none matches, or several do.
     """
     places = _places(records, where, wanted)
     found, entry, became = next((place for place in places if place[0]), ([], UNKNOWN, ""))
     if not found and "file" in wanted:
-        raise InputError(f"{what}: neither a shard nor a raw file has that; {FORMS}")
+        raise InputError(f"{what}: not found, neither in a shard nor in a raw file; {FORMS}")
     if not found:
         raise InputError(
-            f"doc_id {what}: no document of the corpus or of a domain has it; look it up in "
-            f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE for what was rejected"
+            f"doc_id {what}: no document in the corpus or a domain has it; look it up in the table "
+            f"`documents` of {records.artifacts.at.scores}, or give FILE:LINE of a rejected line"
         )
     if len(found) > 1:
         named = (f"{d.get('doc_id')} at {d['source_file']}:{d['source_line']}" for d in found)
-        raise InputError(f"{what}: several documents ({', '.join(named)}...); give more of it")
+        raise InputError(
+            f"{what}: several documents match ({', '.join(named)}...); give more of the name"
+        )
     document = {"copies": [], "sequences": [], "became": became, **found[0]}
     if entry is UNKNOWN:
         shard, doc_id = document["shard"], document["doc_id"]
@@ -144,10 +146,10 @@ def _document(records: Records, what: str, where: str, **wanted: Any) -> Facts:
 def _places(
     records: Records, where: str, wanted: Facts
 ) -> Iterator[tuple[list[Facts], Entry, str]]:
-    """Look for documents place by place: up to 3 of each, the artifact, and what became of them.
+    """Yield up to 3 matching documents per table, the table's artifact, and what became of them.
 
-    The score tables come first, with UNKNOWN as the artifact. With a file, what its shards rejected
-    is next. What the tables do not hold is last, from the newest artifact on.
+    The score tables are searched first, with UNKNOWN as the artifact. If a file is given, lines
+    that its shards rejected are next. Then come all artifacts with text, newest first.
     """
 
     def read(entry: Entry, table: str) -> list[Facts]:
@@ -170,7 +172,10 @@ def _places(
 
 
 def _rejected(records: Records, raw: Entry, row: Facts) -> Facts:
-    """The shard of a rejected line, and why it was; of a duplicate, what begins like it."""
+    """Return the shard of a rejected line and the reason; for a duplicate, the document it repeats.
+
+    A duplicate is matched by the beginning of its text.
+    """
     became = f"rejected: {row['reason']}"
     if row["reason"] == "duplicate":
         became = "a duplicate of a document of its own shard, which stands for both"
@@ -181,7 +186,7 @@ def _rejected(records: Records, raw: Entry, row: Facts) -> Facts:
 
 
 def _became(records: Records, document: Facts) -> str:
-    """What a document of the score tables is to the pipeline, in words."""
+    """Return, in words, what became of a document that is in the score tables."""
     shard, sha256 = document["shard"], document["sha256"]
     for made in tombstones(records.artifacts):
         if made.facts["sha256"] == sha256:
@@ -189,8 +194,8 @@ def _became(records: Records, document: Facts) -> str:
             return f"forgotten: taken out of all that held it; {models} learned from it"
     if ShardKind.of(shard) is ShardKind.PROBE:
         return SPLITS["probe"]
-    # D_prior is the sample that the shard was packed without, or that the prior learned from. It is
-    # compared by text: a copy in another shard is left out as well.
+    # D_prior is the sample that was excluded when packing the shard, or that the prior was trained
+    # on. Compared by text, because copies in other shards are excluded too.
     trained = records.current(Stage.CORPUS_TOKENS, shard), records.current(Stage.PRIOR_MODEL)
     plans = [records.input(made, Stage.SAMPLE_PLAN) for made in trained]
     here = {"columns": "1", "where": "sha256 = $text", "text": sha256}

@@ -1,4 +1,4 @@
-"""What `colorfilter explain` says: the facts of commands.explain.documents, as text."""
+"""Print what commands.explain.documents finds, as text."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,21 @@ from resources.home import Home
 from resources.lineage import Lineage
 from resources.score_store import ScoreStore
 
-ROWS = 20  # sequences of a document, or differing inputs, that are shown
+ROWS = 20  # sequences of a document, or differing inputs, to print at most
 
 
 def look_up(place: Home, what: str) -> Facts:
-    """What a home has on record of a document, a sequence or a dataset. Raises InputError."""
+    """Return the JSON object that explains a document, a sequence or a dataset.
+
+    Raises InputError if `what` names nothing in the home.
+    """
     artifacts = ArtifactStore(home=str(place.root))
     with ScoreStore(home=str(place.root)).read(overlays(all_refined(artifacts))) as connection:
         return explain(Records(artifacts, Lineage(artifacts), connection), what)
 
 
 def show(console: Console, found: Facts) -> None:
-    """Print the facts for a person to read, by the template explain.txt."""
+    """Print the facts in human-readable form, with the template explain.txt."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         line_statement_prefix="%",
@@ -38,7 +41,9 @@ def show(console: Console, found: Facts) -> None:
         "f": lambda value, sign="": "-" if value is None else f"{value:{sign}.4f}",
         "kind": ShardKind.of,
         "n": "{:,}".format,
-        "quoted": lambda t: "its text is gone" if t is None else json.dumps(t, ensure_ascii=False),
+        "quoted": lambda t: (
+            "text not available" if t is None else json.dumps(t, ensure_ascii=False)
+        ),
         "short": lambda fingerprint: fingerprint and fingerprint[:8],
         "table": _table,
     }
@@ -48,7 +53,7 @@ def show(console: Console, found: Facts) -> None:
 
 
 def _table(text: str) -> str:
-    """Lines of cells between bars, the first of them the head, in columns."""
+    """Align lines of cells separated by `|` in columns. The first line is the header."""
     rows = [line.split("|") for line in text.splitlines()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["─" * width for width in widths])

@@ -1,1 +1,1 @@
-"""`colorfilter forget`: removes documents for good."""
+"""`colorfilter forget`: remove documents permanently."""

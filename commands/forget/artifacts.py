@@ -1,8 +1,8 @@
-"""Forgetting documents: found, taken out of every artifact that holds them, with a tombstone left.
+"""Find documents, remove them from every artifact that contains them, and leave tombstones.
 
-All folders of artifacts are searched, whatever asset they belong to and however old they are. An
-artifact never changes: it is replaced by a version without the documents, or removed. Interrupted,
-the same call completes it: the tables of texts, by which the rest is known, come last.
+Every artifact folder is searched, current or old. Artifacts are immutable: each is replaced by a
+version without the documents, or deleted. If interrupted, the same call completes the work, because
+the tables of texts, which the rest is found by, are replaced last.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -31,11 +31,11 @@ from resources.pruning import folders
 
 Shows = Callable[[str], bool]
 
-TEXTS = {Stage.RAW_CORPUS, Stage.SAMPLE_PLAN, Stage.DOMAIN_TEXT}  # those that have texts themselves
+TEXTS = {Stage.RAW_CORPUS, Stage.SAMPLE_PLAN, Stage.DOMAIN_TEXT}  # stages that store text
 PAGES = {".html", ".md"}
 BINARY = {".npy", ".parquet", ".safetensors"}
-BLOCK = 1 << 24  # characters of a file that are searched at a time
-OVERLAP = 4_096  # of blocks, more than a shown piece of a text takes
+BLOCK = 1 << 24  # characters of a file to search at a time
+OVERLAP = 4_096  # characters that blocks overlap; longer than any displayed piece of a text
 TOUCHED = {"shard": pl.String, "position": pl.Int64, "sha256": pl.String}
 COLUMNS = """
     SELECT table_name, column_name FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (table_oid)
@@ -45,11 +45,11 @@ COLUMNS = """
 
 @dataclass(frozen=True)
 class Holding:
-    """A folder that holds documents, or may hold them: an unfinished attempt.
+    """An artifact folder that contains documents, or an unfinished one that may contain them.
 
-    `name` is that of the artifact, `path` relative to the home. Its next version has `files`
-    without the documents; it is removed where it has none, as datasets and reports. Of an attempt,
-    `files` are removed.
+    `name` is the artifact's name, `path` is relative to the home. `files` are the files to rewrite
+    without the documents in the next version. If empty, the artifact is deleted (datasets and
+    reports). In an unfinished folder `files` are deleted.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Survey:
-    """Where a document is.
+    """What contains a document, and which models were trained on it.
 
-    `touched` are the sequences that carry it: shard (null outside the corpus), position, sha256.
-    `learned` are the models that trained on it, by name and fingerprint.
+    `touched` has a row per sequence that contains a part of it: shard (null outside the corpus),
+    position, sha256. `learned` has the name and fingerprint of each model trained on it.
     """
 
     document: Forgotten
@@ -73,33 +73,36 @@ class Survey:
 
 
 def find(artifacts: ArtifactStore, what: str) -> Forgotten:
-    """The document of this doc_id, or its first digits, or at this FILE:LINE, with all its copies.
+    """Find a document and all its copies by doc_id, its first digits, or FILE:LINE.
 
-    Raises InputError where there is none, or several.
+    Raises InputError if no document matches, or several do.
     """
     if place := PLACE.fullmatch(what):
         named = _documents(artifacts, AT_LINE, file=place[1], line=int(place[2]))
     elif DOC_ID.fullmatch(what):
         named = _documents(artifacts, BY_ID, doc_id=what)
     else:
-        raise InputError(f"'{what}' names no document; give 6 digits of a doc_id, or FILE:LINE")
+        raise InputError(
+            f"'{what}' is not the name of a document; give at least 6 digits of a doc_id, or "
+            "FILE:LINE"
+        )
     texts = named["sha256"].unique()
     if len(texts) != 1:
         rows = named.select("doc_id", "place").head(3).rows()
         places = "; ".join(f"{doc_id} at {place}" for doc_id, place in rows)
-        many = f"several documents ({places}...); give more of it"
-        raise InputError(f"{what}: {many if places else 'no document of this home'}")
+        many = f"several documents match ({places}...); give more of the name"
+        raise InputError(f"{what}: {many if places else 'no document in this home matches'}")
     copies = _documents(artifacts, "sha256 = $sha256", sha256=texts[0])
     text = next(filter(None, copies["text"]), None)
     return Forgotten(str(texts[0]), set(copies["doc_id"]), set(copies["place"]), text)
 
 
 def _documents(artifacts: ArtifactStore, where: str, **wanted: Any) -> pl.DataFrame:
-    """Rows of every table of documents: doc_id, place (`file:line`), sha256, text."""
+    """Return matching rows of all document tables: doc_id, place (`file:line`), sha256, text."""
     whole = [f for f in folders(artifacts.at.artifacts) if (f / MANIFEST).exists()]
     tables = [str(table) for folder in whole for table in folder.rglob(DOCUMENTS)]
     if not tables:
-        raise InputError(f"home {artifacts.at.root}: no text has been read yet")
+        raise InputError(f"home {artifacts.at.root}: no text read yet; use `colorfilter run` first")
     query = f"""
         SELECT doc_id, source_file || ':' || source_line AS place, sha256, text
         FROM read_parquet($tables, union_by_name = true) WHERE {where} ORDER BY place, doc_id
@@ -109,7 +112,7 @@ def _documents(artifacts: ArtifactStore, where: str, **wanted: Any) -> pl.DataFr
 
 
 def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
-    """Everything that holds a document or learned from it."""
+    """Find everything that contains a document, and all models trained on it."""
     tables = [pl.DataFrame(schema=TOUCHED)]
     for folder in folders(artifacts.at.artifacts):
         of_corpus = folder.parents[1].name == Stage.CORPUS_TOKENS
@@ -118,8 +121,8 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
             rows = touched_sequences(spans.parent, document)
             tables.append(rows.select(shard, "position", "sha256"))
     here = pl.concat(tables)
-    # Before another document was taken out of them, some had another sha256, by which datasets may
-    # hold them; and where this one was begun to be taken out, all had.
+    # Datasets may hold sequences under the sha256 they had before another document was removed from
+    # them, or before an interrupted removal of this one.
     before = {m.facts["sha256"]: pl.read_parquet(m.path / SEQUENCES) for m in tombstones(artifacts)}
     earlier = [t.join(here, on=["shard", "position"], how="semi") for t in before.values()]
     mine = before.get(document.sha256, here)
@@ -131,9 +134,9 @@ def survey(artifacts: ArtifactStore, document: Forgotten) -> Survey:
 def _holdings(
     artifacts: ArtifactStore, documents: Sequence[Forgotten], touched: Set[str]
 ) -> Iterator[Holding]:
-    """Folders that hold documents; `touched` are the sha256 of the sequences that carry them.
+    """Yield folders that contain documents, those that store text last.
 
-    Those that have texts themselves come last.
+    `touched` are the sha256 of the sequences that contain parts of the documents.
     """
     entries, root = artifacts.ledger.by_path(), artifacts.at.artifacts
     for folder in sorted(folders(root), key=lambda f: (not TEXTS.isdisjoint(f.parts), f)):
@@ -142,7 +145,7 @@ def _holdings(
         name = name_of(entries[path]) if path in entries else asset
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         if not (folder / MANIFEST).exists():
-            # What was scored is not scored again.
+            # Losses contain no text, so they are kept.
             begun = [str(f.relative_to(folder)) for f in files if not f.match("losses-*.parquet")]
             if begun:
                 yield Holding(name, path, begun, unfinished=True)
@@ -157,20 +160,20 @@ def _holdings(
 
 
 def any_of(documents: Sequence[Forgotten]) -> Shows:
-    """A test of whether a string shows one of several documents."""
+    """Return a predicate: whether a string shows one of several documents."""
     return lambda string: any(document.is_shown_in(string) for document in documents)
 
 
 def showing(files: Iterable[Path], shows: Shows) -> Iterator[Path]:
-    """Those of several files that show a text, but for tables and tokens (see `holding_files`)."""
+    """Yield the files that show a text. Skips tables and tokens; see `holding_files` for those."""
     for file in sorted(files):
         if file.is_file() and file.suffix not in BINARY and any(map(shows, _strings(file))):
             yield file
 
 
 def _strings(file: Path) -> Iterator[str]:
-    """The content of a file in overlapping blocks; of a DuckDB database each column of strings."""
-    if file.suffix != ".duckdb" or not file.stat().st_size:  # its lock has the same name
+    """Yield a file's content in overlapping blocks, or each string column of a DuckDB database."""
+    if file.suffix != ".duckdb" or not file.stat().st_size:  # empty: a lock file of that name
         with file.open(encoding="utf-8", errors="ignore") as stream:
             last = ""
             while block := stream.read(BLOCK):
@@ -186,7 +189,7 @@ def _strings(file: Path) -> Iterator[str]:
 def _learned(
     artifacts: ArtifactStore, holdings: Iterable[Holding], touched: pl.DataFrame
 ) -> list[tuple[str, str]]:
-    """Tokenizers and models that were trained on a document, or begun from one that was."""
+    """Return tokenizers and models trained on a document, or initialized from one that was."""
     lineage = Lineage(artifacts)
     held = {holding.path: holding.files for holding in holdings}
     taught: set[tuple[str, str]] = set()
@@ -199,7 +202,7 @@ def _learned(
         if (files and stage is Stage.SAMPLE_PLAN) or (in_down and stage is Stage.DOMAIN_TOKENS):
             taught.add(identity)
         trained = stage is Stage.TOKENIZER or {"checkpoint", "checkpoints"} & entry["facts"].keys()
-        # A target model is only evaluated on a domain's tokens.
+        # Target models are evaluated on a domain's tokens, not trained on them.
         only_seen = Stage.DOMAIN_TOKENS if stage is Stage.TARGET_MODEL else None
         by = {i for i in entry["inputs"].items() if ArtifactName.parse(i[0]).stage != only_seen}
         if trained and (taught & by or _reached(artifacts, lineage, entry, touched)):
@@ -211,7 +214,7 @@ def _learned(
 def _reached(
     artifacts: ArtifactStore, lineage: Lineage, model: Entry, touched: pl.DataFrame
 ) -> bool:
-    """Whether a target model's training came to one of the sequences."""
+    """Return whether a target model's training reached one of the sequences."""
     for name, fingerprint in model["inputs"].items():
         of_dataset = ArtifactName.parse(name).stage is Stage.FILTERED_DATASET
         for dataset in lineage.find(name, fingerprint) if of_dataset else ():
@@ -225,9 +228,9 @@ def _reached(
 
 
 def take_out(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
-    """Take documents out of every artifact that holds them, and leave a tombstone of each.
+    """Remove documents from every artifact that contains them, leaving a tombstone for each.
 
-    The tombstones come first: from then on the texts are not read again.
+    Tombstones are written first, so that the texts are not read again from then on.
     """
     for found in surveys:
         sha256 = found.document.sha256
@@ -237,7 +240,7 @@ def take_out(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
     touched = {sha256 for found in surveys for sha256 in found.touched["sha256"]}
     holdings = list(_holdings(artifacts, documents, touched))
     root, entries = artifacts.at.root, artifacts.ledger.by_path()
-    for attempt in (holding for holding in holdings if holding.unfinished):  # begun anew
+    for attempt in (holding for holding in holdings if holding.unfinished):  # starts over
         for file in attempt.files:
             (root / attempt.path / file).unlink()
     whole = [holding for holding in holdings if not holding.unfinished]
@@ -247,7 +250,7 @@ def take_out(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
             artifacts.replace(entries[holding.path], write)
     without_version = {holding.path for holding in whole if not holding.files}
     for path, entry in artifacts.ledger.by_path().items():
-        # What was pruned cannot be searched, and backups may have it.
+        # A pruned artifact cannot be searched, and backups may still have it.
         gone = path in without_version or not (root / path).exists()
         if gone and not is_removed(entry) and artifacts.ledger.last_version(path) == path:
             artifacts.remove(entry)
@@ -268,20 +271,21 @@ def _write_tombstone(found: Survey, folder: Path) -> dict[str, Any]:
 
 
 def remaining(artifacts: ArtifactStore) -> Iterator[Finding]:
-    """What still holds a forgotten document and, as warnings, what learned from one."""
+    """Find what still contains a forgotten document and, as warnings, models trained on one."""
     known = artifacts.ledger.by_path()
     current = {(name_of(e), e["fingerprint"]) for e in artifacts.entries().values()}
     for made in tombstones(artifacts):
         facts = made.facts
-        # Not by its places: what stands there by now may be another text.
+        # Not searched by file and line: another text may be there now.
         document = Forgotten(facts["sha256"], set(facts["doc_ids"]), set())
         what = f"{facts['places'][0]}, which was forgotten"
         touched = set(pl.read_parquet(made.path / SEQUENCES)["sha256"])
         for holding in _holdings(artifacts, [document], touched):
             made_of_it = holding.path in known and not holding.unfinished
             for file in (holding.files or [""]) if made_of_it else ():
-                yield Finding(holding.name, f"{holding.path}/{file}", f"nothing of {what}", "it")
+                path = f"{holding.path}/{file}"
+                yield Finding(holding.name, path, f"nothing of {what}", "text or tokens of it")
         for name, fingerprint in facts["learned"]:
             if (name, fingerprint) in current:
-                wanted = f"a model that never saw {what}"
-                yield Finding(name, fingerprint[:16], wanted, "one that did", warning=True)
+                wanted = f"a model not trained on {what}"
+                yield Finding(name, fingerprint[:16], wanted, "one that was", warning=True)

@@ -18,19 +18,22 @@ from pipelines import settings
 
 def forget(
     documents: Annotated[
-        list[str], typer.Argument(help="DOC_ID (6 digits or more) or FILE:LINE, one or several.")
+        list[str],
+        typer.Argument(
+            help="One or more documents: a doc_id (at least its first 6 digits), or FILE:LINE."
+        ),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Forget without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Take documents out of the home for good, with all their copies, and never read them again.
+    """Remove documents and all their copies from the home permanently. They are not read again.
 
-    Says first what holds them and which models learned from them, and asks. Artifacts that hold
-    them are replaced by versions without: texts are empty and tokens are end-of-text tokens.
-    Datasets and reports that hold them are removed, and unfinished work but for losses. In the end
-    the job `refresh` publishes the scores and selects anew. Models stay as they are, and `audit`
-    names those that learned from them.
+    Lists the artifacts that contain them and the models trained on them, and asks for
+    confirmation. Then every artifact that contains them is replaced by a version in which their
+    text is empty and their tokens are end-of-text tokens. Datasets, reports and unfinished work
+    that contain them are deleted; losses are kept. Finally the job `refresh` publishes the scores
+    and selects again. Models are not changed; `audit` lists those trained on the documents.
     """
     from commands.display import show_progress
     from commands.forget.forget import forget as take_out
@@ -41,19 +44,19 @@ def forget(
     plan, place = open_home(recipe, home)
     surveys = look_up(place, documents)
     print_surveys(console, surveys)
-    if not yes and not typer.confirm(f"Forget {len(surveys)} documents? It cannot be undone."):
+    if not yes and not typer.confirm(f"Forget {len(surveys)} documents? This cannot be undone."):
         raise typer.Exit(1)
     runs = take_out(place, surveys, gpu_of(plan, str(place.root)))
     if runs:
-        console.print(f"removed from Dagster's history, where text of them was shown: {runs} runs")
+        console.print(f"removed {runs} runs that showed their text from Dagster's history")
     artifacts = artifacts_of(place)
     if ("score_tables", None) in artifacts.entries():
         with show_progress(console) as listener:
             failure = execute(plan, place, listener, settings.Job.REFRESH)
         if failure:
-            raise InputError(f"the text is gone, but nothing was selected anew: {failure.message}")
+            raise InputError(f"the text is removed, but selecting again failed: {failure.message}")
     for found in surveys:
         for at in sorted(found.document.places):
-            console.print(f"still in its source, take it out there: {at}", soft_wrap=True)
-    console.print("backups still have it until `colorfilter backup` brings them up to date")
+            console.print(f"still in its source file, remove it there: {at}", soft_wrap=True)
+    console.print("still in backups, until the next `colorfilter backup` to each of them")
     console.print(f"ledger    {artifacts.ledger.head()}", highlight=False)

@@ -1,4 +1,4 @@
-"""Forgetting documents from end to end: artifacts, score tables, and what Dagster has on record."""
+"""Forget documents: remove them from artifacts, score tables and Dagster's history."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from resources.home import Home
 
 
 def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
-    """Where the documents of these names are, and what learned from them.
+    """Find documents by name: what contains each, and which models were trained on it.
 
-    Raises InputError for what names none or several, and what is an item of a task.
+    Raises InputError for a name that matches no document or several, or an item of a task.
     """
     artifacts = ArtifactStore(home=str(home.root))
     documents = {found.sha256: found for found in (find(artifacts, w) for w in whats)}
@@ -25,23 +25,23 @@ def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
     for found in surveys:
         if any((home.root / holding.path / "tasks").exists() for holding in found.holdings):
             raise InputError(
-                f"{min(found.document.places)}: is an item of a task; take it out of the "
-                "task's files and run, which reads them anew"
+                f"{min(found.document.places)}: is an item of a task; remove it from the "
+                "task's files, then `colorfilter run`, which reads them again"
             )
     return surveys
 
 
 def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
-    """Take the documents out of all that holds them, and of the copies that `gpu` works from.
+    """Remove documents from everything that contains them, including `gpu`'s remote copies.
 
-    Returns how many runs of Dagster went too. The score tables are removed: they are published
-    again without the documents. Raises InputError while a run is at work, and where a text is still
-    shown in the end; UnreachableError as Gpu.discard_copies does.
+    Returns the number of Dagster runs removed. The score tables are deleted; the job `refresh`
+    publishes them again without the documents. Raises InputError while a run is in progress, or if
+    a file still shows the text at the end. Raises UnreachableError like Gpu.discard_copies.
     """
     documents = [found.document for found in surveys]
     shows = any_of(documents)
     names = sorted(min(document.doc_ids) for document in documents)
-    gpu.reach()  # before it is begun, for nothing runs until it has come to its end
+    gpu.reach()  # check first: once begun, nothing else runs until this has completed
     with home.exclusively(f"colorfilter forget {' '.join(names)}"):
         gpu.discard_copies(home.artifacts)
         runs = remove_from_history(home.dagster, shows)
@@ -51,14 +51,14 @@ def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
         left = [str(file) for file in showing(home.root.rglob("*"), shows)]
         if left:
             raise InputError(
-                f"{min(documents[0].places)}: {len(left)} files still show text of it, the first "
-                f"{left[0]}; remove it and run the same command again"
+                f"{min(documents[0].places)}: {len(left)} files still show its text (first: "
+                f"{left[0]}); delete them and run the same command again"
             )
     return runs
 
 
 def print_surveys(console: Console, surveys: Sequence[Survey]) -> None:
-    """Print what will be taken out where, and what learned from it."""
+    """Print where each document is, what will be replaced or deleted, and what trained on it."""
     for found in surveys:
         first, *others = sorted(found.document.places)
         text = found.document.text
@@ -66,7 +66,7 @@ def print_surveys(console: Console, surveys: Sequence[Survey]) -> None:
         lines += [f"  and at {place}" for place in others]
         for holding in found.holdings:
             files = "" if holding.unfinished else ", ".join(holding.files)
-            what = f"replaced by a version without it in {files}" if files else "removed"
-            lines.append(f"held by {holding.name}: {what}")
-        lines += [f"learned from it: {name} {made[:16]}" for name, made in found.learned]
+            what = f"{files} will be rewritten without it" if files else "will be deleted"
+            lines.append(f"contained in {holding.name}: {what}")
+        lines += [f"trained on it: {name} {made[:16]}" for name, made in found.learned]
         console.print("\n".join(lines), markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Removing text from what Dagster keeps in a home: events, checks, ticks and logs of runs."""
+"""Remove text from Dagster's records in a home: events, checks, ticks and run logs."""
 
 import contextlib
 import re
@@ -15,15 +15,15 @@ from dagster._core.instance.utils import RUNLESS_RUN_ID
 
 from commands.forget.artifacts import Shows, showing
 
-BUSY = 30  # seconds to wait for a database that others read
+BUSY = 30  # seconds to wait for a database that other processes are reading
 STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(:?)')  # in JSON; a colon follows a key
 
 
 def remove_from_history(folder: Path, shows: Shows) -> int:
-    """Remove every run, event, check, tick and log that shows a text; return how many runs went.
+    """Remove every run, event, check, tick and log that shows a text. Return the number of runs.
 
-    `folder` is Dagster's in a home. Its databases may be files there or, as dagster.yaml says, on a
-    server.
+    `folder` is the DAGSTER_HOME of a home. The databases are files in it or, if its dagster.yaml
+    says so, on a server.
     """
     storage = folder / "storage"
     logs = list(showing((f for f in folder.rglob("*") if ".db" not in f.name), shows))
@@ -37,13 +37,13 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
         for run_id in runs:
             instance.compute_log_manager.delete_logs(prefix=[run_id])
             shutil.rmtree(storage / run_id, ignore_errors=True)
-        # Kept apart from runs: the last event of an asset, results of checks, ticks.
+        # Not deleted with runs: the last event of an asset, check results and ticks.
         for connection in _databases(instance):
             for table, row in found.get(connection.engine.url, ()):
                 connection.execute(table.delete().where(*(c == row[c.name] for c in _keys(table))))
     for file in logs:
         file.unlink(missing_ok=True)
-    for database in folder.rglob("*.db"):  # SQLite leaves what is deleted in free pages
+    for database in folder.rglob("*.db"):  # SQLite leaves deleted data in free pages
         with contextlib.closing(sqlite3.connect(database, timeout=BUSY)) as sqlite:
             sqlite.execute("VACUUM")
             sqlite.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -51,7 +51,7 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
 
 
 def _databases(instance: dg.DagsterInstance) -> Iterator[db.Connection]:
-    """Connections to Dagster's databases, one at a time. SQLite has one more for every run."""
+    """Yield connections to Dagster's databases, one at a time. SQLite has one per run and more."""
     events: Any = instance.event_log_storage
     others: tuple[Any, ...] = (instance.run_storage, instance.schedule_storage)
     runs = [RUNLESS_RUN_ID, *events.get_all_run_ids()] if events.is_run_sharded else []
@@ -59,18 +59,18 @@ def _databases(instance: dg.DagsterInstance) -> Iterator[db.Connection]:
     seen: set[db.URL] = set()
     for connect in (*of_runs, events.index_connection, *(storage.connect for storage in others)):
         with connect() as connection:
-            if connection.engine.url not in seen:  # on a server they are one
+            if connection.engine.url not in seen:  # on a server all are one database
                 seen.add(connection.engine.url)
                 yield connection
 
 
 def _keys(table: db.Table) -> list[db.Column[Any]]:
-    """The columns that tell a row from others."""
+    """Return the columns that identify a row."""
     return list(table.primary_key) or list(table.columns)
 
 
 def _rows(connection: db.Connection, shows: Shows) -> Iterator[tuple[db.Table, db.RowMapping]]:
-    """Rows of a database that show a text, each with its table."""
+    """Yield the rows of a database that show a text, each with its table."""
     schema = db.MetaData()
     schema.reflect(connection)
     for table in schema.sorted_tables:

@@ -1,1 +1,1 @@
-"""`colorfilter openlineage`: the ledger as OpenLineage events."""
+"""`colorfilter openlineage`: export the ledger as OpenLineage events."""

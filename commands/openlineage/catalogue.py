@@ -1,4 +1,4 @@
-"""OpenLineage events, sent to a catalogue or written to a file."""
+"""Send OpenLineage events to a catalogue, or write them to a file."""
 
 import os
 import tempfile
@@ -15,30 +15,30 @@ from colorfilter.storage.files import write_atomically
 
 
 def send(events: Sequence[RunEvent]) -> None:
-    """Send events to where OpenLineage's own configuration says.
+    """Send events to the destination in OpenLineage's own configuration.
 
-    Raises InputError where that is missing or invalid, and for an event that is not accepted.
+    Raises InputError if the configuration is missing or invalid, or an event is not accepted.
     """
     try:
-        # Read before a client is made, which without a transport prints the events.
+        # Checked first, because a client without a transport prints the events.
         config = OpenLineageClient(transport=NoopTransport(NoopConfig())).config
         if not (config.transport or {}).get("type") and not os.environ.get("OPENLINEAGE_URL"):
             raise InputError(
-                "openlineage: nothing says where to send the events; set OPENLINEAGE_URL or "
-                "OPENLINEAGE__TRANSPORT__*, write an openlineage.yml, or name a file with --file"
+                "openlineage: no destination is configured; set OPENLINEAGE_URL or "
+                "OPENLINEAGE__TRANSPORT__*, write an openlineage.yml, or pass --file"
             )
         client = OpenLineageClient()
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"openlineage: its configuration cannot be used ({one_line(error)}); correct it"
+            f"openlineage: the configuration is invalid ({one_line(error)}); fix it"
         ) from error
     _emit(client, events)
 
 
 def write(events: Sequence[RunEvent], path: Path) -> None:
-    """Write events to a file, one a line. An existing file is replaced as a whole.
+    """Write events to a file, one per line. An existing file is replaced atomically.
 
-    Raises InputError for a file that cannot be written.
+    Raises InputError if the file cannot be written.
     """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -48,14 +48,14 @@ def write(events: Sequence[RunEvent], path: Path) -> None:
             _emit(OpenLineageClient(transport=transport), events)
             write_atomically(file, path)
     except OSError as error:
-        raise InputError(f"--file {path}: {one_line(error)}; name another") from error
+        raise InputError(f"--file {path}: {one_line(error)}; give another path") from error
 
 
 def _emit(client: OpenLineageClient, events: Sequence[RunEvent]) -> None:
     if client.transport.kind == NoopTransport.kind:
         raise InputError(
-            "openlineage: is switched off; unset OPENLINEAGE_DISABLED, or configure a transport "
-            "other than noop"
+            "openlineage: sending is disabled; unset OPENLINEAGE_DISABLED, or configure a "
+            "transport other than noop"
         )
     for number, event in enumerate(events, 1):
         try:
@@ -63,7 +63,7 @@ def _emit(client: OpenLineageClient, events: Sequence[RunEvent]) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"openlineage: event {number} of {len(events)} was not accepted "
-                f"({one_line(error)}); fix that and send again: the events will be the same"
+                f"({one_line(error)}); fix the cause and run again, events keep their ids"
             ) from error
     if not client.close():
-        raise InputError("openlineage: not every event was accepted in time; send again")
+        raise InputError("openlineage: not every event was accepted in time; run again")

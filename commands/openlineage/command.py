@@ -18,19 +18,22 @@ from pipelines import settings
 def openlineage(
     home: HomeOption = Path(settings.DEFAULT_HOME),
     file: Annotated[
-        Path | None, typer.Option(help="Write the events here instead, one a line.")
+        Path | None,
+        typer.Option(help="Write the events to this file instead, one JSON object per line."),
     ] = None,
 ) -> None:
-    """Send the lineage of the home, from the ledger, as OpenLineage events.
+    """Send the lineage recorded in the ledger to a catalogue, as OpenLineage events.
 
-    Where to is up to OpenLineage's own configuration: OPENLINEAGE_URL, OPENLINEAGE__TRANSPORT__*
-    or openlineage.yml. What is sent again is the same events.
+    OpenLineage's own configuration sets the destination: OPENLINEAGE_URL,
+    OPENLINEAGE__TRANSPORT__* or openlineage.yml. Sending again repeats the same events with the
+    same ids.
     """
     from resources.home import Home
 
     if find_spec("openlineage") is None:
         raise InputError(
-            "openlineage wants the package openlineage-python; pip install '.[openlineage]'"
+            "openlineage: the package openlineage-python is not installed; "
+            "pip install '.[openlineage]'"
         )
     from commands.openlineage.catalogue import send, write
     from commands.openlineage.events import events
@@ -43,6 +46,6 @@ def openlineage(
     console.print(f"{len(found)} events {'written' if file else 'sent'}", highlight=False)
     if without_run:
         console.print(
-            f"{without_run} artifacts left out: no run is on record for them",
+            f"{without_run} artifacts omitted: the ledger records no run for them",
             highlight=False,
         )

@@ -1,10 +1,10 @@
-"""The ledger as OpenLineage events, for catalogues that draw lineage (https://openlineage.io).
+"""Convert the ledger to OpenLineage events, for lineage catalogues (https://openlineage.io).
 
-A job is an asset. Its run is what one run of Dagster made of it. A dataset is an artifact, and its
-version the fingerprint. Ids and times come from the ledger alone, so events that are made again are
-the same. START has the time of the run's first artifact and COMPLETE that of its last, because the
-ledger does not record when work began. Artifacts that were taken up again are left out, since the
-run that made them reports them.
+A job is an asset. A run of the job is one Dagster run that produced artifacts of the asset. A
+dataset is an artifact, and its version is the fingerprint. Ids and times come from the ledger
+alone, so converting again gives identical events. START has the time of the run's first artifact
+and COMPLETE that of its last, because the ledger does not record when work began. Reused artifacts
+are omitted, because the run that built them reports them.
 """
 
 import uuid
@@ -30,13 +30,13 @@ set_producer(f"pkg:generic/colorfilter@{metadata.version('colorfilter')}")
 
 
 def events(artifacts: ArtifactStore) -> tuple[list[RunEvent], int]:
-    """Return the events in ledger order, and how many artifacts have no run on record.
+    """Return the events in ledger order, and how many artifacts have no run in the ledger.
 
     Raises InputError for a folder that is not a home.
     """
     recipe = artifacts.at.owner()
     if recipe is None:
-        raise InputError(f"home {artifacts.at.root}: there is none; name another with --home")
+        raise InputError(f"home {artifacts.at.root}: does not exist; give another with --home")
     made: dict[tuple[str | None, str], list[Entry]] = {}
     for entry in artifacts.ledger:
         if not entry["reused"]:
@@ -47,7 +47,7 @@ def events(artifacts: ArtifactStore) -> tuple[list[RunEvent], int]:
 
 
 class _Home:
-    """The artifacts of a home in the terms of OpenLineage."""
+    """Converts the ledger entries of a home to OpenLineage objects."""
 
     def __init__(self, artifacts: ArtifactStore, recipe: str) -> None:
         self._root = artifacts.at.root
@@ -57,11 +57,11 @@ class _Home:
         self._columns = cache(_columns)
 
     def events(self, entries: Sequence[Entry]) -> list[RunEvent]:
-        """Return START and COMPLETE of one asset in one run of Dagster."""
+        """Return the START and COMPLETE events of one asset in one Dagster run."""
         first, last = entries[0], entries[-1]
         versions, parent = first["environment"], facets.parent_run
         engine = facets.processing_engine_run.ProcessingEngineRunFacet
-        # A tag, because the facet for source code requires the address of a repository.
+        # The commit is a tag, because the source code facet requires a repository URL.
         git = facets.tags_run.TagsRunFacetFields("git", versions.get("git"), "colorfilter")
         of_run: dict[str, facets.RunFacet] = {
             "parent": parent.ParentRunFacet(
@@ -79,10 +79,10 @@ class _Home:
         ]
 
     def _inputs(self, entries: Sequence[Entry]) -> list[InputDataset]:
-        """Return what artifacts were made from, each once, and the files that were read for them.
+        """Return the artifacts and raw files that artifacts were built from, each artifact once.
 
-        A part of an artifact is reported as the whole, which is the output of a run. An input that
-        the ledger does not have is reported by its name and fingerprint.
+        An input that is part of an artifact is reported as the complete artifact, because that is
+        the output of a run. An input missing from the ledger is reported by name and fingerprint.
         """
         artifacts: dict[tuple[str, str], Entry] = {}
         files: list[InputDataset] = []
@@ -117,7 +117,7 @@ class _Home:
         )
 
     def _described(self, entry: Entry) -> dict[str, facets.DatasetFacet]:
-        """Return the version and the columns of a dataset."""
+        """Return the facets for the version and columns of a dataset."""
         version = facets.dataset_version_dataset.DatasetVersionDatasetFacet(entry["fingerprint"])
         columns = self._columns(self._root / entry["path"]) if "path" in entry else []
         schema = {"schema": facets.schema_dataset.SchemaDatasetFacet(columns)} if columns else {}
@@ -125,16 +125,16 @@ class _Home:
 
 
 def address(uri: str) -> tuple[str, str]:
-    """Return the namespace and name that OpenLineage gives a file on a disk or in a bucket."""
+    """Return OpenLineage's namespace and name of a file on disk or in a bucket."""
     scheme, remote, path = uri.partition("://")
     bucket, _, name = path.partition("/")
     return (f"{scheme}://{bucket}", name) if remote else ("file", uri)
 
 
 def _columns(folder: Path) -> list[Field]:
-    """Return the columns of an artifact's Parquet files; of several tables, within each.
+    """Return the columns of an artifact's Parquet table, or one struct per table if it has several.
 
-    Files side by side with the same columns are one table. Empty where the folder is gone.
+    Files in the same folder with the same columns are one table. Empty if the folder is gone.
     """
     files = sorted(folder.rglob("*.parquet"), key=lambda p: (p.parent, p.name))
     by_table = groupby(files if stands(folder) else [], lambda p: (p.parent, pq.read_schema(p)))

@@ -189,7 +189,7 @@ def test_ctrl_c_stops_a_run_and_says_so_in_a_line(finished: Project, tmp_path: P
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "stopped; run again to go on from there"
+    assert said.splitlines()[-1] == "stopped; run the same command again to resume"
     assert "Traceback" not in said
     assert "dagster" not in said.lower()
 
@@ -296,8 +296,8 @@ def test_what_cannot_be_backed_up_or_restored_is_told_in_a_line(
     home = str(finished.home.root)
     (tmp_path / "file").write_text("in the way")
     for arguments, why in (
-        (("backup", f"{home}/backup", "--home", home), "lies in the home"),
-        (("backup", str(tmp_path), "--home", home), "holds something else than a backup"),
+        (("backup", f"{home}/backup", "--home", home), "is inside the home"),
+        (("backup", str(tmp_path), "--home", home), "is not empty and not a backup"),
         (("backup", str(tmp_path / "file"), "--home", home), "File exists"),
         (("restore", str(tmp_path), "--home", str(tmp_path / "new")), "is not a backup"),
     ):
@@ -351,7 +351,7 @@ def test_explain_tells_a_person_or_a_program_and_writes_nothing(
     doc_id = facts["sequence"]["spans"][0]["doc_id"]
     for what, words in (
         (doc_id, f"document {doc_id}, shard {best['shard']}: corpus"),
-        ("reference/color_tau4", "It is the first"),
+        ("reference/color_tau4", "This is the first dataset of its arm"),
     ):
         told = call("explain", what, *where)
         assert told.returncode == 0, told.stderr

@@ -96,7 +96,7 @@ def test_what_is_not_in_the_ledger_stands_apart(finished: Project, tmp_path: Pat
     assert cells(text, "no longer current") == ["-", "15 k", "-", "8 s"]
     assert cells(text, "reference/random/selection") == ["-", "70", "-", "3 s"]
     assert cells(text, "total", table=1)[-1] == "11 s"
-    assert "Time is not known" in text
+    assert "Times are not known" in text
 
 
 def test_rates_are_those_of_the_device_used_last(finished: Project, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_dry_run_opens_no_source_and_writes_nothing(
     assert code == 0, error
     assert not error
     assert "not-there/*.jsonl (corpus)" in out
-    assert "home: would be made" in out
+    assert "home: would be created" in out
     assert re.search(r"arms +color_tau4, .*random", out)
     assert cells(out, "reference/random/target_model x2")
     assert "nothing was written" in out

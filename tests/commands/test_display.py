@@ -29,7 +29,9 @@ def test_a_step_that_waits_for_another_run_says_so_once() -> None:
         for event in (other, waits, waits):
             listener(event)
     (line,) = [line for line in written.getvalue().splitlines() if line.strip()]
-    assert line == "waits  books/conditional_model: another run is using its device or the scores"
+    assert line == (
+        "waits  books/conditional_model: another run is using its device or the score tables"
+    )
 
 
 def test_how_far_a_step_is_is_drawn() -> None:

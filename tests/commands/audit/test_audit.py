@@ -221,13 +221,13 @@ def test_a_materialization_is_forged_through_the_web_server(project: Project) ->
     found(
         project,
         rf"^{asset}: materialization of \S+ in Dagster's history: "
-        "expected a run that made it, found none: it was reported from outside$",
+        "expected the run that produced it, found none: it was reported from outside$",
     )
 
 
 @pytest.mark.parametrize("head", ["", "0", "abcdefg", "main"])
 def test_what_is_no_head_is_refused(finished: Project, head: str) -> None:
-    with pytest.raises(InputError, match="is no head of a ledger"):
+    with pytest.raises(InputError, match="is not a sha256; give at least 8 hex digits of it"):
         audited(finished, head=head)
 
 
@@ -253,8 +253,8 @@ def test_the_command_says_what_does_not_hold(
     page = tmp_path / "audit.html"
     done = call("audit", *where, "--html", str(page))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all holds" in done.stdout
-    assert "All of it holds." in page.read_text()
+    assert "no problems found" in done.stdout
+    assert "No problems found." in page.read_text()
     flip(folder(project, "tokenizer") / "tokenizer.json")
     done = call("audit", *where, "--json", "reference/color_tau4/target_model[seed_1]")
     assert done.returncode == 1
@@ -266,5 +266,5 @@ def test_the_command_says_what_does_not_hold(
     done = call("audit", *where, "nothing")
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "error: nothing: is no artifact of this home; give the folder of one"
+        "error: nothing: not an artifact of this home; give a folder, or one of"
     )

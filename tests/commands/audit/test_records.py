@@ -172,7 +172,7 @@ def test_losses_are_forged_wherever_they_are_on_record(project: Project) -> None
     there = lines(project, sample=2)
     again = [line for line in there if line.startswith(f"prior_scores[{shard}]: position")]
     assert len(again) == 2
-    assert re.search(r": expected a loss of [\d.]+, to 2e-05, found [\d.]+$", again[0])
+    assert re.search(r": expected a loss of [\d.]+ within 2e-05, found [\d.]+$", again[0])
 
 
 # The ledger ------------------------------------------------------------------------------------

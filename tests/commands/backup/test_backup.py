@@ -242,7 +242,7 @@ def test_a_first_backup_that_was_killed_is_none_until_it_is_made_again(
     make(store, "scores", "s")
     with pytest.raises(KilledError):
         back_up(store.at, folder, killed_when(copy.exists))
-    with pytest.raises(InputError, match="was never finished; back up again"):
+    with pytest.raises(InputError, match="was never finished; run `colorfilter backup` again"):
         restored(folder)
     assert saved(store, folder) == (1, 1)
     assert text_of(restored(folder), "scores") == "s"
@@ -367,18 +367,18 @@ def test_a_folder_that_is_no_backup_of_this_home_is_refused(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="else than a backup; name another folder"):
+    with pytest.raises(InputError, match="is not empty and not a backup; give another folder"):
         saved(store, tmp_path / "full")
     assert files_of(tmp_path / "full") == {"notes.txt"}
     for place in (store.at.root / "backup", store.at.root, tmp_path):
-        with pytest.raises(InputError, match=r"lies in the home .*, or holds it; name another"):
+        with pytest.raises(InputError, match=r"is inside the home .* or contains it; give another"):
             saved(store, place)
     assert not (store.at.root / "backup").exists()
     saved(store, folder)
     other = Home(tmp_path / "other").claim("others")
-    with pytest.raises(InputError, match="is of the recipe 'tests', not of 'others'; name another"):
+    with pytest.raises(InputError, match="belongs to recipe 'tests', not 'others'; give another"):
         back_up(other, folder, unheard)
-    with pytest.raises(InputError, match="there is none; name another with --home"):
+    with pytest.raises(InputError, match="does not exist; give another with --home"):
         back_up(Home(tmp_path / "nothing"), tmp_path / "new", unheard)
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "nothing").exists()
@@ -390,13 +390,13 @@ def test_a_home_is_restored_only_where_there_is_nothing(
     make(store, "a", "one")
     saved(store, folder)
     for place in (tmp_path / "nothing", store.at.root):
-        with pytest.raises(InputError, match="is not a backup; name the folder of one"):
+        with pytest.raises(InputError, match="is not a backup; give the folder of one"):
             restore(place, Home(tmp_path / "restored"), unheard)
     before = files_of(store.at.root)
-    with pytest.raises(InputError, match="is not empty; name a new one with --home"):
+    with pytest.raises(InputError, match="is not empty; give a new folder with --home"):
         restore(folder, store.at, unheard)
     assert files_of(store.at.root) == before
-    with pytest.raises(InputError, match=r"lies in the home .*, or holds it; name another"):
+    with pytest.raises(InputError, match=r"is inside the home .* or contains it; give another"):
         restore(folder, Home(folder / "home"), unheard)
     (tmp_path / "empty").mkdir()
     assert restore(folder, Home(tmp_path / "empty"), unheard).copied == 1
@@ -412,7 +412,7 @@ def test_a_home_in_which_nothing_was_made_is_backed_up(store: ArtifactStore, fol
 
 def test_a_database_that_cannot_be_read_is_named(store: ArtifactStore, folder: Path) -> None:
     (store.at.dagster / "runs.db").write_text("no database, and long enough to be seen as none" * 9)
-    with pytest.raises(InputError, match=r"runs.db: .*not a database; the same command goes on"):
+    with pytest.raises(InputError, match=r"runs.db: .*not a database; run the same command again"):
         saved(store, folder)
 
 

@@ -253,7 +253,7 @@ def test_a_line_of_a_domain_names_its_documents(finished: Project) -> None:
     text = current(finished, "reference/domain_text") / "held_out" / "documents.parquet"
     rows = pl.read_parquet(text)
     place = f"{rows['source_file'][0]}:{rows['source_line'][0]}"
-    with pytest.raises(InputError, match="several documents") as refused:
+    with pytest.raises(InputError, match="several documents match") as refused:
         explained(finished, place)
     told_ids = set(re.findall(r"[0-9a-f]{20}", str(refused.value)))
     domain = pl.scan_parquet(text.parents[1] / "*" / "documents.parquet").collect()
@@ -342,10 +342,10 @@ def test_a_padded_sequence_is_told_to_be_excluded(finished: Project) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("0123456789abcdef0123", "no document of the corpus or of a domain has it"),
+        ("0123456789abcdef0123", "no document in the corpus or a domain has it"),
         ("abc", "at least 6 of its hex digits"),
-        ("nowhere-0123456789:3", "neither a shard nor a raw file"),
-        ("_probe_reference:100000", "the shard has positions 0 to "),
+        ("nowhere-0123456789:3", "not found, neither in a shard nor in a raw file"),
+        ("_probe_reference:100000", "no such position; the shard has positions 0 to "),
         ("reference/color_tau99", "give one of reference/color_tau4, reference/conditional"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_selected_document_leaves_nothing_behind(project: Project) -> None:
     assert done.returncode == 0, done.stderr
     assert telling(project.home.root, own) == []
     assert gone["source_file"] in done.stdout
-    said = set(re.findall(r"learned from it: (\S+)", done.stdout))
+    said = set(re.findall(r"trained on it: (\S+)", done.stdout))
     assert said == learned
     assert learned
 
@@ -513,9 +513,12 @@ def test_a_large_file_is_searched_in_blocks(
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("abcdef0123", "abcdef0123: no document of this home"),
-        ("nowhere.jsonl:3", "nowhere.jsonl:3: no document of this home"),
-        ("Tom", "'Tom' names no document; give 6 digits of a doc_id, or FILE:LINE"),
+        ("abcdef0123", "abcdef0123: no document in this home matches"),
+        ("nowhere.jsonl:3", "nowhere.jsonl:3: no document in this home matches"),
+        (
+            "Tom",
+            "'Tom' is not the name of a document; give at least 6 digits of a doc_id, or FILE:LINE",
+        ),
     ],
 )
 def test_what_names_no_document_is_refused(finished: Project, what: str, said: str) -> None:

@@ -169,7 +169,7 @@ def test_what_was_taken_up_again_or_has_no_run_is_left_out(
     ledger.append({**last, "run": None})
     file = tmp_path / "events.jsonl"
     done = colorfilter("openlineage", "--home", str(copied_ledger.root), "--file", str(file))
-    assert "1 artifacts left out" in done.stdout
+    assert "1 artifacts omitted" in done.stdout
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [e["eventTime"] for e in found] == [e["eventTime"] for e in exported]
 
@@ -268,11 +268,11 @@ def test_what_is_missing_is_told_in_a_line(finished: Project, tmp_path: Path) ->
     home = finished.home.root
     assert "set OPENLINEAGE_URL" in refusal(home, HOME=str(tmp_path))
     switched_off = {"OPENLINEAGE_URL": "http://127.0.0.1:9", "OPENLINEAGE_DISABLED": "true"}
-    assert "switched off" in refusal(home, **switched_off)
-    assert "cannot be used" in refusal(home, OPENLINEAGE__TRANSPORT__TYPE="pigeon")
-    assert "cannot be used" in refusal(home, OPENLINEAGE_URL="here")
-    assert "name another" in refusal(home, "--file", str(tmp_path / "none" / "events.jsonl"))
-    assert "there is none" in refusal(tmp_path / "nothing", "--file", str(tmp_path / "e.jsonl"))
+    assert "sending is disabled" in refusal(home, **switched_off)
+    assert "is invalid" in refusal(home, OPENLINEAGE__TRANSPORT__TYPE="pigeon")
+    assert "is invalid" in refusal(home, OPENLINEAGE_URL="here")
+    assert "give another path" in refusal(home, "--file", str(tmp_path / "none" / "events.jsonl"))
+    assert "does not exist" in refusal(tmp_path / "nothing", "--file", str(tmp_path / "e.jsonl"))
 
 
 def test_the_package_is_asked_for_where_it_is_missing(
