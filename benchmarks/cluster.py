@@ -1,12 +1,12 @@
-"""Scoring by a Ray cluster against this machine alone, and what Ray takes for very many chunks.
+"""Scoring on a Ray cluster compared with this machine alone, and Ray's overhead for many chunks.
 
     python benchmarks/cluster.py [--rounds 2] [--chunks 4] [--flops 1e13] [--many 10000]
 
-Random weights of 42 M parameters and random tokens on CPU cores, the resource's own verb, chunks of
-so many operations, which are about a minute of a core that has products in bf16. The local backend
-and Ray, each with one worker and with two, take turns. Then as many calls that do nothing as
-`--many`, on two workers, and the memory of the process that hands them out. A cluster of the cores
-of this machine is started, or name one by RAY_ADDRESS.
+Scores random tokens with random weights (42 M parameters) on CPU cores through `Gpu.score`, in
+chunks of `--flops` operations, about a minute on a core with native bf16 products. The local
+backend and Ray take turns, each with one worker and with two. Then `--many` calls that do nothing
+run on two workers, to measure the time per call and the memory of the process that submits them.
+Starts a cluster on the cores of this machine, or uses the one at RAY_ADDRESS.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WAYS = [("local", 1), ("local", 2), ("ray", 1), ("ray", 2)]
 
 
 def write_work(root: Path, chunks: int) -> int:
-    """A model and tokens for so many chunks under the home `root`; returns its parameters."""
+    """Write a model and tokens for `chunks` chunks to the home `root`. Return its parameters."""
     from colorfilter.config.recipe import Model
     from colorfilter.models import checkpoints
     from colorfilter.scoring.chunks import chunk_sequences
@@ -55,7 +55,7 @@ def write_work(root: Path, chunks: int) -> int:
 
 
 def score(root: Path, name: str, backend: str, workers: int, parameters: int) -> None:
-    """Score all by a backend with so many workers, and print what it took."""
+    """Score everything and print tokens/s, seconds per chunk, and seconds of overhead."""
     from resources.gpu import Gpu, ScoreJob
 
     os.sched_setaffinity(0, set(range(workers if backend == "local" else os.cpu_count() or 1)))
@@ -72,7 +72,7 @@ def score(root: Path, name: str, backend: str, workers: int, parameters: int) ->
 
 
 def measure(root: Path, options: argparse.Namespace) -> None:
-    """The ways in turn, each in a process of its own."""
+    """Measure every backend and number of workers in turn, each in its own process."""
     parameters = write_work(root, options.chunks)
     found: dict[tuple[str, int], list[list[float]]] = {}
     for round_ in range(options.rounds):
@@ -85,18 +85,18 @@ def measure(root: Path, options: argparse.Namespace) -> None:
             found.setdefault((backend, workers), []).append(figures)
             print(backend, workers, figures, flush=True)
     base = statistics.median(rate for rate, *_ in found["local", 1])
-    print("backend, workers: tokens/s (ratio), seconds a chunk, seconds beside the work")
+    print("backend, workers: tokens/s (ratio), seconds per chunk, seconds of overhead")
     for (backend, workers), rounds in found.items():
         rate, chunk, beside = (statistics.median(f) for f in zip(*rounds, strict=True))
         print(f"{backend}, {workers}: {rate:,.0f} ({rate / base:.2f}x), {chunk:.1f}, {beside:.1f}")
 
 
 def nothing(_what: str) -> None:
-    """A chunk that is no work."""
+    """Do nothing: a chunk without work."""
 
 
 def many(n: int) -> None:
-    """So many calls that do nothing."""
+    """Run `n` calls that do nothing and print their overhead."""
     from colorfilter.compute.ray_pool import Cluster, connected
 
     with connected(None):
@@ -113,18 +113,18 @@ def many(n: int) -> None:
         taken = time.monotonic() - begun
         more = (process.memory_info().rss - before) / 1e6
     print(
-        f"{n:,} calls that do nothing, two workers: {first:.1f} s to the first, "
+        f"{n:,} empty calls, two workers: first after {first:.1f} s, "
         f"{(taken - first) / n * 1e3:.2f} ms each, {more:.1f} MB more in the driver"
     )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--flops", type=float, default=1e13, help="of a chunk")
-    parser.add_argument("--many", type=int, default=10_000)
+    parser.add_argument("--flops", type=float, default=1e13, help="FLOPs of a chunk")
+    parser.add_argument("--many", type=int, default=10_000, help="number of empty calls")
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""The write of a filtered dataset: a million selected sequences of 512 tokens, and their text.
+"""Time and memory to write a filtered dataset: a million sequences of 512 tokens and their text.
 
     python benchmarks/dataset.py [--selected 1000000] [--tau 2 16] [--folder DIR]
 
-A corpus of twice as many sequences is made, in 16 shards: random tokens, documents of 482 tokens in
-the mean whose text is taken from the standard library, spans, and the sha256 of every sequence. A
-random selection of 1/tau of it is written as the asset `filtered_dataset` writes it, `tokens/` and
-`documents/`, in a process of its own, whose peak memory includes its imports. Selections of two
-sizes from one corpus tell apart what its reading takes and what the writing does.
+Creates a corpus of twice `--selected` sequences in 16 shards: random tokens, documents of 482
+tokens on average with text from the standard library, spans, and the sha256 of every sequence. Then
+writes a random 1/tau of it like the asset `filtered_dataset`: `tokens/` and `documents/`, each in
+its own process, whose peak memory includes its imports. Two values of tau on the same corpus
+separate the cost of reading it from the cost of writing the selection.
 """
 
 import argparse
@@ -29,12 +29,12 @@ SHARDS, CHARS = 16, 4
 
 
 def shard_folders(folder: Path) -> dict[str, Path]:
-    """Where each shard lies."""
+    """Return the folder of each shard."""
     return {f"webtext-{i:010x}": folder / f"webtext-{i:010x}" for i in range(SHARDS)}
 
 
 def make_corpus(folder: Path, sequences: int) -> None:
-    """Write packed tokens and documents of every shard."""
+    """Write the packed tokens and documents of every shard."""
     size = sequences // SHARDS
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "".join(p.read_text(encoding="utf-8") for p in library)
@@ -53,7 +53,7 @@ def make_corpus(folder: Path, sequences: int) -> None:
 
 
 def draw(folder: Path, sequences: int, tau: int) -> None:
-    """Write a selection of 1/tau of the corpus, at random, in a random order."""
+    """Write a random selection of 1/tau of the corpus, in random order."""
     size = sequences // SHARDS
     rng = np.random.default_rng(tau)
     chosen = np.sort(rng.choice(size * SHARDS, size * SHARDS // tau, replace=False))
@@ -72,13 +72,13 @@ def draw(folder: Path, sequences: int, tau: int) -> None:
 
 
 def read(folder: Path) -> pl.DataFrame:
-    """The selection as the asset reads it, of which nothing leaks."""
+    """Read the selection like the asset does, with no leaks to exclude."""
     leaks = pl.DataFrame(schema={"shard": pl.String, "positions": pl.List(pl.Int64)})
     return without_leaks(pl.scan_parquet(folder / "selection.parquet"), leaks)
 
 
 def tokens(folder: Path) -> float:
-    """Seconds to write `tokens/`."""
+    """Write `tokens/` and return the seconds."""
     chosen = read(folder).drop("color")
     begun = time.monotonic()
     write_tokens(chosen, shard_folders(folder), 0, folder / "out" / "tokens")
@@ -86,7 +86,7 @@ def tokens(folder: Path) -> float:
 
 
 def documents(folder: Path) -> float:
-    """Seconds to write `documents/`."""
+    """Write `documents/` and return the seconds."""
     chosen, places = read(folder), shard_folders(folder)
     texts = {shard: place / "documents.parquet" for shard, place in places.items()}
     begun = time.monotonic()
@@ -95,18 +95,19 @@ def documents(folder: Path) -> float:
 
 
 def main() -> None:
-    """Make the corpus, write datasets of it, and print."""
+    """Create the corpus, write datasets from it, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--selected", type=int, default=1_000_000)
     parser.add_argument("--tau", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--folder", type=Path, help="where all is made (default: temporary)")
-    parser.add_argument("--keep", action="store_true", help="leave the corpus, and use one left")
+    parser.add_argument("--folder", type=Path, help="working folder (default: temporary)")
+    parser.add_argument("--keep", action="store_true", help="keep the corpus for a later call")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) if options.folder is None else options.folder
     sequences = 2 * options.selected
     try:
         if not any(place.exists() for place in shard_folders(folder).values()):
-            alone(make_corpus, folder, sequences)  # a process begins with its parent's peak
+            # In its own process, because child processes start with their parent's peak memory.
+            alone(make_corpus, folder, sequences)
         for tau in options.tau:
             alone(draw, folder, sequences, tau)
             print(f"1/{tau} of {sequences:,}", flush=True)

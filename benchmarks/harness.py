@@ -1,12 +1,12 @@
-"""The pipeline's accuracies on tasks against lm-evaluation-harness's own command line.
+"""The pipeline's accuracies on tasks compared with lm-evaluation-harness's own command line.
 
     python benchmarks/harness.py --home HOME [--out FOLDER]
 
-Takes the first target model of a home that has been run on a domain of tasks, and its test items.
-They are evaluated by the pipeline's code, and by `lm_eval --model hf` in float32, which loads the
-same checkpoint by transformers and the same items by the task files that are left in `--out`.
-Differences are given per task, with the largest one of a log-likelihood. The command line needs
-accelerate (pip install accelerate).
+Takes the first target model of a home with a domain of tasks, and the test items of the tasks. They
+are evaluated with the pipeline's code and with `lm_eval --model hf` in float32, which loads the
+same checkpoint with transformers and the same items from task files written to `--out`. Prints both
+accuracies per task, and the largest difference of a log-likelihood. `lm_eval` needs accelerate (pip
+install accelerate).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+import colorfilter  # noqa: F401  (before torch: it sets how OpenMP threads wait)
 
 # isort: split
 import torch
@@ -30,7 +30,7 @@ from resources.artifacts import ArtifactStore
 
 
 def command_line(checkpoint: Path, names: list[str], folder: Path) -> dict[str, Any]:
-    """Results of the harness's own command line, with every log-likelihood under `samples`."""
+    """Run the harness's command line. Return its results, with log-likelihoods in `samples`."""
     out = Path(mkdtemp(dir=folder))
     command = [
         *(sys.executable, "-m", "lm_eval", "--model", "hf"),
@@ -50,7 +50,7 @@ def command_line(checkpoint: Path, names: list[str], folder: Path) -> dict[str, 
 
 
 def largest_difference(scored: harness.ScoredModel, samples: list[dict[str, Any]]) -> float:
-    """Largest difference of a log-likelihood in nats, between our answers and logged samples."""
+    """Return the largest difference, in nats, between our and the logged log-likelihoods."""
     differences = []
     for sample in samples:
         for arguments, (answer, *_) in zip(
@@ -62,10 +62,10 @@ def largest_difference(scored: harness.ScoredModel, samples: list[dict[str, Any]
 
 
 def main() -> None:
-    """Evaluate twice and print."""
+    """Evaluate with both and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="where to leave the task files")
+    parser.add_argument("--out", type=Path, help="folder for the task files (default: temporary)")
     options = parser.parse_args()
     store = ArtifactStore(home=str(options.home.resolve()))
     on_tasks = (
@@ -76,7 +76,7 @@ def main() -> None:
     )
     target, items = next(on_tasks, (None, Path()))
     if target is None:
-        parser.error(f"{options.home} holds no target model of a domain of tasks")
+        parser.error(f"{options.home} has no target model of a domain with tasks")
     checkpoint = target.path / next(iter(target.facts["checkpoints"].values()))
     folder = (options.out or Path(mkdtemp())).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""How fast text is looked through for quotes of protected text, and what is found.
+"""Speed of searching text for quotes of protected text, and the matches found.
 
     python benchmarks/leakage.py --protected 'books/*.jsonl.gz' --text 'web/*.jsonl.gz'
 
-Globs of what a recipe's sources read. One core; reading the files is not counted.
+Both options take globs like `files` of a recipe's source. Uses one core; reading is not timed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from colorfilter.selection.decontamination import Protected, search
 
 
 def documents(files: str) -> list[dict[str, str]]:
-    """Name and text of all documents that a glob names."""
+    """Read the name and text of all documents that match a glob."""
     source = Source.model_validate({"name": "files", "files": files})
     found = (d for file in list_files([source]) for d in read_file(file, source))
     return [
@@ -25,15 +25,15 @@ def documents(files: str) -> list[dict[str, str]]:
 
 
 def megabytes(rows: list[dict[str, str]]) -> float:
-    """The size of texts in UTF-8."""
+    """Return the size of texts in UTF-8, in MB."""
     return sum(len(row["text"].encode()) for row in rows) / 1e6
 
 
 def main() -> None:
-    """Make the index, look through the text, print figures and the longest matches."""
+    """Build the index, search the text, and print timings and the longest matches."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protected", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--protected", required=True, help="glob of protected files")
+    parser.add_argument("--text", required=True, help="glob of files to search")
     options = parser.parse_args()
     tests, rows = documents(options.protected), documents(options.text)
 
@@ -49,7 +49,7 @@ def main() -> None:
     seconds = time.process_time() - begun
     size = megabytes(rows)
     print(
-        f"looked through: {len(rows):,} documents, {size:.1f} MB, in {seconds:.2f} s, "
+        f"searched: {len(rows):,} documents, {size:.1f} MB, in {seconds:.2f} s, "
         f"{10 * seconds / size:.2f} s per 10 MB"
     )
     print(

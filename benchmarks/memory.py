@@ -1,10 +1,10 @@
-"""Peak memory of a whole run (all its processes) as the corpus grows.
+"""Peak memory of a complete run, over all its processes, as the corpus grows.
 
     python benchmarks/memory.py --data DATA
 
-DATA holds `web/*.jsonl.gz` and `books/*.jsonl.gz`, JSON Lines with a `text`. Three corpora are made
-of it: a third of the web documents, all of them, and three copies of all, salted per document so
-that none is a duplicate. The models are as small as they can be: what is measured is the pipeline.
+DATA has `web/*.jsonl.gz` and `books/*.jsonl.gz`, JSON Lines with a `text` field. Three corpora are
+created from it: a third of the web documents, all of them, and three copies of each, salted so that
+none is a duplicate. The models are as small as possible, so that the pipeline is measured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TRAINING = {"learning_rate": 1e-2, "batch_sequences": 16}
 
 
 def write_corpus(data: Path, folder: Path, copies: int, every: int) -> int:
-    """Every n-th web document, so many times over; returns the characters written."""
+    """Write `copies` copies of every `every`-th web document. Return the characters written."""
     folder.mkdir()
     chars = 0
     for source in sorted((data / "web").glob("*.jsonl.gz")):
@@ -54,7 +54,7 @@ def write_corpus(data: Path, folder: Path, copies: int, every: int) -> int:
 
 
 def recipe(corpus: Path, data: Path) -> dict:
-    """A recipe whose models cost next to nothing."""
+    """Return a recipe with models that cost next to nothing."""
     books = str(data / "books" / "*.jsonl.gz")
     return {
         "name": "memory",
@@ -75,7 +75,7 @@ def recipe(corpus: Path, data: Path) -> dict:
 
 
 def peak_memory(command: list[str]) -> tuple[float, float]:
-    """Run a command; peak of the summed proportional set size of its process tree (MB), seconds."""
+    """Run a command. Return the peak PSS summed over its process tree, in MB, and the seconds."""
     begun = time.monotonic()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
@@ -94,11 +94,11 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with web/ and books/")
     data = parser.parse_args().data
-    print("| corpus | million characters | peak MB | against the first | seconds |")
+    print("| corpus | million characters | peak MB | compared with the first | seconds |")
     print("|---|---|---|---|---|")
     first = None
     for name, copies, every in (("a third", 1, 3), ("all", 1, 1), ("three copies", 3, 1)):

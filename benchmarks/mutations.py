@@ -1,11 +1,11 @@
-"""Deliberate faults, one at a time: does a test find them?
+"""Mutation testing: inject deliberate faults, one at a time, and check that a test finds each.
 
     python benchmarks/mutations.py [--results FILE] [--only NAME ...]
 
-Each fault is put into a copy of the working tree. First the tests nearest to it run, then all that
-`make test` runs, then those that `make test-all` adds; the first failure ends it. What was found is
-kept in FILE, a JSON line for each fault, and a fault with a line there is not tried again. Exits
-with 1 where more than two faults pass `make test`, or one passes `make test-all`.
+Each fault is injected into a copy of the working tree. The tests closest to it run first, then all
+tests of `make test`, then those that `make test-all` adds, until one fails. Results are kept in
+FILE, one JSON line per fault; a fault that is in FILE is not tried again. Exits with 1 if `make
+test` misses more than two faults, or `make test-all` misses any.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST, SLOW = "not slow", "slow"
-MISSED_BY_FAST = 2  # faults that `make test` may miss
+MISSED_BY_FAST = 2  # faults that `make test` is allowed to miss
 HUNG_SECONDS = 1_200
 TEST_HUNG_SECONDS = 300
 
 
 class Fault(NamedTuple):
-    """A fault: `old` stands once in the file at `path`; `tests` are those nearest to it."""
+    """A fault: replaces `old`, which occurs once in `path`, by `new`. `tests` are the closest."""
 
     name: str
     path: str
@@ -60,14 +60,14 @@ FAULTS = [
         "tests/colorfilter/scoring/kernels",
     ),
     Fault(
-        "a chunk that stands is scored again",
+        "an existing chunk is scored again",
         "colorfilter/scoring/chunks.py",
         'whole = sha256.startswith(path.stem.rpartition("-")[2]) and stop <= len(n_tokens)',
         "whole = False",
         "tests/colorfilter/scoring/test_chunks.py",
     ),
     Fault(
-        "color turned round",
+        "color with the wrong sign",
         "resources/score_store.py",
         "loss_conditional::DOUBLE - loss_prior::DOUBLE AS color",
         "loss_prior::DOUBLE - loss_conditional::DOUBLE AS color",
@@ -102,7 +102,7 @@ FAULTS = [
         "tests/colorfilter/data/test_sampling.py",
     ),
     Fault(
-        "spans that say every document begins there",
+        "spans always at the start of a document",
         "colorfilter/data/tokens.py",
         '"doc_start": start,',
         '"doc_start": 0,',
@@ -123,7 +123,7 @@ FAULTS = [
         "tests/colorfilter/selection/test_decontamination.py",
     ),
     Fault(
-        "moments of AdamW lost where a training goes on",
+        "moments of AdamW lost when training resumes",
         "colorfilter/training/training.py",
         'for key in ("step", "exp_avg", "exp_avg_sq")',
         'for key in ("step", "exp_avg_sq")',
@@ -151,7 +151,7 @@ FAULTS = [
         "tests/colorfilter/training/test_rho_down.py",
     ),
     Fault(
-        "better without its interval",
+        "better without the confidence interval",
         "colorfilter/evaluation/metrics.py",
         "difference.mean + difference.half_width < 0",
         "difference.mean < 0",
@@ -165,7 +165,7 @@ FAULTS = [
         "tests/colorfilter/evaluation/test_metrics.py",
     ),
     Fault(
-        "drift in deviations of the new shards",
+        "drift scaled by the deviation of the new shards",
         "colorfilter/selection/drift.py",
         "stddev_samp(score) FILTER (NOT is_new)",
         "stddev_samp(score) FILTER (is_new)",
@@ -186,14 +186,14 @@ FAULTS = [
         "tests/colorfilter/config/test_recipe.py",
     ),
     Fault(
-        "workers that are not told to stop",
+        "workers not told to stop",
         "colorfilter/compute/local_pool.py",
         "        if self.stop.is_set():\n            raise StoppedError\n",
         "",
         "tests/colorfilter/compute/test_local_pool.py",
     ),
     Fault(
-        "a training that keeps what it divides between processes to one",
+        "training by a group runs in one process",
         "colorfilter/compute/machine.py",
         "members += [(IN_GROUP, rank, size, meeting, *train) for rank in range(size)]",
         "members += [(IN_GROUP, 0, 1, meeting, *train)]",
@@ -207,35 +207,35 @@ FAULTS = [
         "tests/resources/test_ledger.py",
     ),
     Fault(
-        "a lease that is not let go",
+        "a lease that is not released",
         "resources/artifacts.py",
         "        self._lease.close()\n",
         "        globals().setdefault('_kept', []).append(self._lease)\n",
         "tests/resources/test_artifacts.py",
     ),
     Fault(
-        "a damaged file stands",
+        "a damaged file counts as complete",
         "colorfilter/storage/manifest.py",
         "path.stat().st_size == size for path",
         "path.exists() for path",
         "tests/colorfilter/storage/test_manifest.py",
     ),
     Fault(
-        "a redacted version that is another artifact to what was made of it",
+        "a redacted version that outdates what was built from it",
         "colorfilter/storage/manifest.py",
         'f.get("origin", f["sha256"])',
         'f["sha256"]',
         "tests/colorfilter/storage/test_manifest.py",
     ),
     Fault(
-        "what was forgotten stays a candidate",
+        "a forgotten sequence stays a candidate",
         "assets/declaration.py",
         "return exclusions(artifacts)",
         "return exclusions(artifacts)[:0]",
         "tests/commands/forget/test_forget.py",
     ),
     Fault(
-        "what is at work is pruned",
+        "a folder in use is pruned",
         "resources/pruning.py",
         "if path in needed or at_work(artifacts, folder):",
         "if path in needed:",
@@ -256,7 +256,7 @@ FAULTS = [
         "tests/resources/test_home.py",
     ),
     Fault(
-        "losses that stand twice published",
+        "duplicate losses published",
         "resources/score_parts.py",
         "    if twice:\n",
         "    if twice and not bad and False:\n",
@@ -270,7 +270,7 @@ FAULTS = [
         "tests/assets/test_pipeline.py",
     ),
     Fault(
-        "a drift downwards passed over",
+        "a downward drift ignored",
         "assets/filtered/change_checks.py",
         'abs(found["drift"]) > limits.drift',
         'found["drift"] > limits.drift',
@@ -298,21 +298,21 @@ FAULTS = [
         "tests/pipelines/test_stale_runs.py",
     ),
     Fault(
-        "a refresh that failed half-way not taken up",
+        "an unfinished refresh not resumed",
         "pipelines/automation.py",
         "if not wanted and not unfinished(artifacts, recipe, found.shards):",
         "if not wanted:",
         "tests/pipelines/test_automation.py",
     ),
     Fault(
-        "bad input ends with 1",
+        "invalid input exits with 1",
         "commands/cli.py",
         "        return 2\n",
         "        return 1\n",
         "tests/commands/test_cli.py",
     ),
     Fault(
-        "a call that is lost with its worker is not made again",
+        "a call lost with its worker is not repeated",
         "colorfilter/compute/ray_pool.py",
         '            self.waiting.appendleft(call)\n            self._say(call, f"lost with',
         '            self._say(call, f"lost with',
@@ -322,7 +322,7 @@ FAULTS = [
 
 
 class Found(NamedTuple):
-    """Which test found a fault, in which suite; both None where none did."""
+    """Which test found a fault, and in which suite; both are None if no test did."""
 
     fault: str
     test: str | None
@@ -331,7 +331,7 @@ class Found(NamedTuple):
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what git tracks, and new files that it does not ignore."""
+    """Copy tracked files, and untracked files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"],
         cwd=ROOT,
@@ -346,21 +346,23 @@ def copy_tree(folder: Path) -> None:
 
 
 def put_in(fault: Fault, folder: Path) -> None:
-    """Put a fault into a copy of the tree. Raises ValueError where it does not fit."""
+    """Inject a fault into a copy of the tree. Raises ValueError if `old` does not occur once."""
     file = folder / fault.path
     text = file.read_text(encoding="utf-8")
     if text.count(fault.old) != 1:
-        raise ValueError(f"{fault.name}: stands {text.count(fault.old)} times in {fault.path}")
+        raise ValueError(
+            f"{fault.name}: occurs {text.count(fault.old)} times in {fault.path}; must be once"
+        )
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
 def first_failure(folder: Path, tests: str, suite: str) -> str | None:
-    """The first test that fails in a copy of the tree; None where all pass or there are none.
+    """Return the first test that fails in a copy of the tree, or None if none fails.
 
-    Raises RuntimeError where pytest ends without naming one, because it was killed perhaps.
+    Raises RuntimeError if pytest fails without naming a test, for example because it was killed.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", suite, tests]
-    # Its test that a fault fits the tree fails wherever one was put in.
+    # That test checks that every fault fits the tree, so it would fail for any injected fault.
     command += ["--ignore", "tests/test_mutations.py", "--timeout", str(TEST_HUNG_SECONDS)]
     if (folder / tests).is_dir() and suite == FAST:
         command += ["-n", "2", "--dist", "loadfile"]
@@ -376,20 +378,20 @@ def first_failure(folder: Path, tests: str, suite: str) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"{tests} (not at its end after {HUNG_SECONDS} s)"
+        return f"{tests} (still running after {HUNG_SECONDS} s)"
     if done.returncode in {0, 5}:
         return None
     named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if named is None:
         ends = (done.stdout + done.stderr)[-1_000:]
-        raise RuntimeError(f"pytest {tests} ended with {done.returncode}: {ends}")
+        raise RuntimeError(f"pytest {tests} exited with {done.returncode}: {ends}")
     return named[1]
 
 
 def find(fault: Fault) -> Found:
-    """Put a fault into a copy of the tree and run tests until one fails.
+    """Inject a fault into a copy of the tree and run tests until one fails.
 
-    Raises RuntimeError where it is a test of all that fails, and does so without the fault too.
+    Raises RuntimeError if a test outside the closest ones fails, and also fails without the fault.
     """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="colorfilter-") as name:
@@ -405,13 +407,13 @@ def find(fault: Fault) -> Found:
                 seconds = round(time.monotonic() - begun, 1)
                 (folder / fault.path).write_text(whole, encoding="utf-8")
                 if tests != fault.tests and first_failure(folder, test.partition("[")[0], suite):
-                    raise RuntimeError(f"{test} fails without a fault too")
+                    raise RuntimeError(f"{test} also fails without the fault")
                 return Found(fault.name, test, suite, seconds)
     return Found(fault.name, None, None, round(time.monotonic() - begun, 1))
 
 
 def main() -> int:
-    """Try every fault that has no result yet, and print what found them."""
+    """Try every fault that has no result yet, and print which tests found them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / ".mutations.jsonl")
     parser.add_argument("--only", nargs="+", choices=[f.name for f in FAULTS], metavar="NAME")
@@ -434,7 +436,7 @@ def main() -> int:
     tried = [known[f.name] for f in FAULTS if f.name in known]
     fast = sum(found.suite == FAST for found in tried)
     found_at_all = sum(found.test is not None for found in tried)
-    print(f"{len(tried)} faults: make test finds {fast}, make test-all {found_at_all}")
+    print(f"{len(tried)} faults: make test finds {fast}, make test-all finds {found_at_all}")
     return int(found_at_all < len(tried) or fast < len(tried) - MISSED_BY_FAST)
 
 

@@ -1,20 +1,20 @@
-"""How far 16-bit scores lie from exact ones, and what that does to a selection.
+"""The error of 16-bit scores, and its effect on a selection.
 
     python benchmarks/precision.py [--home .colorfilter] [--sequences 10000]
 
-Takes a trained pair and the packed corpus from a home that has been run. On a thousand sequences,
-losses in float32 and bf16 as the pipeline computes them, and as others do, against float64. Then
-more of them are scored in float32 and in bf16, and the best 1/tau are chosen by each: by bf16
-alone, and refined, with float32 scores within six root-mean-square errors of the cutoff.
-Differences to the float32 selection are counted. On a processor that only emulates bf16, which is
-slow, this second part is left out.
+Uses the prior, a conditional and the packed corpus of a home in which a recipe has run. First
+compares losses of a thousand sequences in float32 and bf16, computed by the pipeline and by other
+implementations, with float64. Then scores `--sequences` sequences in float32 and bf16 and selects
+the best 1/tau by float32, by bf16 alone, and by refined scores (float32 within six root-mean-square
+errors of the cutoff). Counts the sequences that differ from the float32 selection. The second part
+is skipped on processors that only emulate bf16, which is slow.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+import colorfilter  # noqa: F401  (before torch: it sets how OpenMP threads wait)
 
 # isort: split
 import numpy as np
@@ -35,7 +35,7 @@ Loss = Callable[[np.ndarray], np.ndarray]
 
 
 def ours(checkpoint: Path, precision: str, kernel: str = "chunked") -> Loss:
-    """Losses of rows [n, T] as the pipeline computes them, or in float64 by the reference."""
+    """Return a function for losses of rows [n, T] like the pipeline's, or float64 references."""
     if precision == "float64":
         scorer = Scorer(checkpoints.load(checkpoint).double(), precision, "reference")
     else:
@@ -51,7 +51,10 @@ def ours(checkpoint: Path, precision: str, kernel: str = "chunked") -> Loss:
 
 
 def by_logits(checkpoint: Path, autocast: bool, half_sums: bool) -> Loss:
-    """From full bf16 logits: float32 cross entropy, or log-softmax and sum in bf16."""
+    """Return a function for losses from full bf16 logits, by float32 cross entropy or in bf16.
+
+    With `half_sums`, log-softmax and sum are in bf16.
+    """
     model = checkpoints.load(checkpoint, "float32" if autocast else "bf16")
 
     @torch.inference_mode()
@@ -74,15 +77,15 @@ def by_logits(checkpoint: Path, autocast: bool, half_sums: bool) -> Loss:
 
 
 def kept(scores: np.ndarray, tau: int) -> set[int]:
-    """The best 1/tau, ties by place."""
+    """Return the indices of the lowest 1/tau scores; ties are broken by index."""
     return set(np.argsort(scores, kind="stable")[: len(scores) // tau].tolist())
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, default=Path(".colorfilter"))
-    parser.add_argument("--sequences", type=int, default=10_000, help="to choose from")
+    parser.add_argument("--sequences", type=int, default=10_000, help="sequences to select from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     store = ArtifactStore(home=str(options.home.resolve()))
@@ -99,7 +102,7 @@ def main() -> None:
     corpus = whole[np.random.default_rng(0).permutation(len(whole))[: options.sequences]]
     sample = corpus[:SAMPLE]
 
-    print(f"{len(corpus):,} sequences of {corpus.shape[1]}, {len(sample):,} of them a sample\n")
+    print(f"{len(corpus):,} sequences of {corpus.shape[1]} tokens, a sample of {len(sample):,}\n")
     exact = [ours(m, "float64")(sample) for m in pair]
     spread = (exact[1] - exact[0]).std()
     print(f"standard deviation of the score: {spread:.4f}\n")
@@ -119,7 +122,7 @@ def main() -> None:
         print(f"| {name} | {largest:.1e} | {rms:.1e} | {rms / spread:.3%} |", flush=True)
 
     if not multiplies("bf16"):
-        print("\nbf16 is emulated here: no more is scored in it")
+        print("\nskipping the selections: bf16 is only emulated on this processor")
         return
     fine, coarse = (
         np.subtract(*(ours(m, precision)(corpus) for m in reversed(pair)))
@@ -134,7 +137,7 @@ def main() -> None:
         refined = np.where(near, fine, coarse)
         wanted = kept(fine, tau)
         alone, again = (len(wanted - kept(s, tau)) for s in (coarse, refined))
-        print(f"| tau {tau}: others than float32 | {alone} | {again} | {near.mean():.2%} |")
+        print(f"| tau {tau}: differ from float32 | {alone} | {again} | {near.mean():.2%} |")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The score store at the size of C4: published by the pipeline's own code, then selected from.
+"""The score store at the size of C4: publish it with the pipeline's code, then select from it.
 
     python benchmarks/scale.py [--sequences 344000000] [--text thin] [--folder DIR] [--tau 7 64]
 
-Parquet parts as the pipeline writes them are made up, 256 shards of them, and published by
-`ScoreStore.publish` with the losses of a prior and of two domains' conditionals. A part is made by
-another process when publication comes to it, and removed after, so that the disk holds the store
-alone; that time is taken off. Then the best 1/tau of one domain is selected, over everything and by
-batch, as the asset `selection` does, the selection entered in the store, and a shard more
-published. Every step is a process of its own, whose peak memory includes its imports.
+Generates Parquet parts like the pipeline's for 256 shards, and publishes them with
+`ScoreStore.publish`: the losses of a prior and of the conditionals of two domains. Another process
+writes each part just before it is published, and it is deleted afterwards, so that the disk holds
+only the store; the time for this is subtracted. Then the best 1/tau of one domain is selected, over
+everything and by batch, like the asset `selection`; the selection is published; and one more shard
+is published. Every step runs in its own process, whose peak memory includes its imports.
 
-`--text full` has C4's text tables: 1.06 documents to a sequence, spans where they meet, the sha256
-of every sequence, addresses. `--text thin` has what selection needs and little else: one document
-to ten sequences, no sha256 of sequences, no addresses. In both a hundredth of the documents stand
-in the first shard too, and the last sequence of every shard is padded.
+`--text full` has text tables like C4's: 1.06 documents per sequence, spans where they meet, the
+sha256 of every sequence, URLs. `--text thin` has little more than selection needs: one document per
+ten sequences, no sha256 of sequences, no URLs. In both, 1 % of the documents are copies of
+documents of the first shard, and the last sequence of every shard is padded.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MODELS = [
     PublishedModel("b" * 64, "conditional", "books", "books/conditional"),
     PublishedModel("c" * 64, "conditional", "tasks", "tasks/conditional"),
 ]
-# Tokens of a document of the shard, its sha256 of a sequence, and what it carries along.
+# SQL expressions: tokens of a document, sha256 of a sequence, and `extra` fields of a document.
 TEXTS = {
     "thin": (f"{10 * LENGTH}", "''", "'{{}}'"),
     "full": (
@@ -89,8 +89,8 @@ PACKED = """
         FROM (SELECT i, i AS position FROM range({size}) AS t(i)) ORDER BY i
     ) TO '{folder}/sequences.parquet' (COMPRESSION zstd);
 """
-# A conditional's losses lie near the prior's, as they do in fact: a loss of 1.5 to 5.5, and a color
-# of a deviation of 0.25.
+# Losses from 1.5 to 5.5 nats per token. A conditional's are close to the prior's, as in practice:
+# color has a standard deviation of 0.25.
 LOSSES = """
     COPY (
         SELECT
@@ -105,12 +105,12 @@ LOSSES = """
 
 
 def shard_name(number: int) -> str:
-    """Of a source's name and ten hexadecimal digits, in no order, as plan_shards gives them."""
+    """Return a name like plan_shards gives: a source's name and ten hex digits, in no order."""
     return f"webtext-{(number * 2654435761 % 2**32):08x}{number % 256:02x}"
 
 
 def parts_of(folder: Path, number: int) -> list[Part]:
-    """What is to be published of a shard."""
+    """Return the parts of a shard to publish."""
     name = shard_name(number)
     text = Part(name, "1", documents=folder / name / "text", tokens=folder / name / "text")
     losses = [Part(name, "1", model=m.model, losses=folder / name / m.path) for m in MODELS]
@@ -118,7 +118,7 @@ def parts_of(folder: Path, number: int) -> list[Part]:
 
 
 def make(part: Part, number: int, size: int, text: str) -> None:
-    """Write a part's files."""
+    """Write the files of a part."""
     folder = part.losses or part.tokens
     assert folder is not None
     folder.mkdir(parents=True)
@@ -138,7 +138,7 @@ def make(part: Part, number: int, size: int, text: str) -> None:
 
 
 def publish(folder: Path, shards: int, size: int, text: str) -> float:
-    """Seconds to publish so many shards, less those in which their parts were made."""
+    """Publish `shards` shards. Return the seconds, without those to write their parts."""
     made_in = 0.0
     numbers = {shard_name(i): i for i in range(shards)}
 
@@ -163,7 +163,7 @@ def publish(folder: Path, shards: int, size: int, text: str) -> float:
 
 
 def best(folder: Path, memory: str, tau: int, by_batch: bool) -> float:
-    """Seconds to select the best 1/tau, of all or of every `BATCH * tau`."""
+    """Select the best 1/tau, over everything or of every `BATCH * tau`. Return the seconds."""
     with ScoreStore(home=str(folder)).read() as connection:
         if memory:
             connection.execute(f"SET memory_limit = '{memory}'")
@@ -180,14 +180,14 @@ def best(folder: Path, memory: str, tau: int, by_batch: bool) -> float:
 
 
 def enter(folder: Path) -> None:
-    """Enter the selection that was made last."""
+    """Publish the last selection."""
     table, models = folder / "selection.parquet", [m.model for m in MODELS]
     new = PublishedSelection("s" * 64, table, "books", "color", models[0], models[1], "now")
     ScoreStore(home=str(folder)).publish_selections([new])
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, float]]:
-    """Rows and MB of every table: of the blocks that its columns lie in."""
+    """Return rows and MB of every table, by the blocks that its columns occupy."""
     found = {}
     with ScoreStore(home=str(folder)).read() as connection:
         for (table,) in fetch(connection, "SELECT table_name FROM duckdb_tables()"):
@@ -206,20 +206,22 @@ def sizes(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def tell(what: str, taken: Taken, path: Path) -> None:
-    """Print what a step took, and how large the store is."""
+    """Print time and memory of a step, and the size of the store."""
     print(f"{what}: {taken}; store {path.stat().st_size / 1e9:.2f} GB", flush=True)
 
 
 def main() -> None:
-    """Publish, select, publish more, and print."""
+    """Publish, select, publish one more shard, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=344_000_000)
     parser.add_argument("--text", choices=TEXTS, default="thin")
     parser.add_argument("--tau", type=int, nargs="+", default=[7, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", default="", help="DuckDB's limit in selecting, not the store's")
-    parser.add_argument("--folder", type=Path, help="where the home is made (default: temporary)")
-    parser.add_argument("--keep", action="store_true", help="leave the home, and use one left")
+    parser.add_argument(
+        "--memory", default="", help="DuckDB's memory limit when selecting (default: the store's)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder of the home (default: temporary)")
+    parser.add_argument("--keep", action="store_true", help="keep the home for a later call")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) if options.folder is None else options.folder
     store, size = Home(folder).claim("scale").scores, options.sequences // SHARDS
@@ -228,16 +230,16 @@ def main() -> None:
             tell("published", alone(publish, folder, SHARDS, size, options.text), store)
             for table, (rows, mb) in sizes(folder).items():
                 each = 1e6 * mb / max(rows, 1)
-                print(f"  {table}: {rows:,} rows, {mb:,.0f} MB, {each:.1f} bytes a row", flush=True)
+                print(f"  {table}: {rows:,} rows, {mb:,.0f} MB, {each:.1f} bytes/row", flush=True)
         for _ in range(options.rounds):
             for tau in options.tau:
                 for by_batch in (False, True):
-                    what = f"tau {tau}, {'by batch' if by_batch else 'of all'}"
+                    what = f"tau {tau}, {'by batch' if by_batch else 'over everything'}"
                     taken = alone(best, folder, options.memory, tau, by_batch)
                     tell(what, taken, store)
         if options.rounds:
-            tell("selection entered", alone(enter, folder), store)
-        tell("one shard more", alone(publish, folder, SHARDS + 1, size, options.text), store)
+            tell("selection published", alone(enter, folder), store)
+        tell("one more shard", alone(publish, folder, SHARDS + 1, size, options.text), store)
     finally:
         if not options.keep:
             shutil.rmtree(folder)

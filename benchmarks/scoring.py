@@ -1,14 +1,13 @@
-"""Speed of scoring: this project's kernel and body against what else computes the same losses.
+"""Speed of scoring: this project's kernels compared with other ways to compute the same losses.
 
     python benchmarks/scoring.py [--size 150m] [--vocabulary 16384 50304] [--family gpt_neox llama]
 
-One process, one set of random weights, the same sequences. The variants take turns, several rounds;
-reported are medians of CPU time on one thread (on a GPU: of wall time), the ratio to the naive
-form, the largest error against float64, and the model's arithmetic as a share of what matrix
-products of the same shapes reach in the same process. The first family is measured against
-everything, the others against the naive form and at the first vocabulary; precisions that the
-device only emulates are left out. On a GPU the whole takes less than ten minutes; Liger and
-cut-cross-entropy are measured where they are installed.
+All variants run in one process with the same random weights and sequences, taking turns for several
+rounds. Prints the median CPU time on one thread (on a GPU: wall time), the speedup over the naive
+variant, the largest error against float64, and the speed as a share of that of matrix products of
+the same shapes. The first family is measured with all variants; the others only with the naive one
+and ours, at the first vocabulary size. Precisions that the device only emulates are skipped. Liger
+and cut-cross-entropy are measured if installed. On a GPU it takes less than ten minutes.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+import colorfilter  # noqa: F401  (before torch: it sets how OpenMP threads wait)
 
 # isort: split
 import torch
@@ -32,7 +31,7 @@ from colorfilter.models import attention, checkpoints
 from colorfilter.scoring.labels import shifted_labels
 from colorfilter.scoring.scoring import Scorer
 
-# Layers, width, heads, width of the feed-forward part; 150m is the paper's auxiliary model.
+# Layers, hidden size, heads, feed-forward size. 150m is the paper's auxiliary model.
 SIZES = {"small": (8, 512, 8, 2048), "150m": (12, 1024, 16, 4096)}
 GATED = {"llama", "olmo", "olmo2", "qwen3", "mistral"}
 LENGTH = 512
@@ -41,14 +40,14 @@ Variant = Callable[[torch.Tensor], torch.Tensor]
 
 
 def naive(model: PreTrainedModel) -> Variant:
-    """Transformers' own loss, a sequence at a time: it gives one number per batch."""
+    """Use the loss of transformers, one sequence at a time, since it returns a mean per batch."""
     return lambda tokens: torch.stack(
         [model(input_ids=row[None], labels=row[None]).loss for row in tokens]
     )
 
 
 def full_logits(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Variant:
-    """Full logits of a batch, then cross entropy in a dtype."""
+    """Compute the full logits of a batch, then cross entropy in `dtype`."""
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].to(dtype)
@@ -61,7 +60,7 @@ def full_logits(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> V
 
 
 def reference_style(model: PreTrainedModel) -> Variant:
-    """As the paper's code describes it: bf16 autocast, shifted full logits, mean over positions."""
+    """Score like the paper's code: bf16 autocast, shifted full logits, mean over positions."""
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -75,7 +74,7 @@ def reference_style(model: PreTrainedModel) -> Variant:
 
 
 def rolling(model: PreTrainedModel) -> Variant:
-    """As evaluation harnesses do it: log-softmax of full logits in the model's dtype, gathered."""
+    """Score like evaluation harnesses: gather from log-softmax of full logits, in model dtype."""
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
@@ -86,7 +85,7 @@ def rolling(model: PreTrainedModel) -> Variant:
 
 
 def fused(model: PreTrainedModel, library: str) -> Variant:
-    """Head and loss in one call of a library, in the model's dtype."""
+    """Compute head and loss in one fused call of a library, in the model's dtype."""
     weight = model.get_output_embeddings().weight
 
     def nll(rows: torch.Tensor, targets: torch.Tensor) -> Any:
@@ -109,7 +108,7 @@ def fused(model: PreTrainedModel, library: str) -> Variant:
 
 
 def ours(scorer: Scorer) -> Variant:
-    """Scoring as the pipeline does it."""
+    """Score like the pipeline."""
 
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         n_tokens = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
@@ -119,7 +118,7 @@ def ours(scorer: Scorer) -> Variant:
 
 
 def products(model: PreTrainedModel, dtype: torch.dtype) -> Variant:
-    """Matrix products of the shapes of the model's weights and nothing else: the limit."""
+    """Only compute matrix products with the shapes of the model's weights: the upper bound."""
     embedding = model.get_input_embeddings().weight
     weights = [
         p.detach().to(dtype) for p in model.parameters() if p.ndim == 2 and p is not embedding
@@ -128,7 +127,7 @@ def products(model: PreTrainedModel, dtype: torch.dtype) -> Variant:
     def run(tokens: torch.Tensor) -> torch.Tensor:
         for weight in weights:
             rows = weight.new_empty(tokens.numel(), weight.shape[1])
-            for block in weight.split(4096):  # no allocation of whole logits
+            for block in weight.split(4096):  # avoids allocating full logits
                 torch.mm(rows, block.T)
         return torch.zeros(len(tokens), device=tokens.device)
 
@@ -136,8 +135,9 @@ def products(model: PreTrainedModel, dtype: torch.dtype) -> Variant:
 
 
 def config(family: str, size: str) -> dict[str, int]:
-    """A model of a family and size; gated feed-forward parts are narrower, so that none has more
-    weights than another.
+    """Return the configuration of a model of a family and size.
+
+    Gated feed-forward layers are narrower, so that all families have as many weights.
     """
     layers, width, heads, inner = SIZES[size]
     return {
@@ -152,7 +152,7 @@ def config(family: str, size: str) -> dict[str, int]:
 def variants(
     family: str, size: str, vocab_size: int, device: torch.device, all_peers: bool
 ) -> tuple[dict[str, Variant], Variant]:
-    """The variants by name, the naive one first, and the exact losses in float64."""
+    """Return the variants by name, the naive one first, and a variant for float64 losses."""
 
     def fresh(dtype: torch.dtype) -> PreTrainedModel:
         made = Model(type=family, config=config(family, size))
@@ -193,11 +193,11 @@ def variants(
 
 
 def measure(named: dict[str, Variant], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; the variants take turns."""
+    """Return the seconds of every variant in every round. The variants take turns."""
     on_cpu = tokens.device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in named}
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first is a warm-up
         for name, variant in named.items():
             begun = clock()
             variant(tokens)
@@ -208,9 +208,9 @@ def measure(named: dict[str, Variant], tokens: torch.Tensor, rounds: int) -> dic
 
 
 def table(named: dict[str, Variant], exact: Variant, tokens: torch.Tensor, rounds: int) -> None:
-    """Measure and print."""
+    """Measure and print a row per variant."""
     with torch.inference_mode():
-        few = slice(0, 4)  # full logits in float64
+        few = slice(0, 4)  # full logits in float64 need much memory
         truth = exact(tokens[few])
         seconds = measure(named, tokens, rounds)
         errors = {n: (v(tokens)[few].double() - truth).abs().max().item() for n, v in named.items()}
@@ -232,7 +232,7 @@ def table(named: dict[str, Variant], exact: Variant, tokens: torch.Tensor, round
 
 
 def main() -> None:
-    """Measure and print a table for every family and vocabulary."""
+    """Measure and print a table for every family and vocabulary size."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="150m" if on_gpu else "small")
@@ -249,7 +249,7 @@ def main() -> None:
         for vocab_size in options.vocabulary if all_peers else options.vocabulary[:1]:
             shape = ", ".join(f"{k} {v}" for k, v in config(family, options.size).items())
             print(f"\n{family}, {shape}, vocabulary {vocab_size:,}\n")
-            print("| | tokens/s | x | spread | products' share | error |")
+            print("| | tokens/s | speedup | spread | share of products | error |")
             print("|---|---|---|---|---|---|")
             generator = torch.Generator().manual_seed(0)
             shape_BxT = BATCH[device.type], LENGTH

@@ -1,14 +1,14 @@
-"""Selection from a large score store, against sorting the same scores in memory.
+"""Selection from a large score store, compared with sorting the same scores in memory.
 
     python benchmarks/selection.py [--sequences 50000000] [--tau 7 64] [--rounds 3] [--memory 1GB]
 
-A synthetic store is made first: losses, sequences, spans and documents, one document to ten
-sequences, in shards of a million; one document in a hundred stands in the first shard too, and
-each shard's last sequence is padded. What selection needs is worked out from them by the functions
-and under the memory limit of publication. Then the best 1/tau is selected by the pipeline's own
-query, over everything and by batch, and all scores are sorted by numpy's argsort in float32, which
-leaves nothing out and has no order at ties; in turn, three rounds, each time in a process of its
-own, whose peak memory includes its imports.
+First creates a synthetic store: losses, sequences, spans and documents, one document per ten
+sequences, in shards of a million. One document in a hundred is also in the first shard, and the
+last sequence of each shard is padded. The derived tables that selection needs are computed with the
+functions and the memory limit of publication. Then the best 1/tau is selected with the pipeline's
+query, over everything and by batch, and numpy's argsort sorts all scores in float32, without
+excluding any or ordering ties. These take turns for `--rounds` rounds, each time in a new process,
+whose peak memory includes its imports.
 """
 
 import argparse
@@ -66,12 +66,12 @@ INSERT INTO losses
 
 
 def shard_names(n: int) -> list[str]:
-    """The shards of n sequences."""
+    """Return the names of the shards for n sequences."""
     return [f"webtext-{i:010x}" for i in range(n // SHARD)]
 
 
 def connect(path: Path, memory: str, read_only: bool = False) -> duckdb.DuckDBPyConnection:
-    """The store, opened as publication opens it."""
+    """Open the store like publication does."""
     connection = duckdb.connect()
     connection.execute("SET enable_progress_bar = false")
     connection.execute(f"SET memory_limit = '{memory}'")
@@ -109,7 +109,7 @@ def work_out(path: Path, n: int) -> None:
 
 
 def best(path: Path, memory: str, tau: int) -> float:
-    """Seconds to select the best 1/tau."""
+    """Select the best 1/tau and return the seconds."""
     with connect(path, memory, read_only=True) as connection:
         begun = time.monotonic()
         keep = count_candidates(connection) // tau
@@ -120,7 +120,7 @@ def best(path: Path, memory: str, tau: int) -> float:
 
 
 def best_of_batches(path: Path, memory: str, tau: int) -> float:
-    """Seconds to select the best 1/tau of every `BATCH * tau`."""
+    """Select the best 1/tau of every `BATCH * tau` and return the seconds."""
     with connect(path, memory, read_only=True) as connection:
         begun = time.monotonic()
         chosen = select_by_batch(connection, "color", "books", tau, BATCH, seed=0)
@@ -130,7 +130,7 @@ def best_of_batches(path: Path, memory: str, tau: int) -> float:
 
 
 def argsort(path: Path, memory: str) -> float:
-    """Seconds to sort all scores, which lie in memory."""
+    """Sort all scores in memory and return the seconds, without those to load them."""
     with connect(path, memory, read_only=True) as connection:
         n = fetch_row(connection, "SELECT count(*) FROM color")[0]
         scores = np.empty(n, np.float32)
@@ -146,24 +146,24 @@ def argsort(path: Path, memory: str) -> float:
 
 
 class Taken(NamedTuple):
-    """Seconds, seconds of all cores together, and the most memory held, in GB."""
+    """Wall time and CPU time in seconds, and peak memory in GB."""
 
     seconds: float
     cpu: float
     peak: float
 
     def __str__(self) -> str:
-        return f"{self.seconds:.1f} s, {self.cpu:.1f} s of CPU, {self.peak:.2f} GB"
+        return f"{self.seconds:.1f} s, {self.cpu:.1f} s CPU, {self.peak:.2f} GB"
 
 
 def spent() -> tuple[float, float]:
-    """What this process has taken of the cores' time, and the most memory it has held."""
+    """Return the CPU time of this process in seconds, and its peak memory in GB."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
 
 
 def alone(measured: Callable[..., float | None], *arguments: object) -> Taken:
-    """What a function takes in a process of its own; the seconds may be what it returns."""
+    """Run a function in a new process and measure it. If it returns seconds, those are used."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
         before, _ = process.submit(spent).result()
@@ -175,20 +175,20 @@ def alone(measured: Callable[..., float | None], *arguments: object) -> Taken:
 
 
 def main() -> None:
-    """Fill, measure and print."""
+    """Fill the store, run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=50_000_000, help="whole millions")
+    parser.add_argument("--sequences", type=int, default=50_000_000, help="a multiple of a million")
     parser.add_argument("--tau", type=int, nargs="+", default=[7, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", default=READING_MEMORY, help="DuckDB's limit in selecting")
-    parser.add_argument("--folder", type=Path, help="where the store is made (default: temporary)")
+    parser.add_argument("--memory", default=READING_MEMORY, help="DuckDB's limit when selecting")
+    parser.add_argument("--folder", type=Path, help="folder of the store (default: temporary)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "scores.duckdb"
         taken = alone(fill, path, options.sequences)
         print(f"filled: {taken}; store {path.stat().st_size / 1e9:.1f} GB", flush=True)
         taken = alone(work_out, path, options.sequences)
-        print(f"worked out: {taken}; store {path.stat().st_size / 1e9:.1f} GB", flush=True)
+        print(f"derived tables: {taken}; store {path.stat().st_size / 1e9:.1f} GB", flush=True)
         found: dict[str, list[Taken]] = {}
         for _ in range(options.rounds):
             of_tau = itertools.product(options.tau, (best, best_of_batches))

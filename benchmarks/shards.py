@@ -1,12 +1,12 @@
-"""How a run's time and Dagster's records grow with the number of shards.
+"""How the time of a run and the size of Dagster's records grow with the number of shards.
 
     python benchmarks/shards.py [--shards 50 500] [--folder DIR] [--keep]
 
-For each number a corpus of as many files is made, pieces of the standard library of 8,000
-characters, each a shard of its own, and the whole pipeline is run over it with tiny models by the
-command line: once from nothing, once more when all stands, once more after one file has arrived;
-then `status`. Printed are the wall times, those of every step of the runs as Dagster has them on
-record, and what its event log takes.
+For each number, creates a corpus of that many files, pieces of the standard library of 8,000
+characters, each of which becomes a shard. Then runs the complete pipeline with tiny models through
+the command line: from nothing, again when everything exists, and again after one new file; then
+`status`. Prints the wall times, the times of the slowest steps as recorded by Dagster, and the size
+of Dagster's records.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TRAINING = {"learning_rate": 6.0e-3, "batch_sequences": 8}
 
 
 def recipe(files: Path) -> dict[str, object]:
-    """Tiny models over these files, a shard for each."""
+    """Return a recipe with tiny models over these files, with one shard per file."""
     model = {"type": "gpt_neox", "config": CONFIG}
     topics = {
         "name": "topics",
@@ -67,18 +67,18 @@ def recipe(files: Path) -> dict[str, object]:
 
 
 def pieces(n: int) -> list[str]:
-    """Text of the standard library in n pieces."""
+    """Return n pieces of the source code of the standard library."""
     text = ""
     for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
         if "site-packages" not in path.parts and "test" not in path.parts:
             text += path.read_text(encoding="utf-8", errors="ignore")
         if len(text) >= n * CHARS:
             return [text[i * CHARS : (i + 1) * CHARS] for i in range(n)]
-    raise SystemExit(f"the standard library has no {n} pieces of {CHARS} characters")
+    raise SystemExit(f"the standard library is too small for {n} pieces of {CHARS} characters")
 
 
 def timed(folder: Path, command: str) -> float:
-    """Seconds that a command of the command line takes."""
+    """Run a `colorfilter` command and return the seconds."""
     begun = time.monotonic()
     place = ["--recipe", str(folder / "recipe.yaml"), "--home", str(folder / "home")]
     subprocess.run(
@@ -91,7 +91,7 @@ def timed(folder: Path, command: str) -> float:
 
 
 def steps(folder: Path) -> dict[str, float]:
-    """Seconds of every step of the last run, longest first."""
+    """Return the seconds of every step of the last run, longest first."""
     with DagsterInstance.from_config(str(folder / "home" / "dagster")) as instance:
         run = instance.get_runs(limit=1)[0]
         found = {
@@ -103,12 +103,12 @@ def steps(folder: Path) -> dict[str, float]:
 
 
 def size(folder: Path) -> float:
-    """MB of the files in a folder."""
+    """Return the size of the files in a folder, in MB."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
 def measure(folder: Path, n: int) -> None:
-    """Run over n shards and print."""
+    """Run over n shards and print the results."""
     files = folder / "pieces"
     files.mkdir()
     made = pieces(n + 1)
@@ -117,8 +117,8 @@ def measure(folder: Path, n: int) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(files)), encoding="utf-8")
     print(f"{n} shards", flush=True)
     records = folder / "home" / "dagster"
-    for what in ("from nothing", "all stands", "one file more"):
-        if what == "one file more":
+    for what in ("from nothing", "everything exists", "one new file"):
+        if what == "one new file":
             (files / f"{n:05d}.txt").write_text(made[n], encoding="utf-8")
         before = size(records) if records.exists() else 0.0
         seconds = timed(folder, "run")
@@ -131,11 +131,11 @@ def measure(folder: Path, n: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each number of shards."""
+    """Run the benchmark for each number of shards."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[50, 500])
-    parser.add_argument("--folder", type=Path, help="where homes are made (default: temporary)")
-    parser.add_argument("--keep", action="store_true", help="leave the homes")
+    parser.add_argument("--folder", type=Path, help="parent folder of homes (default: temporary)")
+    parser.add_argument("--keep", action="store_true", help="do not delete the homes")
     options = parser.parse_args(arguments)
     for n in options.shards:
         folder = Path(tempfile.mkdtemp(dir=options.folder))

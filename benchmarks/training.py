@@ -1,12 +1,12 @@
-"""Speed and memory of a training step: the pipeline's against full logits and torch's attention.
+"""Speed and memory of a training step, compared with full logits and torch's attention.
 
     python benchmarks/training.py [--threads 1] [--rounds 15]
 
-Random weights and tokens at three sizes: the sample's auxiliary and target models, and a larger one
-of 8 layers and a vocabulary of 50,304, of which a CPU takes fewer tokens and a single step. Every
-variant has a process of its own, since what one frees the next would find in place; they take
-turns. Reported are medians of CPU time per step (on a CPU; of wall time on a GPU), the ratio to the
-former form, and the peak of memory above what stood before the model was made.
+Uses random weights and tokens at three sizes: the sample's auxiliary and target models, and a
+larger one of 8 layers and a vocabulary of 50,304, for which a CPU takes fewer tokens and a single
+step. The variants take turns. Each has its own process, so that memory freed by one is not reused
+by the next. Prints the median CPU time per step (on a GPU: wall time), the speedup over full logits
+in float32, and the peak memory above that before the model was created.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-import colorfilter  # noqa: F401  (before torch: it says how OpenMP's threads wait)
+import colorfilter  # noqa: F401  (before torch: it sets how OpenMP threads wait)
 
 # isort: split
 import torch
@@ -37,7 +37,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Size(NamedTuple):
-    """A model and the tokens of a step, which is one micro batch."""
+    """A model size, and the tokens of a step, which is one micro batch."""
 
     name: str
     layers: int
@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
 
 def sizes(on_cpu: bool) -> list[Size]:
-    """The sizes measured."""
+    """Return the sizes to measure."""
     return [
         Size("sample, auxiliary", 2, 64, 2, 2_048, 128, 1_024),
         Size("sample, target", 2, 128, 4, 2_048, 128, 1_024),
@@ -58,7 +58,7 @@ def sizes(on_cpu: bool) -> list[Size]:
 
 
 def full_logits(model: PreTrainedModel) -> Loss:
-    """The former form: full logits as float32, then cross entropy."""
+    """Return the baseline loss: full logits as float32, then cross entropy."""
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -70,7 +70,7 @@ def full_logits(model: PreTrainedModel) -> Loss:
 
 
 def full_logits_autocast(model: PreTrainedModel) -> Loss:
-    """The same with the model's products in bf16, as the pipeline does it on CUDA."""
+    """Return the loss with products in bf16 by autocast, like the pipeline on CUDA."""
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -80,7 +80,7 @@ def full_logits_autocast(model: PreTrainedModel) -> Loss:
 
 
 def ours(model: PreTrainedModel) -> Loss:
-    """Training as the pipeline does it in float32."""
+    """Return the pipeline's loss in float32."""
     head_weight = checkpoints.head_weight(model)
     attention.attend_by_blocks(model)
     return lambda tokens, labels: summed_nll(model, head_weight, tokens, labels)
@@ -94,7 +94,7 @@ VARIANTS = {
 
 
 def peak() -> float:
-    """The most memory this process has held so far, MB: on its GPU, or resident."""
+    """Return the peak memory of this process so far, in MB: allocated on its GPU, or resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1_024
@@ -102,7 +102,7 @@ def peak() -> float:
 
 
 class Steps:
-    """A variant at a size, in the process that takes its steps."""
+    """A variant at a size, in the process that runs its steps."""
 
     def __init__(self, size: Size, variant: str) -> None:
         self.before = peak()
@@ -128,7 +128,7 @@ class Steps:
         self.clock = time.process_time if on_cpu else time.perf_counter
 
     def take(self) -> float:
-        """Take one step; its seconds."""
+        """Run one step and return the seconds."""
         begun = self.clock()
         nll = self.loss(self.tokens, self.labels)
         (nll / self.labels.numel()).backward()
@@ -143,20 +143,20 @@ _steps: list[Steps] = []
 
 
 def begin(size: Size, variant: str, threads: int) -> None:
-    """In a variant's process: make it ready."""
+    """Set up a variant in its process."""
     torch.set_num_threads(threads)
     attention.prefer_onednn()
     _steps.append(Steps(size, variant))
 
 
 def take() -> tuple[float, float]:
-    """In a variant's process: take a step; seconds, and peak memory in MB."""
+    """Run a step in a variant's process. Return the seconds, and the peak memory in MB."""
     seconds = _steps[0].take()
     return seconds, peak() - _steps[0].before
 
 
 def measure(size: Size, threads: int, rounds: int) -> dict[str, tuple[list[float], float]]:
-    """Seconds of every variant in every round, and its peak memory in MB."""
+    """Return the seconds of every variant in every round, and its peak memory in MB."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = {
@@ -185,7 +185,7 @@ def main() -> None:
     name = capability if on_cpu else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, ", end="")
     print(f"{options.threads} threads; gpt_neox\n")
-    print("| model | loss | ms per step | tokens/s | x | spread | peak MB |")
+    print("| model | loss | ms per step | tokens/s | speedup | spread | peak MB |")
     print("|---|---|---|---|---|---|---|")
     for size in sizes(on_cpu):
         rounds = 1 if on_cpu and size.name == "larger" else options.rounds
