@@ -1,8 +1,9 @@
-# `make demo` runs the sample from nothing. `make test` runs lint, type check and the tests that guard
-# behaviour; `make test-all` adds those that are slow by nature: a browser, a Ray cluster, random
-# kills. Each makes the virtual environment first, once. `make bench` measures speed and precision on
-# a CPU, in less than ten minutes; precision on the sample's models, so after `make demo`.
-# `make mutations` puts deliberate faults in, one at a time, and says which test finds each.
+# make demo       run the sample recipe from scratch
+# make test       lint, type check, and the fast tests
+# make test-all   the same plus slow tests: a browser, a Ray cluster, random kills
+# make bench      speed and precision on a CPU, under ten minutes; needs the models of `make demo`
+# make mutations  inject deliberate faults, one at a time, and print which test finds each
+# The virtual environment is created when first needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-# Many short processes import the project: the first one's bytecode serves the others.
+# Many short processes import the project, so let them share the compiled bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all mutations lint bench clean
@@ -18,9 +19,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(RUNTIME)
 	$(BIN)/colorfilter run --recipe sample
 
-# Tests write to memory where it has 4 GiB free: they flush a lot to disk and keep nothing.
+# Tests sync many temporary files, so they write to /dev/shm if it has 4 GiB free.
 IN_MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 4194304 { print "TMPDIR=/dev/shm" }')
-# A file's tests stay in one process, which makes once what they share. The longest come first.
+# The tests of a file run in one process, which creates shared fixtures once. Longest files first.
 PYTEST := $(IN_MEMORY) $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
@@ -45,7 +46,7 @@ bench: $(DEV)
 
 $(RUNTIME) $(DEV): pyproject.toml constraints.txt install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 to 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+		{ echo "error: Python 3.11 to 3.13 is required; use one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) install.py $(VENV) $(patsubst .installed%,%,$(subst -,,$(notdir $@)))
 
 clean:

@@ -1,10 +1,10 @@
-"""Make a virtual environment and install the project in it: `python3 install.py FOLDER [EXTRA]`.
+"""Create a virtual environment and install the project: `python3 install.py FOLDER [EXTRA]`.
 
-Installs by uv, which takes a minute where pip takes five. Where uv cannot be had, installs by pip.
-uv does not read pip's configuration, so what it says of indexes and certificates is handed on.
+Installs with uv, which takes one minute where pip takes five, or with pip if uv is not available.
+uv does not read pip's configuration, so pip's settings for indexes and certificates are passed on.
 """
 
-from __future__ import annotations  # so that an older Python can say what is wrong
+from __future__ import annotations  # so that an older Python gets as far as the version check
 
 import ast
 import contextlib
@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST, NEWEST = (3, 11), (3, 13)
-INCOMPLETE = ".installing"  # a file that is there until the installation is complete
-# pip's settings by uv's options. Each of several values, apart by spaces, is an option of its own.
+INCOMPLETE = ".installing"  # a file that exists until the installation is complete
+# pip's settings and the corresponding options of uv. An option is repeated for each value of a
+# setting; pip separates values by spaces.
 OPTIONS = {
     "index-url": "--default-index",
     "extra-index-url": "--index",
@@ -34,30 +35,30 @@ VARIABLES["default-timeout"] = VARIABLES["timeout"]  # its name as an environmen
 
 
 def main(folder: Path, extra: str = "") -> str | None:
-    """Install; returns what is wrong, in a line."""
+    """Install. Return None, or one line that says what went wrong."""
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         return (
-            f"Python {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} is needed, this "
-            f"is {sys.version.split()[0]}; name another: make PYTHON=/path/to/python3.12"
+            f"Python {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} is required, "
+            f"this is {sys.version.split()[0]}; use another: make PYTHON=/path/to/python3.12"
         )
     if not os.access(ROOT, os.W_OK):
-        return f"{ROOT}: cannot be written; clone the project to a folder of your own"
+        return f"{ROOT}: is not writable; clone the project to a folder of your own"
     with _locked():
         try:
             wrong = _prepare(folder)
         except OSError as error:
-            wrong = f"cannot be written ({error.strerror})"
+            wrong = f"cannot be written to ({error.strerror})"
         except subprocess.CalledProcessError:
             return "this Python cannot install pip; install it (Debian: apt install python3-venv)"
         if wrong:
-            return f"{folder}: {wrong}; name another: make VENV=/tmp/venv"
+            return f"{folder}: {wrong}; use another: make VENV=/tmp/venv"
         project = f"{ROOT}[{extra}]" if extra else str(ROOT)
         return _install(folder, ["--editable", project, "--constraint", str(CONSTRAINTS)], extra)
 
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """Wait until no other installation from this checkout is at work."""
+    """Wait until no other installation from this checkout is running, and block others."""
     root = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(root, fcntl.LOCK_EX)
@@ -67,14 +68,15 @@ def _locked() -> Iterator[None]:
 
 
 def _prepare(folder: Path) -> str | None:
-    """Create the virtual environment, or rebuild one that is incomplete or lacks its Python.
+    """Create the virtual environment, or rebuild one that is incomplete or lost its Python.
 
-    Returns what is wrong. Raises OSError, and CalledProcessError where pip cannot be had.
+    Returns None, or what is wrong. Raises OSError if the folder is not writable, and
+    CalledProcessError if pip cannot be installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     incomplete = (folder / INCOMPLETE).exists()
     if not (incomplete or (folder / "pyvenv.cfg").exists()) and any(folder.iterdir()):
-        return "is no virtual environment and holds other files"
+        return "is not a virtual environment and has other files"
     (folder / INCOMPLETE).touch()
     if incomplete or not _ran([_python(folder), "-c", ""]):
         _make(folder)
@@ -93,29 +95,29 @@ def _make(folder: Path) -> None:
 
 
 def _install(folder: Path, wanted: list[str], extra: str) -> str | None:
-    """Install by uv, else by pip; returns what is wrong.
+    """Install with uv, or with pip if that fails. Return None, or what went wrong.
 
-    Neither notices a package whose installation was interrupted. So the environment is rebuilt
-    where that may have happened: here after uv has failed, by `_prepare` where INCOMPLETE was left.
+    Neither detects packages whose installation was interrupted. So the environment is rebuilt when
+    that may have happened: here after uv has failed, and by `_prepare` if INCOMPLETE was left.
     """
     done = folder / f".installed{extra and '-'}{extra}"
     done.unlink(missing_ok=True)
     pip = [_python(folder), "-m", "pip", "--disable-pip-version-check"]
-    print(f"installing into {folder}: 600 MB to fetch, 2 GB on disk; more with CUDA", flush=True)
+    print(f"installing into {folder}: 600 MB download, 2 GB on disk; more with CUDA", flush=True)
     has_uv = _ran([*pip, "install", "--quiet", "uv>=0.8"])
     before = _packages(folder)
     if not (has_uv and _by_uv(folder, wanted)):
-        tried = "could not install" if has_uv else "cannot be had"
-        print(f"uv {tried}; trying pip, which takes some minutes longer", flush=True)
+        tried = "failed" if has_uv else "is not available"
+        print(f"uv {tried}; trying pip, which takes a few minutes longer", flush=True)
         if _packages(folder) != before:
             _make(folder)
             before = _packages(folder)
         if not _ran([*pip, "install", "--quiet", *wanted]):
             if _packages(folder) == before:
                 (folder / INCOMPLETE).unlink()
-            return f"nothing more was installed in {folder} (see above); run the same command again"
+            return f"{folder}: installation failed (see above); run the same command again"
     done.touch()
-    (folder / ".installed").touch()  # an extra comes with all that is there without
+    (folder / ".installed").touch()  # an extra includes the installation without extras
     (folder / INCOMPLETE).unlink()
     return None
 
@@ -139,15 +141,15 @@ def _by_uv(folder: Path, wanted: list[str]) -> bool:
     if not sys.stderr.isatty():
         install.append("--quiet")
     environment = {**variables, **os.environ}
-    # Of torch's builds uv can choose the one for the machine's GPU, or for none. That asks torch's
-    # own index, so it is left out where pip was told where to look.
+    # uv can choose the build of torch for the machine's GPU, or for the CPU. This uses torch's own
+    # index, so it is not done if pip is configured with an index.
     if not settings.keys() & {"index-url", "find-links", "no-index"}:
         environment.setdefault("UV_TORCH_BACKEND", "auto")
     return _ran(install, environment)
 
 
 def pip_settings(listed: str) -> dict[str, str]:
-    """Settings by name from what `pip config list` prints. A variable counts most."""
+    """Return settings by name from the output of `pip config list`. Variables take precedence."""
     found = dict(line.split("=", 1) for line in listed.splitlines() if "=" in line)
     settings = {}
     for level in ("global.", "install.", ":env:."):
@@ -158,14 +160,14 @@ def pip_settings(listed: str) -> dict[str, str]:
 
 
 def uv_settings(settings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Uv's options and environment variables for pip's settings."""
+    """Return uv's options and environment variables for pip's settings."""
     options = []
     for name, option in OPTIONS.items():
         for value in settings.get(name, "").split():
-            # pip passes over a folder that is not there, uv does not.
+            # pip ignores a folder that does not exist; uv fails.
             if not value.startswith("file:") or Path(value.removeprefix("file://")).exists():
                 options += [option, value]
-    if "--index" in options:  # pip prefers no index to another
+    if "--index" in options:  # pip takes the best version of any index
         options += ["--index-strategy", "unsafe-best-match"]
     if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
         options.append("--no-index")

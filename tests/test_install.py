@@ -69,7 +69,7 @@ def test_a_python_that_is_too_old_or_new_is_refused(
 ) -> None:
     monkeypatch.setattr(sys, "version_info", Version(*version))
     wrong = install.main(tmp_path / "venv")
-    assert "Python 3.11 to 3.13 is needed" in wrong
+    assert "Python 3.11 to 3.13 is required" in wrong
     assert "make PYTHON=" in wrong
     assert not list(tmp_path.iterdir())
 
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     done = installed(tmp_path / "file" / "venv")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path}/file/venv: cannot be written (Not a directory)")
+    assert line.startswith(f"error: {tmp_path}/file/venv: cannot be written to (Not a directory)")
     assert "make VENV=" in line
 
 
@@ -98,7 +98,7 @@ def test_without_a_network_pip_is_tried_after_uv_and_the_end_is_told(tmp_path: P
     nowhere |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
     done = installed(tmp_path / "venv", **nowhere)
     assert done.returncode == 2
-    assert "uv cannot be had" in done.stdout
+    assert "uv is not available" in done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert "run the same command again" in last
@@ -138,8 +138,8 @@ def test_a_folder_with_other_files_is_left_alone(install: ModuleType, tmp_path: 
     (tmp_path / "thesis.txt").touch()
     wrong = install.main(tmp_path)
     assert wrong == (
-        f"{tmp_path}: is no virtual environment and holds other files; "
-        "name another: make VENV=/tmp/venv"
+        f"{tmp_path}: is not a virtual environment and has other files; "
+        "use another: make VENV=/tmp/venv"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -206,7 +206,7 @@ def test_a_checkout_that_cannot_be_written_is_told(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(install.os, "access", lambda *_: False)
-    assert (install.main(tmp_path / "venv") or "").startswith(f"{ROOT}: cannot be written; clone")
+    assert (install.main(tmp_path / "venv") or "").startswith(f"{ROOT}: is not writable; clone")
     assert not list(tmp_path.iterdir())
 
 
