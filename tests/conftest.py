@@ -1,4 +1,4 @@
-"""Shared by all tests: small real text, a recipe over it, and a home where it has been run."""
+"""Shared fixtures: a little real text, a recipe over it, and a home in which it has run."""
 
 import json
 import os

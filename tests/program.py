@@ -1,4 +1,4 @@
-"""The command line, as a program that tests start and as a call in their own process."""
+"""Run `colorfilter` commands in a process of their own, or in the test's process."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What assets really read in a run, recorded beside what they declare."""
+"""Record which assets each step of a run reads, to compare with what it declares."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""A few items of every task, made up: in the fields of the hub, in words, and as prompts."""
+"""A few invented items of every task: in the fields of the hub, as text, and as prompts."""
 
 import json
 from pathlib import Path

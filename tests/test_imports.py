@@ -1,4 +1,4 @@
-"""The rule of the layers, imports only go down; what tests use; and what must precede torch."""
+"""Import rules: between the layers, in tests, and relative to torch."""
 
 import ast
 import os

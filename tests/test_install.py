@@ -1,4 +1,4 @@
-"""install.py: what uv is told of pip's settings, and what goes wrong in a line."""
+"""install.py: pip's settings are passed to uv, and errors are one line."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The deliberate faults of benchmarks/mutations.py still fit the code."""
+"""The faults of benchmarks/mutations.py match the code, and results are kept."""
 
 import importlib.util
 import json

@@ -1,7 +1,7 @@
-"""A Ray cluster of three nodes on this machine, in a network where nothing else is.
+"""A Ray cluster of three nodes on this machine, in an isolated network namespace.
 
-Ray listens on every interface and takes jobs from whoever reaches it, so it is started in a network
-of its own that has the loopback interface alone. Making one takes root.
+Ray listens on every interface and runs jobs for anyone who can connect, so it is started in a
+namespace that has only the loopback interface. Creating one needs root.
 """
 
 import ctypes

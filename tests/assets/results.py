@@ -1,4 +1,4 @@
-"""What the pipeline has selected, and one selection at any tau."""
+"""Read what the pipeline selected, and select once at any tau."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How an asset's long work says how far it is."""
+"""How assets report the progress of long work."""
 
 import time
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What assets declare: one statement for Dagster and the ledger, and true."""
+"""What assets declare is the same for Dagster and the ledger, and matches what they read."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A filtered dataset as others find it: its Croissant description and its card."""
+"""The Croissant description and the dataset card of a filtered dataset."""
 
 import hashlib
 import json

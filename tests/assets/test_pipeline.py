@@ -1,4 +1,4 @@
-"""The whole pipeline on real text, small: what is computed, what stands, what the checks see."""
+"""The complete pipeline on a little real text: what is computed or reused, what checks find."""
 
 import json
 import os

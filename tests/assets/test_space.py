@@ -1,4 +1,4 @@
-"""A disk that is too small is told before the work, and what stood stays."""
+"""A full disk is reported before work starts, and existing artifacts are kept."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""The whole pipeline over a domain of tasks, small."""
+"""The complete pipeline over a small domain of tasks."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tiny things that several tests share: texts, a tokenizer, an architecture, packed sequences."""
+"""Tiny shared fixtures: texts, a tokenizer, an architecture, packed sequences."""
 
 import random
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Packed sequences and models to score them by."""
+"""Packed sequences, and models to score them with."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cost: the paper's worked values, what arms share counted once, FLOPs against torch's counter."""
+"""Cost: the paper's figures, work shared by arms is counted once, FLOPs match torch's counter."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a training run leaves, and runs that are killed."""
+"""Start training runs, kill them, and read what they write."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Call the command line in the test's process."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The command line: bad input is one line and exit code 2, and nothing is left half-made."""
+"""The command line: invalid input gives one line and exit code 2, and no partial artifacts."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`cost` and `run --dry-run`: what they show, and that nothing is opened or written."""
+"""`cost` and `run --dry-run`: what they print, and that nothing is opened or written."""
 
 import io
 import json

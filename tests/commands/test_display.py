@@ -1,4 +1,4 @@
-"""What the terminal shows of a run's events."""
+"""What the terminal shows during a run."""
 
 import io
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Runs that score, launched by hand or held in the middle, and the chunks that they scored."""
+"""Launch runs that score, pause them midway, and read which chunks they scored."""
 
 import shutil
 import time

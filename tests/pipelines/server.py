@@ -1,4 +1,4 @@
-"""`colorfilter ui` as a program that tests start, ask by GraphQL, and stop or kill."""
+"""Start `colorfilter ui` for tests, query it by GraphQL, and stop or kill it."""
 
 import contextlib
 import json

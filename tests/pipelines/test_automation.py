@@ -1,4 +1,4 @@
-"""What happens by itself: arrivals, the refresh schedule, and what the jobs leave alone."""
+"""Automation: new files, the refresh schedule, and what each job leaves unchanged."""
 
 from datetime import UTC, datetime
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Web server and daemon at work: what arrives by itself, what is killed, what meets on a device.
+"""Web server and daemon at work: new files, killed runs, runs that share a device.
 
 `pytest -s` prints the figures.
 """

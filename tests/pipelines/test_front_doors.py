@@ -1,4 +1,4 @@
-"""Dagster's own commands in a checkout where nothing was made yet, and without DAGSTER_HOME."""
+"""Dagster's own commands in a fresh checkout, and without DAGSTER_HOME."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Runs whose process is gone are failed, and no others."""
+"""Runs whose process is gone are marked as failed, and no others."""
 
 import dagster as dg
 import pytest

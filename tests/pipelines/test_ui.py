@@ -1,4 +1,4 @@
-"""The web UI as a person meets it: the real server, a real browser, clicks; runs by GraphQL."""
+"""The web UI as a user sees it: the real server, a real browser, and runs by GraphQL."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""A score store in a home of its own."""
+"""A score store in a temporary home."""
 
 from pathlib import Path
 

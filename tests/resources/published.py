@@ -1,4 +1,4 @@
-"""Parts of a score store, made up, and what it says of them."""
+"""Generate parts of a score store, and read what is published of them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training by the machine's own workers: what several processes give."""
+"""Training by local workers: several processes give the same result as one."""
 
 import contextlib
 import multiprocessing

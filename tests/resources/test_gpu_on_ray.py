@@ -1,4 +1,4 @@
-"""The verbs of the resource on a real Ray cluster: what one machine gives, whatever dies."""
+"""The Gpu resource on a real Ray cluster gives one machine's results, despite failures."""
 
 import itertools
 import json

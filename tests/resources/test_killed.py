@@ -1,4 +1,4 @@
-"""Scoring by worker processes, killed at random moments: each loss stands once, bit for bit.
+"""Scoring killed at random moments: each loss is recorded exactly once, bit for bit.
 
 Two kills; COLORFILTER_TEST_KILLS=20 for more.
 """

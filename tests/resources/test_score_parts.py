@@ -1,4 +1,4 @@
-"""What is made anew in a score store when a part of it changes: exclusions and pairs."""
+"""What is recomputed in a score store when a part of it changes: exclusions and pairs."""
 
 from pathlib import Path
 

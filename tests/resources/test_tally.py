@@ -1,4 +1,4 @@
-"""Progress of scoring: chunks done, by shard and by machine."""
+"""Progress of scoring: finished chunks per shard and per machine."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A home of format 1 is brought up to date, and nothing in it is made again."""
+"""A home of format 1 is upgraded without recomputing anything."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A new selection against the last one: told, or stopped before a dataset is made of it."""
+"""Checks of a new selection against the last one: they warn, or block the dataset."""
 
 from pathlib import Path
 from typing import Any

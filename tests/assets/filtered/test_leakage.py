@@ -1,4 +1,4 @@
-"""A corpus that quotes held-out text: found, listed, left out unless the arm keeps it."""
+"""A corpus that quotes held-out text: quotes are found, listed, and excluded unless kept."""
 
 import json
 import shutil

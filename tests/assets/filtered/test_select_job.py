@@ -1,4 +1,4 @@
-"""One selection at any tau: what it says beforehand, and that nothing is scored for it."""
+"""The job `select` at any tau: its dry run, and that it scores nothing."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""How trainings are divided between the cores of a machine, without a worker."""
+"""How trainings are divided among the cores of a machine; no worker is started."""
 
 from collections.abc import Iterator
 from dataclasses import replace

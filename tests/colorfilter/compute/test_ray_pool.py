@@ -1,4 +1,4 @@
-"""Calls on a real Ray cluster of three nodes: each once, whatever dies."""
+"""Calls on a real Ray cluster of three nodes: each completes exactly once, despite failures."""
 
 import os
 import signal

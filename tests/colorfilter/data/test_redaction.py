@@ -1,4 +1,4 @@
-"""Copies of tables and tokens without a document, and nothing else missing."""
+"""Redacted copies of tables and tokens lack the document and nothing else."""
 
 import hashlib
 import html

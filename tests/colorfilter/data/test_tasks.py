@@ -1,4 +1,4 @@
-"""Items of the eight tasks: read in both forms, put into words, split."""
+"""Items of the eight tasks: read in both formats, rendered as text, and split."""
 
 import gzip
 import json

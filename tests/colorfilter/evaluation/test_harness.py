@@ -1,4 +1,4 @@
-"""Against lm-evaluation-harness's own templates, and against transformers in float64."""
+"""Compared with lm-evaluation-harness's own templates, and with transformers in float64."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Scores as chunks on disk: each sequence once, whatever was killed or damaged."""
+"""Chunks of losses on disk: each sequence exactly once, despite kills and damaged files."""
 
 from pathlib import Path
 

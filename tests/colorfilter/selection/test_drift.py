@@ -1,4 +1,4 @@
-"""Drift and histograms against numpy, over scores drawn at random."""
+"""Drift and histograms of random scores, compared with numpy."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Places that all machines see, as folders and as URIs of a file system in memory."""
+"""Shared storage, as folders and as URIs of an in-memory file system."""
 
 import contextlib
 import os

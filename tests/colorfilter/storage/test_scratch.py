@@ -1,4 +1,4 @@
-"""Folders that go with the last process that needs them."""
+"""Temporary folders that are deleted with the last process that uses them."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Two processes that train one model together, by gloo on the CPU, against one that does alone."""
+"""Two processes train one model with gloo on the CPU; compared with a single process."""
 
 import operator
 import os

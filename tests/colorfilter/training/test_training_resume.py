@@ -1,4 +1,4 @@
-"""A training run that is killed and gone on with ends with the bits of an undisturbed one."""
+"""A training run that is killed and resumed ends bit-identical to an uninterrupted one."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Homes tampered with, and what an audit says of them."""
+"""Tamper with homes, and audit them."""
 
 import hashlib
 import json

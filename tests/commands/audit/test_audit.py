@@ -1,4 +1,4 @@
-"""Each way in which files and history can be tampered with is found, in the right line."""
+"""The audit reports every kind of tampering with files and history, in the right line."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Each way in which tables, selections and the ledger can be tampered with is found."""
+"""The audit reports every kind of tampering with tables, selections and the ledger."""
 
 import json
 import re

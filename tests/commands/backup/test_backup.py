@@ -1,4 +1,4 @@
-"""Backups: consistent while others write, never half-right, checked when they are restored."""
+"""Backups are consistent during writes, never partial, and verified when restored."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is said of a document, a sequence and a dataset, against the Parquet record."""
+"""Explanations of documents, sequences and datasets match the Parquet record."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A document is forgotten: nothing in the home tells of it, and all else is as it was."""
+"""Forgetting a document removes every trace of it and changes nothing else."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Where a text can still be read in a home, found without the code that takes it out."""
+"""Search a home for traces of a text, independently of the code that removes it."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The ledger's events: compared with the ledger itself, by file and over HTTP."""
+"""OpenLineage events match the ledger, written to a file and sent over HTTP."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""Compile the GPU kernels for sm_90 on any machine; print what each asks of it as JSON.
+"""Compile the GPU kernels for sm_90 on any machine, and print the resources of each as JSON.
 
-A program of its own, because Triton cannot compile in a process that interprets.
+A separate program, because Triton cannot compile in a process that interprets kernels.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Interpreted on the CPU; on a GPU, the same tests of the compiled kernels."""
+"""Tests of the Triton kernels: interpreted on the CPU, compiled on a GPU."""
 
 import json
 import math
