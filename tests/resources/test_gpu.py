@@ -1,4 +1,4 @@
-"""Training by local workers: several processes give the same result as one."""
+"""Training by groups of local processes: the result matches one process, and failures."""
 
 import contextlib
 import multiprocessing
