@@ -237,7 +237,7 @@ def test_status_tells_what_stands(call: Caller, finished: Project) -> None:
 
 RUN = """
 import sys
-from pipelines import cli
+from commands import cli
 if __name__ == "__main__":
     code = cli.call(sys.argv[1:])
     print({"torch", "transformers.modeling_utils"} & sys.modules.keys())
