@@ -7,7 +7,6 @@ import dagster as dg
 import pytest
 
 from assets.filtered.change_checks import CHECK
-from assets.metadata import outlines
 from colorfilter.config.recipe import Recipe
 from colorfilter.selection.sql import fetch
 from pipelines.graph import build_definitions
@@ -137,8 +136,3 @@ def test_a_dataset_is_late_as_the_recipe_says(finished: Project) -> None:
         specs = build_definitions(recipe, "/nowhere").resolve_asset_graph().get(key)
         policy = specs.freshness_policy
         assert (policy and policy.fail_window.to_timedelta().total_seconds() / 3600) == hours
-
-
-def test_a_picture_of_both_is_small_enough_to_be_shown_in_the_table() -> None:
-    high = [10_000 + 977 * i for i in range(28)]
-    assert len(outlines(high, high[::-1], -1.25, 10.5).value) < 1000

@@ -14,7 +14,7 @@ from colorfilter.storage.scratch import held, scratch, sweep
 
 HOLD = """
 import sys, time
-from colorfilter.scratch import held
+from colorfilter.storage.scratch import held
 with held(sys.argv[1]) as folder:
     folder.mkdir(exist_ok=True)
     (folder / "text").touch()

@@ -145,7 +145,7 @@ def test_a_run_killed_while_it_writes_a_model_ends_with_the_same_bits(
 
     save = checkpoints.save
     with monkeypatch.context() as patch:
-        patch.setattr(training.models, "save", torn)
+        patch.setattr(checkpoints, "save", torn)
         with pytest.raises(KilledError):
             train(run)
     train(run)
