@@ -1,7 +1,6 @@
 """The entry point of the command line, and the commands run, select, cost, status and ui."""
 
 import gc
-import json
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+import yaml
 from rich import box
 from rich.table import Table
 
@@ -278,7 +278,9 @@ def ui(
         "ignore:Function `dev_command` is superseded,ignore:Parameter `backfill_policy` of"
     )
     workspace = place.dagster / "workspace.yaml"
-    write_text_atomically(workspace, json.dumps({"load_from": [{"python_file": _definitions()}]}))
+    write_text_atomically(
+        workspace, yaml.safe_dump({"load_from": [{"python_file": _definitions()}]})
+    )
     console.print(
         f"starting Dagster, ready in 15 to 60 s at http://127.0.0.1:{port}  (Ctrl-C to stop)",
         highlight=False,

@@ -143,7 +143,7 @@ class Record:
         if held.fingerprint != fingerprint:
             wanted = f"files with the fingerprint {fingerprint[:16]}"
             yield Finding(name, where, wanted, held.fingerprint[:16])
-        manifests = {e["manifest"] for _, e in lines if e["fingerprint"] == fingerprint}
+        manifests = {str(e.get("manifest")) for _, e in lines if e["fingerprint"] == fingerprint}
         if held.manifest not in manifests:
             wanted = f"the sha256 {' or '.join(sorted(m[:16] for m in manifests))}"
             yield Finding(name, where, wanted, held.manifest[:16])

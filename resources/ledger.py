@@ -1,11 +1,12 @@
 """The ledger: an append-only file that records what every artifact was built from.
 
-It has a line of JSON for every artifact that was built or reused. The last line of an asset's
-partition is the current artifact. A line can also record that a new version `replaces` an artifact,
-with the same key and fingerprint, or that an artifact was permanently `removed`. Each entry
-contains the sha256 of the line before it, so an edited, deleted or moved line breaks the chain.
-Recomputing the chain from there changes its head, the hash of the last line. The head is printed,
-and the manifest of every artifact built later contains it.
+It has a line of JSON for every artifact that was built or reused. A line can also record that an
+artifact was replaced by a version with the same key and fingerprint (`replaces`), or permanently
+removed (`removed`). The current artifact of an asset's partition is that of its last line, unless
+that line removes it or replaces an older one. Each entry contains the sha256 of the line before it,
+so an edited, deleted or moved line breaks the chain. Whoever edits a line and recomputes all later
+hashes changes the head, the hash of the last line. The head is printed, and every manifest records
+the head at the time that it was written.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ class Link(NamedTuple):
 
 
 class Ledger:
-    """The ledger in a file. Caches what it has read, so that only new lines are read later."""
+    """The ledger in a file. `current` and `last_version` read only lines that are new."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +79,7 @@ class Ledger:
         return {entry["path"]: entry for entry in self}
 
     def head(self) -> str:
-        """Return the hash of the last entry, which covers all entries before it."""
+        """Return the hash of the last entry, which depends on every entry before it."""
         if not self.path.exists():
             return NOTHING
         with self.path.open("rb") as stream:
@@ -121,7 +122,7 @@ class Ledger:
 
 @functools.cache
 def ledger_at(path: Path) -> Ledger:
-    """Return the process's only ledger of a file: Dagster recreates resources at every tick."""
+    """Return the ledger of a file, one per process: resources are recreated at every tick."""
     return Ledger(path)
 
 
@@ -140,16 +141,16 @@ def _parsed(line: bytes) -> Entry | None:
 def is_removed(entry: Entry) -> bool:
     """Whether an entry records that an artifact was permanently removed.
 
-    Ledgers of home format 1 record it as `withdrawn`.
+    Ledgers of home format 1 record it as `withdrawn: "whole"`.
     """
     return bool(entry.get("removed")) or entry.get("withdrawn") == "whole"
 
 
 @dataclass
 class _Reading:
-    """The state of a ledger: the offset and modification time up to which it was read.
+    """What a ledger said when it was read: up to which offset and at which modification time.
 
-    `tail` are the last bytes before the offset, to detect that the file was rewritten.
+    `tail` holds the last bytes before the offset, to detect that the file was rewritten.
     """
 
     stop: int = 0
@@ -168,5 +169,6 @@ class _Reading:
         if is_removed(entry):
             if was_current:
                 del self.entries[key]
+        # A version that replaces an older artifact does not become current.
         elif was_current or not (earlier or entry.get("withdrawn")):
             self.entries[key] = entry

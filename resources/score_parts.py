@@ -8,7 +8,7 @@ from pathlib import Path
 
 import duckdb
 
-from colorfilter.selection.sql import fetch_row
+from colorfilter.selection.sql import fetch_row, parquet
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ def insert(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
     assert part.documents is not None
     for table in ("spans", "sequences"):
         connection.execute(
-            f"INSERT INTO {table} BY NAME SELECT $shard AS shard, * FROM read_parquet($file)",
+            f"INSERT INTO {table} BY NAME SELECT $shard AS shard, * FROM {parquet('$file')}",
             {"shard": part.shard, "file": str(part.tokens / f"{table}.parquet")},
         )
     connection.execute(
-        """
+        f"""
         INSERT INTO documents BY NAME
         SELECT $shard AS shard, d.* EXCLUDE (text), s.n_tokens
-        FROM read_parquet($documents) AS d
+        FROM {parquet("$documents")} AS d
         LEFT JOIN (
             SELECT doc_id, sum(n_tokens)::BIGINT AS n_tokens
-            FROM read_parquet($spans) GROUP BY doc_id
+            FROM {parquet("$spans")} GROUP BY doc_id
         ) AS s USING (doc_id)
         """,
         {
@@ -137,7 +137,7 @@ def _insert_losses(connection: duckdb.DuckDBPyConnection, part: Part) -> None:
     wanted = {"model": part.model, "shard": part.shard}
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE part AS "
-        "SELECT * FROM read_parquet($files) WHERE model = $model AND shard = $shard",
+        f"SELECT * FROM {parquet('$files')} WHERE model = $model AND shard = $shard",
         {"files": files, **wanted},
     )
     bad, twice = fetch_row(

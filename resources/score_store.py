@@ -236,7 +236,7 @@ def _enter_selection(connection: duckdb.DuckDBPyConnection, new: PublishedSelect
     )
     if known:
         return
-    rows = connection.read_parquet(str(new.table))  # noqa: F841  (read by name below)
+    rows = connection.read_parquet(str(new.table), hive_partitioning=False)  # noqa: F841  (read by name below)
     # Another arm may have selected exactly the same sequences.
     same = "SELECT count(*) FROM selections WHERE selection = ?"
     if not _count(connection, same, [new.selection]):

@@ -23,11 +23,11 @@ from resources.artifacts import Artifact, ArtifactStore
 from resources.score_store import ScoreStore
 
 GROUP = "filtered"
-PACKED = "packed"  # subfolder of a selection that has its own sequences instead of the corpus's
+PACKED = "packed"  # subfolder of a selection, with the sequences that DSIR packed itself
 
 
 def selection_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declaration:
-    """Declare `<domain>/<arm>/selection` for methods that need only the score tables."""
+    """Declare `<domain>/<arm>/selection` for methods that query the score tables."""
     scored = arm.method in SCORED
     refined = [Read(f"{domain.name}/refined_scores")] if is_refined(recipe) and scored else []
     return Declaration(
@@ -44,15 +44,15 @@ def selection_declaration(recipe: Recipe, domain: Domain, arm: Arm) -> Declarati
         code=3,
         seed=recipe.seed if not scored or arm.batch else None,
         description=f"{arm.name} for {domain.name}: the selected sequences with rank and score "
-        "(lower is better). For methods that rank by losses, also how text of the domain, the "
-        "probe, ranks against the corpus. No model is loaded.",
+        "(lower is better). For methods that rank by losses, also how the probe ranks against the "
+        "corpus: text of the domain, which is never selected. No model is loaded.",
         pool="scores",
         arm=arm.name,
     )
 
 
 def queried_selection(recipe: Recipe, domain: Domain, arm: Arm) -> dg.AssetsDefinition:
-    """Return the asset `<domain>/<arm>/selection` for methods that need only the score tables."""
+    """Return the asset `<domain>/<arm>/selection` for methods that query the score tables."""
 
     @asset(selection_declaration(recipe, domain, arm))
     def selection(artifacts: ArtifactStore, score_store: ScoreStore) -> dg.MaterializeResult:
@@ -103,9 +103,9 @@ def select_by_query(
 def choose(
     connection: duckdb.DuckDBPyConnection, recipe: Recipe, domain: Domain, arm: Arm
 ) -> pl.DataFrame:
-    """Return what an arm selects, in the format of `selection.select.select`.
+    """Return what an arm selects, with the columns of `select.select`.
 
-    Raises InputError if training needs more sequences.
+    Raises InputError if fewer sequences can be selected than training needs.
     """
     needed = recipe.endpoints(arm, 0)[-1]
     fits = select.n_to_keep(select.count_candidates(connection), arm.tau or 1, needed)
@@ -114,14 +114,14 @@ def choose(
     if not (arm.tau and arm.batch):
         return select.select(*scores, keep, recipe.seed)
     chosen = select.select_by_batch(*scores, arm.tau, arm.batch, recipe.seed)
-    select.n_to_keep(len(chosen), 1, needed)
+    select.n_to_keep(len(chosen), 1, needed)  # raises if these are too few
     return chosen
 
 
 def origin_reads(arm: Arm) -> list[Read]:
-    """Return the assets that contain the sequences of an arm's selection; none for DSIR.
+    """Return the assets that contain the sequences of an arm's selection.
 
-    A selection by DSIR contains its sequences itself.
+    There are none for DSIR, whose selections contain their own sequences.
     """
     if arm.method == "dsir":
         return []
@@ -131,10 +131,11 @@ def origin_reads(arm: Arm) -> list[Read]:
 def origins(
     artifacts: ArtifactStore, declared: Declaration, chosen: Artifact, shards: list[str]
 ) -> tuple[dict[str, Path], dict[str, Path], list[Artifact]]:
-    """Return the folder of packed tokens and documents.parquet by shard, and their artifacts.
+    """Return where a selection's sequences are, and the artifacts that contain them.
 
-    A selection by DSIR contains its own sequences, so it gives no artifacts. `declared` declares
-    the asset that reads them. Raises InputError if the corpus has been packed again since.
+    By shard, the folder of packed tokens and the path of documents.parquet. A selection by DSIR
+    contains its own sequences, so it has no artifacts. `declared` declares the asset that reads
+    them. Raises InputError if the score tables or the packed tokens have changed since.
     """
     own = chosen.path / PACKED
     if own.exists():
@@ -159,7 +160,10 @@ def near_cutoff(
     arm: Arm,
     refined: Sequence[Artifact],
 ) -> dict[str, Any]:
-    """Return how many sequences are so near the cutoff that the scores' error could matter."""
+    """Return the scores' error, and how many sequences are within it of the cutoff.
+
+    Empty without refined scores.
+    """
     if not refined:
         return {}
     found = near(connection, recipe, domain, arm, refined[0].facts["radius"])

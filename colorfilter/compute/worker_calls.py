@@ -88,7 +88,10 @@ def score(chunk: Chunk) -> list[Receipt]:
         exact=lambda model: scorer(model, paths[model], "float32", sample),
         progress=local_pool.report,
     )
-    return [replace(r, matrix_share=_matrix_share(scorers[r.model], r)) for r in receipts]
+    return [
+        replace(r, matrix_share=_matrix_share(scorers[r.model], r), node=local_pool.node())
+        for r in receipts
+    ]
 
 
 def parameters(spec: TrainSpec) -> int:

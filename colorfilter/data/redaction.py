@@ -25,6 +25,7 @@ from colorfilter.storage.manifest import MANIFEST
 # APART-th position, so 29 consecutive characters of a text are found; tables of a report show more.
 PIECE = 24
 APART = 6
+LONG = 100_000  # characters of a text from which on its pieces, not the positions, are apart
 # Values of the columns of a redacted row; its ids and position stay.
 EMPTY: dict[str, str | int] = {"text": "", "extra": "{}", "n_chars": 0, "quote": "", "excerpt": ""}
 ROWS = 2_048  # rows per row group of a redacted table, to bound memory
@@ -45,19 +46,26 @@ class Forgotten:
         if size < PIECE:  # a short text may occur in others by chance: compare complete cells
             cells = re.split(r"<[^>]*>|[\n|`]", page)
             return any(_condensed(html.unescape(cell)) in pieces for cell in cells if size)
-        apart = min(APART, len(pieces))  # a text with few pieces must not fall between positions
+        # A text with few pieces must not fall between positions.
+        apart = 1 if self._is_long else min(APART, len(pieces))
         return any(
             form[i : i + size] in pieces
             for form in _forms(page)
             for i in range(0, len(form), apart)
         )
 
+    @property
+    def _is_long(self) -> bool:
+        """Whether the pieces are apart in the text, to save memory, and not in the page."""
+        return len(self.text or "") > LONG
+
     @functools.cached_property
     def _pieces(self) -> tuple[int, Set[str]]:
         """The length of the pieces that identify the text, and the pieces."""
         known = _condensed(self.text or "")
         size = min(PIECE, len(known))
-        return size, {known[i : i + size] for i in range(len(known) - size + 1)}
+        apart = APART if self._is_long else 1
+        return size, {known[i : i + size] for i in range(0, len(known) - size + 1, apart)}
 
 
 @functools.lru_cache(maxsize=1)  # callers check several documents against one page in a row
@@ -125,14 +133,15 @@ def _redacted_table(table: Path, documents: Sequence[Forgotten]) -> tuple[pl.Laz
         "protected": {place for document in documents for place in document.places},
         "excerpt": {excerpt(document.text) for document in documents if document.text},
     }
-    mine = (pl.col(column).is_in(known[column]) for column in known if column in columns)
-    full = (pl.col(column) != value for column, value in empty.items())
-    rows = pl.any_horizontal(pl.lit(False), *mine) & pl.any_horizontal(*full)
+    mine = [pl.col(column).is_in(known[column]) for column in known if column in columns]
+    full = pl.any_horizontal(*(pl.col(column) != value for column, value in empty.items()))
+    of_documents = pl.any_horizontal(pl.lit(False), *mine)
     redacted = content.with_columns(
-        pl.when(rows).then(pl.lit(value)).otherwise(pl.col(column)).alias(column)
+        pl.when(of_documents & full).then(pl.lit(value)).otherwise(pl.col(column)).alias(column)
         for column, value in empty.items()
     )
-    return redacted, content.select(rows.any()).collect().item()
+    # Filtered first, so that the texts of other documents are not read.
+    return redacted, content.filter(of_documents).select(full.any()).collect().item()
 
 
 def touched_sequences(packed: Path, document: Forgotten) -> pl.DataFrame:

@@ -1,7 +1,7 @@
 """Stream packed sequences through models and commit their losses chunk by chunk.
 
 Chunks (colorfilter.scoring.chunks) are independent, so any process may score any of them without
-locks. A killed process loses only its current chunk, a rerun scores only missing chunks, and each
+locks. A killed process loses only its current chunk. A rerun scores only what is missing, and each
 loss is stored exactly once.
 """
 
@@ -15,7 +15,6 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel
 
-from colorfilter.compute import local_pool
 from colorfilter.data.tokens import read_tokens, real_tokens
 from colorfilter.models import attention
 from colorfilter.models.checkpoints import head_weight, weights_per_token
@@ -33,8 +32,8 @@ Losses = tuple[np.ndarray, np.ndarray]
 class Scorer:
     """A model prepared for scoring batches of sequences.
 
-    `precision` is that of the model's weights. `kernel` is a kernel of loss.sequence_nll; by
-    default it is chosen at the first batch.
+    `precision` is the dtype that the weights were loaded in; it is recorded, not applied. `kernel`
+    is a kernel of loss.sequence_nll, by default the fastest one on the first batch.
     """
 
     def __init__(
@@ -89,19 +88,20 @@ def sequence_losses(
 
     tokens integer [N, T], n_tokens int64 [N] real tokens per row -> for each model: float32 [N]
     nats per token (NaN for a sequence without labels), int32 [N] number of labels. `eot_id`: see
-    labels.shifted_labels. `progress` is called with tokens done, counted once per model.
+    labels.shifted_labels. `progress` is called with the tokens scored since the last call; each
+    counts once for every model.
     """
     device = scorers[0].device
     step = batch_sequences(tokens.shape[1], device.type)
-    # Libraries sum a product's terms in an order that depends on its shape. Empty sequences fill
-    # the last batch, so that all batches have one shape and a loss has the same bits in any batch.
+    # The order in which a matrix product is summed depends on its shape. Empty sequences fill the
+    # last batch, so that all batches have one shape and a loss has the same bits in any batch.
     size = -(-len(tokens) // step) * step
     tokens_NxT = torch.zeros(size, tokens.shape[1], dtype=torch.int32)
     tokens_NxT[: len(tokens)] = torch.from_numpy(tokens.astype(np.int32))
     n_tokens_N = torch.zeros(size, dtype=torch.int64)
     n_tokens_N[: len(tokens)] = torch.from_numpy(n_tokens)
     tokens_NxT, n_tokens_N = tokens_NxT.to(device), n_tokens_N.to(device)
-    # Copied to the host only at the end, so that it never waits for the device between batches.
+    # Copied to the host at the end, so that the host never waits for the device between batches.
     nll = torch.empty(len(scorers), size, device=device)
     n = torch.empty(len(scorers), size, dtype=torch.int32, device=device)
     for start in range(0, size, step):
@@ -112,7 +112,7 @@ def sequence_losses(
             nll[i, rows], n[i, rows] = scorer.losses(batch, labels)
         progress(len(scorers) * int(n_tokens[rows].sum()))
     by_model = zip(nll.cpu().numpy(), n.cpu().numpy(), strict=True)
-    return [(losses[: len(tokens)], labels[: len(tokens)]) for losses, labels in by_model]
+    return [(losses[: len(tokens)], counts[: len(tokens)]) for losses, counts in by_model]
 
 
 def score_shard(
@@ -126,7 +126,8 @@ def score_shard(
 ) -> dict[str, list[Receipt]]:
     """Score a folder of packed tokens, in chunks of `chunk` sequences, into a folder per model.
 
-    Existing chunks are not scored again. `eot_id` and `progress`: see sequence_losses.
+    Return the receipts by model, in order. Existing chunks are not scored again; `progress` is
+    called with their tokens first. `eot_id`: see sequence_losses.
     """
     receipts, missing = plan_chunks(tokens, outs, chunk)
     progress(sum(r.tokens for existing in receipts.values() for r in existing))
@@ -154,9 +155,9 @@ def score_chunk(
 
     The file is in the model's folder of `outs`, with columns `model, shard, position, loss,
     n_tokens, precision`; `loss` is float32 nats per token, `n_tokens` the number of labels it
-    averages. A sequence without labels, such as one of a single token, has no row. A sequence whose
-    loss is not finite is scored again with `exact(model)`, the same model in float32, and its
-    `precision` is float32. `eot_id` and `progress`: see sequence_losses.
+    averages. A sequence without labels, such as one of a single token, has no row. If `exact` is
+    given, a loss in 16 bits that is not finite is computed again with `exact(model)`, the same
+    model in float32, and its `precision` is float32. `eot_id` and `progress`: see sequence_losses.
     """
     begun = time.perf_counter()
     rows = read_tokens(tokens, start, stop)
@@ -197,7 +198,6 @@ def score_chunk(
                 kernel=scorer.form,
                 precision=scorer.precision,
                 device=scorer.device.type,
-                node=local_pool.node(),
             )
         )
     return receipts

@@ -107,7 +107,8 @@ def write_in_order(ranked: pl.DataFrame, raw: Mapping[str, Path], out: Path) -> 
         files = sorted({str(raw[shard]) for shard in ranked["shard"].unique()})
         table = connection.sql(
             f"SELECT {columns} FROM wanted "
-            "JOIN read_parquet($files, filename = true) USING (filename, doc_id, sha256) "
+            "JOIN read_parquet($files, filename = true, hive_partitioning = false) "
+            "USING (filename, doc_id, sha256) "
             "ORDER BY rank",
             params={"files": files},
         )

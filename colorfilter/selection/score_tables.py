@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from colorfilter.selection.sql import fetch, fetch_frame, fetch_row
+from colorfilter.selection.sql import fetch, fetch_frame, fetch_row, parquet
 from colorfilter.stages import IN_CORPUS
 
 # Why a sequence is not a candidate, by the reason in the table `excluded`.
@@ -126,7 +126,8 @@ def overlay(connection: duckdb.DuckDBPyConnection, refined: Mapping[str, Path]) 
     for domain, table in refined.items():
         connection.execute(
             "INSERT INTO refined_losses BY NAME "
-            "SELECT ? AS domain, model, shard, position, loss, precision FROM read_parquet(?)",
+            "SELECT ? AS domain, model, shard, position, loss, precision "
+            f"FROM {parquet('?')}",
             [domain, str(table)],
         )
     connection.execute(OVERLAY.format(database=database))

@@ -29,3 +29,11 @@ def fetch_frame(
 ) -> pl.DataFrame:
     """Return all rows as a polars frame."""
     return pl.DataFrame(connection.sql(query, params=dict(parameters)).to_arrow_table())
+
+
+def parquet(files: str) -> str:
+    """Return SQL that reads Parquet files, named by a parameter such as `$files`.
+
+    A folder such as `date=2026-11-30` in their path is not read as a column.
+    """
+    return f"read_parquet({files}, hive_partitioning = false)"

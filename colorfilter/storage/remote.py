@@ -116,7 +116,7 @@ def commit(temporary: Path, place: Place, name: str) -> None:
 
 def names(place: Place) -> list[str]:
     """Return the sorted relative paths of the files of a place; empty if it does not exist."""
-    folder = UPath(place)
+    folder = UPath(place.absolute())
     folder.fs.invalidate_cache()  # other machines may have written to it
     try:
         found = folder.fs.find(folder.path)

@@ -103,7 +103,7 @@ def audit(
     found = Audit(what or "everything current", record.head, len(entries))
     show("ledger", 0)
     found.look("chain of the ledger", record.chain(head))
-    found.look("what was taken up again", record.reuse())
+    found.look("reused artifacts", record.reuse())
     found.look("links from each artifact to its inputs", record.links(entries))
     found.look("folders without an entry", record.orphans())
     hashed = show("files", sum(entry.get("bytes") or 0 for entry in entries))
@@ -112,18 +112,18 @@ def audit(
     found.look("sha256 of the raw files", record.raw_files(entries, now, read))
     show("counts", 0)
     found.look("counts and contents", counts(record, entries))
-    found.look("what was forgotten", remaining(artifacts))
+    found.look("forgotten documents", remaining(artifacts))
     show("Dagster's history", 0)
     found.look("Dagster's history", history(artifacts))
     if all(entry["asset"] != "score_tables" for entry in entries):
         return found
     show("score tables", 0)
-    if not found.look("score tables of all that is current", tables_are_current(artifacts, recipe)):
+    if not found.look("score tables are current", tables_are_current(artifacts, recipe)):
         found.look("score tables against the record", tables(record, recipe))
     found.look("evaluations against the reports", results(artifacts, recipe))
     if again:
         show("selections", 0)
-        found.look("selections made again", reselect(record, recipe, entries))
+        found.look("repeated selections", reselect(record, recipe, entries))
     if sample:
         seed, tokens = secrets.randbelow(2**32), show("losses", 0)
         found.seed = seed
@@ -132,7 +132,7 @@ def audit(
             found.rescored, off = rescore(record, recipe, sample, seed, tokens)
             yield from off
 
-        found.look("losses computed again", scored_again())
+        found.look("recomputed losses", scored_again())
     return found
 
 

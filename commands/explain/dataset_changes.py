@@ -114,7 +114,7 @@ def _last(records: Records, now: Entry, datasets: Sequence[str]) -> Entry | None
     if older:
         return older[-1]
 
-    def kind(dataset: Entry) -> tuple[str | None, str]:
+    def kind(dataset: Entry) -> tuple[str | None, str | None]:
         method = method_of(_made_from(records, dataset, Stage.SELECTION))
         return ArtifactName.parse(dataset["asset"]).domain, method
 
@@ -205,7 +205,7 @@ def _moved(
     frames = {"members": version.members, "others": other.members, "chosen": other.chosen}
     for name, frame in frames.items():
         records.connection.register(name, frame.to_arrow())
-    tables = records.current(Stage.SCORE_TABLES)["fingerprint"]
+    tables = records.current(Stage.SCORE_TABLES).get("fingerprint")
     wanted = {
         "causes": causes,
         "arrival": "retired data" if leaving else "new data",

@@ -16,7 +16,7 @@ import polars as pl
 from colorfilter.config.recipe import SCORED
 from colorfilter.selection.score_tables import EXCLUDED
 from colorfilter.selection.select import SCORES, SHARDS, count_candidates
-from colorfilter.selection.sql import fetch, fetch_frame
+from colorfilter.selection.sql import fetch, fetch_frame, parquet
 from colorfilter.stages import IN_CORPUS, ShardKind, Stage
 from colorfilter.storage.manifest import content, stands
 from colorfilter.training.schedule import training_order
@@ -115,13 +115,13 @@ class Records:
         path = self.folder(entry) / table
         if not path.exists():
             return pl.DataFrame()
-        query = f"SELECT {columns} FROM read_parquet($table) WHERE {where}"
+        query = f"SELECT {columns} FROM {parquet('$table')} WHERE {where}"
         return fetch_frame(self.connection, query, {"table": str(path), **parameters})
 
 
-def method_of(selection: Entry) -> str:
-    """Return the method of a selection. Entries of dsir do not name it."""
-    return str(selection["recipe"].get("method", "dsir"))
+def method_of(selection: Entry) -> str | None:
+    """Return the method of a selection. Entries of dsir do not name it. None if UNKNOWN."""
+    return None if selection is UNKNOWN else str(selection["recipe"].get("method", "dsir"))
 
 
 def standing(records: Records, shard: str, positions: Sequence[int]) -> dict[int, Facts]:

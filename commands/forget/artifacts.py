@@ -92,9 +92,14 @@ def find(artifacts: ArtifactStore, what: str) -> Forgotten:
         places = "; ".join(f"{doc_id} at {place}" for doc_id, place in rows)
         many = f"several documents match ({places}...); give more of the name"
         raise InputError(f"{what}: {many if places else 'no document in this home matches'}")
-    copies = _documents(artifacts, "sha256 = $sha256", sha256=texts[0])
+    return find_copies(artifacts, str(texts[0]))
+
+
+def find_copies(artifacts: ArtifactStore, sha256: str) -> Forgotten:
+    """Find all documents with a text, by its sha256."""
+    copies = _documents(artifacts, "sha256 = $sha256", sha256=sha256)
     text = next(filter(None, copies["text"]), None)
-    return Forgotten(str(texts[0]), set(copies["doc_id"]), set(copies["place"]), text)
+    return Forgotten(sha256, set(copies["doc_id"]), set(copies["place"]), text)
 
 
 def _documents(artifacts: ArtifactStore, where: str, **wanted: Any) -> pl.DataFrame:
@@ -105,7 +110,8 @@ def _documents(artifacts: ArtifactStore, where: str, **wanted: Any) -> pl.DataFr
         raise InputError(f"home {artifacts.at.root}: no text read yet; use `colorfilter run` first")
     query = f"""
         SELECT doc_id, source_file || ':' || source_line AS place, sha256, text
-        FROM read_parquet($tables, union_by_name = true) WHERE {where} ORDER BY place, doc_id
+        FROM read_parquet($tables, union_by_name = true, hive_partitioning = false)
+        WHERE {where} ORDER BY place, doc_id
     """
     with duckdb.connect() as connection:
         return fetch_frame(connection, query, {"tables": tables, **wanted})
@@ -139,7 +145,7 @@ def _holdings(
     `touched` are the sha256 of the sequences that contain parts of the documents.
     """
     entries, root = artifacts.ledger.by_path(), artifacts.at.artifacts
-    for folder in sorted(folders(root), key=lambda f: (not TEXTS.isdisjoint(f.parts), f)):
+    for folder in sorted(folders(root), key=lambda f: (_has_texts(f.relative_to(root)), f)):
         path = str(folder.relative_to(artifacts.at.root))
         asset = str(folder.parent.relative_to(root))
         name = name_of(entries[path]) if path in entries else asset
@@ -157,6 +163,11 @@ def _holdings(
             yield Holding(name, path, redacted)
         elif any(showing((f for f in files if f.suffix in PAGES), any_of(documents))):
             yield Holding(name, path)
+
+
+def _has_texts(path: str | Path) -> bool:
+    """Whether the artifact at a path stores text, by its asset."""
+    return not TEXTS.isdisjoint(Path(path).parts)
 
 
 def any_of(documents: Sequence[Forgotten]) -> Shows:
@@ -227,10 +238,14 @@ def _reached(
     return False
 
 
-def take_out(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
+def take_out(
+    artifacts: ArtifactStore, surveys: Sequence[Survey], check: Callable[[], None]
+) -> None:
     """Remove documents from every artifact that contains them, leaving a tombstone for each.
 
-    Tombstones are written first, so that the texts are not read again from then on.
+    Tombstones are written first, so that the texts are not read again from then on. `check` is
+    called while only artifacts that store text still contain them: if it raises, the same call
+    knows the texts again.
     """
     for found in surveys:
         sha256 = found.document.sha256
@@ -254,6 +269,9 @@ def take_out(artifacts: ArtifactStore, surveys: Sequence[Survey]) -> None:
         gone = path in without_version or not (root / path).exists()
         if gone and not is_removed(entry) and artifacts.ledger.last_version(path) == path:
             artifacts.remove(entry)
+    for holding in (h for h in whole if not _has_texts(h.path)):
+        artifacts.discard(root / holding.path)
+    check()
     for holding in whole:
         artifacts.discard(root / holding.path)
 

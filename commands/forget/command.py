@@ -27,7 +27,7 @@ def forget(
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),
 ) -> None:
-    """Remove documents and all their copies from the home permanently. They are not read again.
+    """Remove documents and all their copies from the home, and never read them again.
 
     Lists the artifacts that contain them and the models trained on them, and asks for
     confirmation. Then every artifact that contains them is replaced by a version in which their
@@ -44,11 +44,11 @@ def forget(
     plan, place = open_home(recipe, home)
     surveys = look_up(place, documents)
     print_surveys(console, surveys)
-    if not yes and not typer.confirm(f"Forget {len(surveys)} documents? This cannot be undone."):
+    if not yes and not typer.confirm("Forget them? This cannot be undone."):
         raise typer.Exit(1)
     runs = take_out(place, surveys, gpu_of(plan, str(place.root)))
     if runs:
-        console.print(f"removed {runs} runs that showed their text from Dagster's history")
+        console.print(f"removed from Dagster's history, as they showed the text: {runs} runs")
     artifacts = artifacts_of(place)
     if ("score_tables", None) in artifacts.entries():
         with show_progress(console) as listener:
@@ -57,6 +57,6 @@ def forget(
             raise InputError(f"the text is removed, but selecting again failed: {failure.message}")
     for found in surveys:
         for at in sorted(found.document.places):
-            console.print(f"still in its source file, remove it there: {at}", soft_wrap=True)
+            console.print(f"still in the source file; remove it there: {at}", soft_wrap=True)
     console.print("still in backups, until the next `colorfilter backup` to each of them")
     console.print(f"ledger    {artifacts.ledger.head()}", highlight=False)

@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from colorfilter.errors import InputError
-from commands.forget.artifacts import Survey, any_of, find, showing, survey, take_out
+from commands.forget.artifacts import (
+    Shows,
+    Survey,
+    any_of,
+    find,
+    find_copies,
+    showing,
+    survey,
+    take_out,
+)
 from commands.forget.history import remove_from_history
 from resources.artifacts import ArtifactStore
 from resources.audit import WORKPLACE
 from resources.gpu import Gpu
 from resources.home import Home
+
+SHOWN = 3  # files that still show a text
 
 
 def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
@@ -23,7 +34,8 @@ def look_up(home: Home, whats: Sequence[str]) -> list[Survey]:
     documents = {found.sha256: found for found in (find(artifacts, w) for w in whats)}
     surveys = [survey(artifacts, document) for document in documents.values()]
     for found in surveys:
-        if any((home.root / holding.path / "tasks").exists() for holding in found.holdings):
+        finished = (home.root / h.path for h in found.holdings if not h.unfinished)
+        if any((folder / "tasks").exists() for folder in finished):
             raise InputError(
                 f"{min(found.document.places)}: is an item of a task; remove it from the "
                 "task's files, then `colorfilter run`, which reads them again"
@@ -38,23 +50,31 @@ def forget(home: Home, surveys: Sequence[Survey], gpu: Gpu) -> int:
     publishes them again without the documents. Raises InputError while a run is in progress, or if
     a file still shows the text at the end. Raises UnreachableError like Gpu.discard_copies.
     """
-    documents = [found.document for found in surveys]
-    shows = any_of(documents)
-    names = sorted(min(document.doc_ids) for document in documents)
+    artifacts = ArtifactStore(home=str(home.root))
+    texts = [found.document.sha256 for found in surveys]
+    names = sorted(min(found.document.doc_ids) for found in surveys)
     gpu.reach()  # check first: once begun, nothing else runs until this has completed
     with home.exclusively(f"colorfilter forget {' '.join(names)}"):
+        # Since the documents were looked up, a run may have read another copy.
+        surveys = [survey(artifacts, find_copies(artifacts, sha256)) for sha256 in texts]
+        shows = any_of([found.document for found in surveys])
         gpu.discard_copies(home.artifacts)
         runs = remove_from_history(home.dagster, shows)
         shutil.rmtree(home.root / WORKPLACE, ignore_errors=True)
-        take_out(ArtifactStore(home=str(home.root)), surveys)
         home.scores.unlink(missing_ok=True)
-        left = [str(file) for file in showing(home.root.rglob("*"), shows)]
-        if left:
-            raise InputError(
-                f"{min(documents[0].places)}: {len(left)} files still show its text (first: "
-                f"{left[0]}); delete them and run the same command again"
-            )
+        take_out(artifacts, surveys, lambda: _refuse_showing(home, shows))
     return runs
+
+
+def _refuse_showing(home: Home, shows: Shows) -> None:
+    """Raise InputError if a file of a home still shows a text, outside of tables and tokens."""
+    left = [str(file) for file in showing(home.root.rglob("*"), shows)]
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        raise InputError(
+            f"{', '.join(left[:SHOWN])}{more}: still shows the text; delete it and run the same "
+            "command again"
+        )
 
 
 def print_surveys(console: Console, surveys: Sequence[Survey]) -> None:

@@ -13,6 +13,7 @@ import dagster as dg
 import sqlalchemy as db
 from dagster._core.instance.utils import RUNLESS_RUN_ID
 
+from colorfilter.errors import InputError
 from commands.forget.artifacts import Shows, showing
 
 BUSY = 30  # seconds to wait for a database that other processes are reading
@@ -46,7 +47,12 @@ def remove_from_history(folder: Path, shows: Shows) -> int:
     for database in folder.rglob("*.db"):  # SQLite leaves deleted data in free pages
         with contextlib.closing(sqlite3.connect(database, timeout=BUSY)) as sqlite:
             sqlite.execute("VACUUM")
-            sqlite.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            busy, *_ = sqlite.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:  # the write-ahead log still contains deleted rows
+            raise InputError(
+                f"{database}: in use, so deleted text stays in its log; stop the web UI and run "
+                "the same command again"
+            )
     return len(known)
 
 

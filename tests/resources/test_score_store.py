@@ -266,3 +266,9 @@ def test_a_selection_is_published_without_a_copy_of_the_scores(
     pl.DataFrame(rows).write_parquet(table)
     publish(store, "one", table, "books", "color_tau2")
     assert Home(store.home).scores.stat() == before
+
+
+def test_a_folder_named_like_a_column_is_not_read_as_one(store: ScoreStore, tmp_path: Path) -> None:
+    folder = tmp_path / "model=x" / "position=7"
+    store.publish(parts(folder, "a", {"p": [3.0], "c": [1.0]}), MODELS, LENGTH)
+    assert colors(store) == [("a", 0, -2.0)]

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from colorfilter.config.recipe import Source
-from colorfilter.data import tokens
+from colorfilter.data import redaction, tokens
 from colorfilter.data.documents import read_documents, text_sha256, write_documents
 from colorfilter.data.redaction import (
     Forgotten,
@@ -174,7 +174,11 @@ def test_a_page_shows_a_text_however_it_is_written(page: str, shown: bool) -> No
     assert Forgotten("", set(), set(), TEXT).is_shown_in(page) is shown
 
 
-def test_any_thirty_letters_in_a_row_show_a_text() -> None:
+@pytest.mark.parametrize("long", [1, 1_000_000])
+def test_any_thirty_letters_in_a_row_show_a_text(
+    long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redaction, "LONG", long)
     """A report's table shows about as many of a sequence."""
     text = "".join(random.Random(0).choices(string.ascii_letters, k=200))
     gone = Forgotten("", set(), set(), text)

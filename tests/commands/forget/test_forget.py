@@ -25,7 +25,7 @@ from colorfilter.storage.remote import names
 from colorfilter.storage.staging import RemoteStaging
 from colorfilter.training.schedule import training_order
 from commands.backup.backup import back_up, restore
-from commands.forget import artifacts
+from commands.forget import artifacts, history
 from commands.forget.forget import forget as take_out
 from commands.forget.forget import look_up
 from pipelines.settings import Job
@@ -275,13 +275,15 @@ def test_copies_go_too_and_are_not_read_again(
     more = {"name": "more", "files": str(twin)}
     project.facts["corpus"]["sources"].append(more)
     project.write()
+    surveys = look_up(project.home, [gone["doc_id"]])
     copy = write("twin.jsonl")
     assert project.run(monkeypatch, Job.REFRESH) is None
     with pytest.raises(InputError, match=r"several documents .*twin\.jsonl:1; .*twin\.jsonl:1"):
         artifacts.find(store(project), "twin.jsonl:1")
     (found,) = look_up(project.home, [f"{copy}:1"])
     assert found.document.places == {f"{copy}:1", f"{gone['source_file']}:{gone['source_line']}"}
-    take_out(project.home, [found], Gpu(home=str(project.home.root)))
+    # Looked up before the copy was read.
+    take_out(project.home, surveys, Gpu(home=str(project.home.root)))
     assert telling(project.home.root, own) == []
 
     again = write("again.jsonl")
@@ -293,6 +295,29 @@ def test_copies_go_too_and_are_not_read_again(
         (1, "forgotten", ""),
         (2, "forgotten", ""),
     ]
+    assert lines(project) == []
+
+
+def test_what_still_shows_it_is_refused_until_it_is_gone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "BUSY", 0.2)
+    gone = selected_document(project)
+    own = own_pieces(project, gone["sha256"])
+    index = project.home.dagster / "history" / "runs" / "index.db"
+    with contextlib.closing(sqlite3.connect(index)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM event_logs").fetchone()
+        with pytest.raises(InputError, match=r"index\.db: in use.* stop the web UI and run"):
+            forget(project, gone["doc_id"])
+    notes = project.home.root / "notes.txt"
+    notes.write_text(gone["text"])
+    for _ in range(2):  # the text is still known the second time
+        with pytest.raises(InputError, match=r"notes\.txt: still shows the text; delete it"):
+            forget(project, gone["doc_id"])
+    notes.unlink()
+    forget(project, gone["doc_id"])
+    assert telling(project.home.root, own) == []
     assert lines(project) == []
 
 
