@@ -1,6 +1,7 @@
 """Import rules: between the layers, in tests, and relative to torch."""
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
@@ -47,6 +48,40 @@ def modules_imported(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def programs(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield a module, and the programs that it has as strings."""
+    yield tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and "import " in str(node.value):
+            with contextlib.suppress(SyntaxError):
+                yield ast.parse(str(node.value))
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name is a module of the project, or a name at the top of one."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    module = path.parent.with_suffix(".py")
+    module = module if module.exists() else path.parent / "__init__.py"
+    if not module.exists():
+        return False
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    made = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return path.name in stored | made | {m.split(".")[-1] for m in modules_imported(tree)}
+
+
+def test_every_import_is_of_something_that_exists() -> None:
+    """Also in programs that tests have as strings."""
+    for folder in (*FORBIDDEN, "tests", "benchmarks"):
+        for module in (ROOT / folder).rglob("*.py"):
+            for program in programs(ast.parse(module.read_text(encoding="utf-8"))):
+                for name in modules_imported(program):
+                    if name.split(".")[0] in {*FORBIDDEN, "tests"}:
+                        assert exists(name), f"{module} imports {name}"
 
 
 def is_private(name: str) -> bool:
