@@ -77,7 +77,7 @@ def test_a_cancelled_run_lets_the_cluster_go_and_another_ends_it(
 
     events = server.ask(EVENTS, id=second)["logsForRun"]["events"]
     said = [e["message"] for e in events if "by node" in e.get("message", "")]
-    assert "by shard: " in said[-1]
+    assert "shards: " in said[-1]
     assert said[-1].count("127.0.0.1/") == 3
     shown = {
         e["partition"]: entry["jsonString"]

@@ -145,7 +145,7 @@ def test_moment_decays_outside_0_to_1_are_refused(tmp_path: Path, betas: list[fl
 def test_sequences_longer_than_a_models_context_are_refused(tmp_path: Path, where: str) -> None:
     content = changed(f"{where}.model.config.max_position_embeddings", 64)
     message = problem(tmp_path, content)
-    assert "sequence_length 128" in message
+    assert "sequence_length: 128" in message
     assert f"{where}.model.config.max_position_embeddings (64)" in message
 
 
