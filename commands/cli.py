@@ -159,7 +159,7 @@ def select(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would change and write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would change; write no dataset.")
     ] = False,
     recipe: RecipeOption = settings.DEFAULT_RECIPE,
     home: HomeOption = Path(settings.DEFAULT_HOME),

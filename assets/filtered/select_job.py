@@ -46,7 +46,9 @@ class Choice(dg.Config):
         False,
         description="score sequences near the cutoff again in float32, which loads models",
     )
-    dry_run: bool = Field(False, description="only report what would change; write nothing")
+    dry_run: bool = Field(
+        False, description="only report what would change; write no dataset (`refine` still scores)"
+    )
 
 
 def with_choice(recipe: Recipe, choice: Choice) -> tuple[Recipe, Domain, Arm]:
