@@ -188,8 +188,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Projec
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that two processes end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    pipelines = {"assets", "pipelines"}
-    items.sort(key=lambda i: (i.path not in slow, i.path.parent.name not in pipelines))
+    pipelines = {"assets", "commands", "pipelines"}
+    items.sort(key=lambda i: (i.path not in slow, pipelines.isdisjoint(i.path.parts)))
 
 
 _exit_status = 0
